@@ -1,0 +1,120 @@
+"""Configuration of the decoder family: Llama, SmolLM2, Mistral, Qwen2 and Qwen3."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for contexts longer than those of pretraining.
+
+    Attributes:
+      kind: `"linear"` divides every frequency by `factor`; `"llama3"` divides low frequencies by
+        `factor`, keeps high ones, and interpolates in between; `"factors"` divides frequency i by
+        `factors[i]`.
+      factor: the stretch of `"linear"` and `"llama3"`.
+      low_freq_factor: `"llama3"`: wavelengths above original context / this are stretched fully.
+      high_freq_factor: `"llama3"`: wavelengths below original context / this are kept.
+      original_max_position_embeddings: `"llama3"`: the context length of pretraining, in tokens.
+      factors: `"factors"`: one divisor for each of the head_dim / 2 frequencies.
+    """
+
+    kind: Literal["linear", "llama3", "factors"]
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+    factors: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a decoder-only transformer; the fields follow Hugging Face's names.
+
+    Attributes:
+      vocab_size: rows of the embedding table, V.
+      hidden_size: width of the residual stream, d.
+      intermediate_size: width of the gated MLP.
+      num_layers: number of blocks, L.
+      num_heads: query heads.
+      num_kv_heads: key and value heads; divides `num_heads`.
+      head_dim: width of one head, independent of `hidden_size`.
+      max_position_embeddings: the longest context, in tokens.
+      rms_norm_eps: added to the mean square in RMS normalisation.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: how these are stretched, or None.
+      tie_embeddings: whether the output head is the embedding table.
+      qkv_bias: whether the q, k and v projections have biases (Qwen2).
+      qk_norm: whether each head's queries and keys are RMS-normalised (Qwen3).
+      sliding_window: a token attends to itself and the `sliding_window - 1` tokens before it, or
+        to all before it if None.
+      model_type: the family's Hugging Face name; it decides nothing about the computation.
+      scan_layers: whether the blocks are one `scan` over parameters stacked on axis 0.
+      remat: whether the backward pass recomputes each block's activations.
+      dtype: dtype of the activations; norms, softmax and logits are always float32.
+
+    Raises:
+      ValueError: if the sizes do not fit each other.
+
+    >>> DecoderConfig(vocab_size=8, hidden_size=4, intermediate_size=8, num_layers=1, num_heads=2,
+    ...               num_kv_heads=1, head_dim=2).num_kv_heads
+    1
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    model_type: str = "llama"
+    scan_layers: bool = False
+    remat: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self) -> None:
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{field}={value!r} must be a positive integer")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even for rotary embeddings")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window={self.sliding_window} must be positive or None")
+        scaling = self.rope_scaling
+        if (
+            scaling is not None
+            and scaling.kind == "factors"
+            and len(scaling.factors) != self.head_dim // 2
+        ):
+            raise ValueError(
+                f"rope_scaling has {len(scaling.factors)} factors; head_dim={self.head_dim} needs "
+                f"{self.head_dim // 2}"
+            )

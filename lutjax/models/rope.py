@@ -1,0 +1,76 @@
+"""Rotary position embeddings (RoFormer, arXiv 2104.09864), in the half-rotation layout."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int
+
+from lutjax.models.config import DecoderConfig, RopeScaling
+
+
+def rope_frequencies(config: DecoderConfig) -> np.ndarray:
+    """The rotary frequencies θ^(−2i/head_dim), divided as `config.rope_scaling` says.
+
+    Returns:
+      float32 `[head_dim / 2]`, in radians per token.
+
+    >>> config = DecoderConfig(vocab_size=8, hidden_size=4, intermediate_size=8, num_layers=1,
+    ...                        num_heads=1, num_kv_heads=1, head_dim=4, rope_theta=100.0)
+    >>> rope_frequencies(config).tolist()
+    [1.0, 0.10000000149011612]
+    """
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
+    frequencies = config.rope_theta**-exponents
+    if config.rope_scaling is not None:
+        frequencies = frequencies / _divisors(frequencies, config.rope_scaling)
+    return frequencies.astype(np.float32)
+
+
+def _divisors(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    if scaling.kind == "linear":
+        return np.full_like(frequencies, scaling.factor)
+    if scaling.kind == "factors":
+        return np.asarray(scaling.factors, np.float64)
+    # Llama 3.1: `turns` is how often a frequency rotates within the original context.
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    kept = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
+    return 1.0 / ((1.0 - kept) / scaling.factor + kept)
+
+
+def rope_tables(
+    positions: Int[Array, "b t"], frequencies: np.ndarray
+) -> tuple[Float32[Array, "b t h"], Float32[Array, "b t h"]]:
+    """Cosines and sines of positions × frequencies.
+
+    Args:
+      positions: `[B, T]`, in tokens.
+      frequencies: float32 `[head_dim / 2]`.
+
+    Returns:
+      Two float32 arrays `[B, T, head_dim / 2]`.
+    """
+    angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies)[None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(
+    x: Float[Array, "b t n h2"], cos: Float32[Array, "b t h"], sin: Float32[Array, "b t h"]
+) -> Float[Array, "b t n h2"]:
+    """Rotates each pair (x[i], x[i + head_dim/2]) by its angle.
+
+    Args:
+      x: queries or keys `[B, T, heads, head_dim]`.
+      cos: float32 `[B, T, head_dim / 2]`.
+      sin: float32 `[B, T, head_dim / 2]`.
+
+    Returns:
+      The rotated array, in the dtype of `x`.
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
