@@ -1,0 +1,234 @@
+"""A decoder's parameters on disk: checked by their headers, read one at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lutjax.io.configs import config_from_gguf
+from lutjax.io.gguf import GGUFReader, GridBlocks
+from lutjax.io.names import CheckpointFormat, checkpoint_name, is_ignored, is_transposed
+from lutjax.io.readers import TensorReader
+from lutjax.models.config import DecoderConfig
+from lutjax.models.decoder import Decoder
+
+_FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A dense checkpoint whose headers fit the decoder; values are read on demand.
+
+    Iterating over `shapes` and calling `read` holds one parameter at a time.
+
+    Attributes:
+      source: the path it was opened from.
+      config: the decoder's configuration.
+      fmt: `"hf"` or `"gguf"`.
+      reader: the tensors by their names in the checkpoint.
+      shapes: the shape of each parameter by path, e.g. `layers/0/mlp/up_proj/kernel`.
+      check_finite: whether `read` refuses NaN and Inf.
+    """
+
+    source: Path
+    config: DecoderConfig
+    fmt: CheckpointFormat
+    reader: TensorReader
+    shapes: Mapping[str, tuple[int, ...]]
+    check_finite: bool = True
+
+    @classmethod
+    def create(
+        cls,
+        source: Path,
+        config: DecoderConfig,
+        fmt: CheckpointFormat,
+        reader: TensorReader,
+        *,
+        check_finite: bool = True,
+    ) -> Checkpoint:
+        """Checks that the checkpoint has every parameter in the right shape, and nothing else.
+
+        Raises:
+          ValueError: naming the tensor that is missing, misshapen, of an unsupported dtype, or
+            that the decoder has no place for.
+        """
+        shapes = parameter_shapes(config)
+        expected = {checkpoint_name(path, fmt): path for path in shapes}
+        for name, path in expected.items():
+            _check_tensor(source, reader, name, shapes[path], is_transposed(path), fmt)
+        head = checkpoint_name("lm_head/kernel", fmt)
+        for name in reader.infos:
+            tied_copy = name == head and config.tie_embeddings
+            if name not in expected and not is_ignored(name) and not tied_copy:
+                raise ValueError(
+                    f"{source}: tensor {name!r} has no place in a {config.model_type!r} decoder "
+                    f"of {config.num_layers} layers"
+                )
+        return cls(source, config, fmt, reader, shapes, check_finite)
+
+    def read(self, path: str) -> np.ndarray:
+        """Reads one parameter in the decoder's layout (kernels `[in, out]`).
+
+        Returns:
+          An array of the stored float dtype (float32 if it was quantised); it may be a view that
+          is not contiguous.
+
+        Raises:
+          ValueError: if it holds NaN or Inf and `check_finite` is set.
+        """
+        name = checkpoint_name(path, self.fmt)
+        tensor = self.reader.read(name)
+        if self.check_finite and not np.isfinite(tensor).all():
+            count = tensor.size - int(np.isfinite(tensor).sum())
+            raise ValueError(
+                f"{self.source}: tensor {name!r} ({path}) holds {count} NaN or infinite values; "
+                "pass check_finite=False to load it all the same"
+            )
+        rows = self._row_order(path)
+        if rows is not None:
+            tensor = tensor[rows]
+        return tensor.T if is_transposed(path) else tensor
+
+    def read_grid(self, path: str) -> GridBlocks:
+        """Reads a Q4_0, Q4_1 or Q8_0 matrix of a GGUF file as codes on its exact grid.
+
+        The rows are in the decoder's order; the orientation stays `[out, in]`.
+
+        Raises:
+          ValueError: if the checkpoint is not GGUF, or the tensor is of another type, or has
+            scales or offsets that are not finite.
+        """
+        if not isinstance(self.reader, GGUFReader):
+            raise ValueError(f"{self.source} is not a GGUF file; its weights have no grid")
+        grid = self.reader.read_grid(checkpoint_name(path, self.fmt))
+        for values in (grid.scales, grid.offsets):
+            if self.check_finite and values is not None and not np.isfinite(values).all():
+                raise ValueError(f"{self.source}: {path} has a scale or offset that is not finite")
+        rows = self._row_order(path)
+        if rows is None:
+            return grid
+        offsets = None if grid.offsets is None else grid.offsets[rows]
+        return GridBlocks(grid.codes[rows], grid.levels, grid.scales[rows], offsets)
+
+    def parameters(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Reads all parameters, one at a time."""
+        for path in self.shapes:
+            yield path, self.read(path)
+
+    def _row_order(self, path: str) -> np.ndarray | None:
+        """Undoes llama.cpp's order of q and k rows, pairs (2i, 2i+1) instead of (i, i + h/2)."""
+        if self.fmt != "gguf" or self.config.model_type not in ("llama", "mistral"):
+            return None
+        if "/q_proj/" in path:
+            heads = self.config.num_heads
+        elif "/k_proj/" in path:
+            heads = self.config.num_kv_heads
+        else:
+            return None
+        order = np.arange(heads * self.config.head_dim)
+        return order.reshape(heads, self.config.head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
+
+
+def open_gguf(path: str | Path, *, check_finite: bool = True) -> Checkpoint:
+    """Opens a GGUF file; only its header (and RoPE factors) are read.
+
+    Args:
+      path: the file.
+      check_finite: whether reading a parameter with NaN or Inf is an error.
+
+    Returns:
+      The checkpoint; `checkpoint.reader.metadata` has the tokenizer.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if the file is not sound or the architecture is not supported.
+    """
+    path = Path(path)
+    reader = GGUFReader(path)
+    embedding = reader.infos.get(checkpoint_name("embed_tokens/embedding", "gguf"))
+    if embedding is None:
+        raise ValueError(f"{path} has no tensor 'token_embd.weight'; it is not a language model")
+    factors = reader.read("rope_freqs.weight") if "rope_freqs.weight" in reader.infos else None
+    config = config_from_gguf(
+        reader.metadata,
+        tied=checkpoint_name("lm_head/kernel", "gguf") not in reader.infos,
+        vocab_size=embedding.shape[0],
+        rope_factors=factors,
+        source=str(path),
+    )
+    return Checkpoint.create(path, config, "gguf", reader, check_finite=check_finite)
+
+
+def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of the unrolled decoder, by path.
+
+    >>> config = DecoderConfig(vocab_size=8, hidden_size=4, intermediate_size=6, num_layers=2,
+    ...                        num_heads=2, num_kv_heads=1, head_dim=2)
+    >>> parameter_shapes(config)["layers/1/mlp/up_proj/kernel"]
+    (4, 6)
+    """
+    # Traced with scanned layers, so that the time does not grow with their number.
+    model = Decoder(dataclasses.replace(config, scan_layers=True))
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    tree = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    shapes: dict[str, tuple[int, ...]] = {}
+    stacked: dict[str, tuple[int, ...]] = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        if path.startswith("layers/"):
+            stacked[path.removeprefix("layers/")] = leaf.shape[1:]
+        else:
+            shapes[path] = leaf.shape
+    for i in range(config.num_layers):
+        shapes |= {f"layers/{i}/{path}": shape for path, shape in stacked.items()}
+    return shapes
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Turns `{"a/b": leaf}` into `{"a": {"b": leaf}}`.
+
+    >>> nest({"a/b": 1, "a/c": 2})
+    {'a': {'b': 1, 'c': 2}}
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return tree
+
+
+def _check_tensor(
+    source: Path,
+    reader: TensorReader,
+    name: str,
+    shape: tuple[int, ...],
+    transposed: bool,
+    fmt: CheckpointFormat,
+) -> None:
+    if name not in reader.infos:
+        near = difflib.get_close_matches(name, reader.infos, n=1)
+        hint = f"; the nearest name is {near[0]!r}" if near else ""
+        raise ValueError(f"{source}: tensor {name!r} is missing{hint}")
+    info = reader.infos[name]
+    stored = tuple(reversed(shape)) if transposed else shape
+    if info.shape != stored:
+        raise ValueError(
+            f"{source}: tensor {name!r} has shape {list(info.shape)}; the configuration needs "
+            f"{list(stored)}"
+        )
+    if fmt == "hf" and info.dtype not in _FLOAT_TYPES:
+        raise ValueError(
+            f"{source}: tensor {name!r} has dtype {info.dtype}; a dense weight must be one of "
+            f"{', '.join(_FLOAT_TYPES)}"
+        )

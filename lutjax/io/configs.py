@@ -1,0 +1,249 @@
+"""From config.json or GGUF metadata to `DecoderConfig`, and back to config.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lutjax.models.config import DecoderConfig, RopeScaling
+
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+"""The supported `model_type`s; SmolLM2 is `llama`."""
+
+
+def config_from_hf(data: Mapping[str, Any], source: str = "config.json") -> DecoderConfig:
+    """The decoder configuration that a Hugging Face config.json describes.
+
+    Args:
+      data: the parsed JSON object.
+      source: what to call it in errors.
+
+    Returns:
+      The configuration, with float32 activations.
+
+    Raises:
+      ValueError: if the architecture is not supported, or a field is missing or of a kind that
+        the decoder does not compute.
+
+    >>> config = config_from_hf({"model_type": "llama", "vocab_size": 8, "hidden_size": 4,
+    ...                          "intermediate_size": 8, "num_hidden_layers": 1,
+    ...                          "num_attention_heads": 2})
+    >>> config.num_kv_heads, config.head_dim
+    (2, 2)
+    """
+    model_type = data.get("model_type")
+    if model_type not in SUPPORTED:
+        raise _unknown_architecture(model_type, source)
+    _refuse_unsupported(data, model_type, source)
+    heads = _integer(data, "num_attention_heads", source)
+    hidden = _integer(data, "hidden_size", source)
+    layers = _integer(data, "num_hidden_layers", source)
+    # transformers 5 writes rope_parameters, which holds the base as well.
+    rope = data.get("rope_parameters") or data.get("rope_scaling")
+    theta = (rope or {}).get("rope_theta", data.get("rope_theta", 10000.0))
+    return DecoderConfig(
+        vocab_size=_integer(data, "vocab_size", source),
+        hidden_size=hidden,
+        intermediate_size=_integer(data, "intermediate_size", source),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=data.get("num_key_value_heads") or heads,
+        head_dim=data.get("head_dim") or (128 if model_type == "qwen3" else hidden // heads),
+        max_position_embeddings=data.get("max_position_embeddings", 2048),
+        rms_norm_eps=float(data.get("rms_norm_eps", 1e-6)),
+        rope_theta=float(theta),
+        rope_scaling=_rope_scaling(rope, source),
+        tie_embeddings=bool(data.get("tie_word_embeddings", False)),
+        qkv_bias=model_type == "qwen2",
+        qk_norm=model_type == "qwen3",
+        sliding_window=_sliding_window(data, model_type, layers, source),
+        model_type=model_type,
+    )
+
+
+def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
+    """The config.json object from which `config_from_hf` makes the same configuration.
+
+    Args:
+      config: the configuration; `scan_layers`, `remat` and `dtype` are not part of the file.
+
+    Returns:
+      A JSON-serialisable object in Hugging Face's terms.
+    """
+    data: dict[str, Any] = {
+        "model_type": config.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tie_embeddings,
+        "hidden_act": "silu",
+        "sliding_window": config.sliding_window,
+    }
+    if config.model_type.startswith("qwen"):
+        data |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
+    scaling = config.rope_scaling
+    if scaling is not None:
+        data["rope_scaling"] = {
+            "linear": {"rope_type": "linear", "factor": scaling.factor},
+            "factors": {"rope_type": "factors", "factors": list(scaling.factors)},
+            "llama3": {
+                "rope_type": "llama3",
+                "factor": scaling.factor,
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_max_position_embeddings,
+            },
+        }[scaling.kind]
+    return data
+
+
+def config_from_gguf(
+    metadata: Mapping[str, Any],
+    *,
+    tied: bool,
+    vocab_size: int,
+    rope_factors: np.ndarray | None,
+    source: str,
+) -> DecoderConfig:
+    """The decoder configuration that a GGUF file describes.
+
+    Args:
+      metadata: the file's key-value pairs.
+      tied: whether the file has no output head of its own.
+      vocab_size: rows of its embedding table.
+      rope_factors: its tensor `rope_freqs.weight`, `[head_dim / 2]`, or None.
+      source: what to call it in errors.
+
+    Returns:
+      The configuration, with float32 activations.
+
+    Raises:
+      ValueError: if the architecture or its RoPE scaling is not supported or a key is missing.
+    """
+    architecture = metadata.get("general.architecture")
+    if architecture not in SUPPORTED:
+        raise _unknown_architecture(architecture, source)
+    fields = {
+        key.removeprefix(f"{architecture}."): value
+        for key, value in metadata.items()
+        if key.startswith(f"{architecture}.")
+    }
+    heads = _integer(fields, "attention.head_count", source)
+    hidden = _integer(fields, "embedding_length", source)
+    if fields.get("expert_count"):
+        raise ValueError(f"{source} is a mixture of experts, which is not supported")
+    scaling = None
+    kind = fields.get("rope.scaling.type", "none")
+    if rope_factors is not None:
+        scaling = RopeScaling("factors", factors=tuple(map(float, rope_factors)))
+    elif kind == "linear":
+        scaling = RopeScaling("linear", factor=_decimal(fields["rope.scaling.factor"]))
+    elif kind != "none":
+        raise ValueError(f"{source}: rope.scaling.type {kind!r} is not supported")
+    return DecoderConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=_integer(fields, "feed_forward_length", source),
+        num_layers=_integer(fields, "block_count", source),
+        num_heads=heads,
+        num_kv_heads=fields.get("attention.head_count_kv", heads),
+        head_dim=fields.get("attention.key_length", hidden // heads),
+        max_position_embeddings=fields.get("context_length", 2048),
+        rms_norm_eps=_decimal(fields.get("attention.layer_norm_rms_epsilon", 1e-5)),
+        rope_theta=_decimal(fields.get("rope.freq_base", 10000.0)),
+        rope_scaling=scaling,
+        tie_embeddings=tied,
+        qkv_bias=architecture == "qwen2",
+        qk_norm=architecture == "qwen3",
+        sliding_window=fields.get("attention.sliding_window") or None,
+        model_type=architecture,
+    )
+
+
+def _unknown_architecture(name: Any, source: str) -> ValueError:
+    return ValueError(
+        f"{source} has the architecture {name!r}; supported are {', '.join(SUPPORTED)}"
+    )
+
+
+def _integer(data: Mapping[str, Any], key: str, source: str) -> int:
+    value = data.get(key)
+    if not isinstance(value, int):
+        raise ValueError(f"{source}: {key!r} is {value!r}, not an integer")
+    return value
+
+
+def _decimal(value: float) -> float:
+    """The shortest decimal that is the same float32: 1e-05, not 9.999999747378752e-06."""
+    return float(np.format_float_scientific(np.float32(value)))
+
+
+def _refuse_unsupported(data: Mapping[str, Any], model_type: str, source: str) -> None:
+    wanted = {"hidden_act": ("silu", "swish"), "mlp_bias": (False,), "attention_bias": (False,)}
+    if model_type == "qwen2":
+        del wanted["attention_bias"]  # its biases are part of the architecture
+    for key, accepted in wanted.items():
+        if data.get(key) is not None and data[key] not in accepted:
+            raise ValueError(
+                f"{source}: {key}={data[key]!r} is not supported for {model_type!r}; only "
+                f"{accepted[0]!r} is"
+            )
+    if data.get("quantization_config"):
+        method = data["quantization_config"].get("quant_method")
+        raise ValueError(f"{source} describes weights quantised by {method!r}, not dense ones")
+
+
+def _rope_scaling(rope: Mapping[str, Any] | None, source: str) -> RopeScaling | None:
+    kind = (rope or {}).get("rope_type", (rope or {}).get("type", "default"))
+    if rope is None or kind == "default":
+        return None
+    try:
+        if kind == "linear":
+            return RopeScaling("linear", factor=float(rope["factor"]))
+        if kind == "factors":
+            return RopeScaling("factors", factors=tuple(rope["factors"]))
+        if kind == "llama3":
+            scaling = RopeScaling(
+                "llama3",
+                factor=float(rope["factor"]),
+                low_freq_factor=float(rope["low_freq_factor"]),
+                high_freq_factor=float(rope["high_freq_factor"]),
+                original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
+            )
+            if not math.isclose(scaling.low_freq_factor, scaling.high_freq_factor):
+                return scaling
+            raise ValueError(f"{source}: low_freq_factor equals high_freq_factor in {dict(rope)}")
+    except KeyError as error:
+        raise ValueError(f"{source}: RoPE scaling {dict(rope)} lacks {error}") from error
+    raise ValueError(
+        f"{source}: RoPE scaling {kind!r} is not supported; supported are default, linear, llama3"
+    )
+
+
+def _sliding_window(
+    data: Mapping[str, Any], model_type: str, layers: int, source: str
+) -> int | None:
+    window = data.get("sliding_window")
+    if model_type == "llama" or window is None:
+        return None
+    if model_type == "mistral":
+        return window
+    first = data.get("max_window_layers", 28)
+    if not data.get("use_sliding_window", False) or first >= layers:
+        return None
+    if first > 0:
+        raise ValueError(
+            f"{source}: max_window_layers={first} gives only some of the {layers} layers a "
+            "sliding window, which is not supported"
+        )
+    return window

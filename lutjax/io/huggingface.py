@@ -1,0 +1,85 @@
+"""Hugging Face checkpoints: a directory, or an id on the hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from lutjax.io.checkpoint import Checkpoint
+from lutjax.io.configs import config_from_hf
+from lutjax.io.safetensors import INDEX_NAME, SINGLE_NAME, SafetensorsReader, read_json
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def open_directory(directory: str | Path, *, check_finite: bool = True) -> Checkpoint:
+    """Opens a directory with config.json and safetensors; only headers are read.
+
+    Args:
+      directory: its path.
+      check_finite: whether reading a parameter with NaN or Inf is an error.
+
+    Returns:
+      The checkpoint.
+
+    Raises:
+      FileNotFoundError: if config.json or the weights are missing.
+      ValueError: if the architecture is not supported, the weights are pickled, or a file is not
+        sound.
+    """
+    directory = Path(directory)
+    config_path = directory / "config.json"
+    if not config_path.is_file():
+        raise FileNotFoundError(f"{directory} has no config.json")
+    config = config_from_hf(read_json(config_path), str(config_path))
+    if not (directory / INDEX_NAME).is_file() and not (directory / SINGLE_NAME).is_file():
+        pickles = [file.name for pattern in _PICKLES for file in directory.glob(pattern)]
+        if pickles:
+            raise refuse_pickle(directory / pickles[0])
+        raise FileNotFoundError(f"{directory} has neither {SINGLE_NAME} nor {INDEX_NAME}")
+    reader = SafetensorsReader.open_directory(directory)
+    return Checkpoint.create(directory, config, "hf", reader, check_finite=check_finite)
+
+
+def refuse_pickle(path: Path) -> ValueError:
+    """The error for a pickled checkpoint, which could run code when it is read."""
+    return ValueError(
+        f"{path} is a pickled checkpoint, which is never read because unpickling can run code; "
+        "convert it to safetensors"
+    )
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether `text` has the form owner/name.
+
+    >>> is_hub_id("HuggingFaceTB/SmolLM2-135M"), is_hub_id("./models/mine"), is_hub_id("mine")
+    (True, False, False)
+    """
+    return _HUB_ID.fullmatch(text) is not None
+
+
+def download(repo_id: str) -> Path:
+    """Downloads a hub repository's JSON and safetensors files, or finds them in the local cache.
+
+    Args:
+      repo_id: owner/name.
+
+    Returns:
+      The directory.
+
+    Raises:
+      FileNotFoundError: if there is no such repository, or the hub cannot be reached.
+      ImportError: if `huggingface_hub` is missing.
+    """
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ImportError(f"downloading {repo_id!r} needs: pip install 'lutjax[hf]'") from error
+    try:
+        return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the client raises many kinds, from HTTP to the local cache's
+        raise FileNotFoundError(
+            f"{repo_id!r} is neither a local path nor could it be downloaded from the hub: {error}"
+        ) from error

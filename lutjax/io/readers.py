@@ -1,0 +1,81 @@
+"""Named tensors on disk: shapes known up front, values read one at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """What a file's header says of one tensor.
+
+    Attributes:
+      shape: the logical shape, outermost axis first.
+      dtype: the file format's own name of the type, e.g. `"BF16"` or `"Q4_1"`.
+      path: the file that holds the tensor.
+      offset: where its bytes begin, from the start of that file.
+      nbytes: how many bytes it takes there.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    path: Path
+    offset: int
+    nbytes: int
+
+
+class TensorReader(Protocol):
+    """A checkpoint's tensors; opening one reads headers only."""
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """All tensors by name, in file order."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """Reads one tensor as an array of a floating-point dtype.
+
+        Raises:
+          KeyError: if there is no such tensor.
+        """
+        ...
+
+
+def read_bytes(info: TensorInfo) -> np.ndarray:
+    """Reads a tensor's bytes.
+
+    Args:
+      info: where they are.
+
+    Returns:
+      uint8 `[nbytes]`.
+
+    Raises:
+      ValueError: if the file has become shorter than its header says.
+    """
+    data = np.fromfile(info.path, np.uint8, count=info.nbytes, offset=info.offset)
+    if data.size != info.nbytes:
+        raise ValueError(
+            f"{info.path} ends {info.nbytes - data.size} bytes too early; it is truncated"
+        )
+    return data
+
+
+def existing_file(path: str | Path) -> Path:
+    """Returns `path` if it is a file.
+
+    Raises:
+      FileNotFoundError: if nothing is there.
+      ValueError: if something else is there.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist")
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    return path

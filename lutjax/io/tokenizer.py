@@ -1,0 +1,283 @@
+"""Tokenizers: tokenizer.json, or byte-level BPE rebuilt from GGUF metadata."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lutjax.io.safetensors import read_json
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_CONTROL, _USER_DEFINED = 3, 4  # GGUF token types
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLITS = {
+    "llama-bpe": _CONTRACTIONS + _WORDS + r"|\p{N}{1,3}" + _REST,
+    "qwen2": _CONTRACTIONS + _WORDS + r"|\p{N}" + _REST,
+}
+PRE_TOKENIZERS = ("smollm", "gpt-2", "default", *_SPLITS)
+"""The GGUF pre-tokenizers that can be rebuilt."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """Text to token ids and back.
+
+    Attributes:
+      backend: the `tokenizers.Tokenizer` that does the work.
+      eos_ids: tokens that end a generation.
+      bos_token: text of the token that begins a text, or None.
+      eos_token: text of the token that ends a text, or None.
+      chat_template: the Jinja template of a conversation, or None.
+    """
+
+    backend: tokenizers.Tokenizer
+    eos_ids: tuple[int, ...] = ()
+    bos_token: str | None = None
+    eos_token: str | None = None
+    chat_template: str | None = None
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> Tokenizer:
+        """Reads tokenizer.json, and tokenizer_config.json and generation_config.json if present.
+
+        Raises:
+          FileNotFoundError: if there is no tokenizer.json.
+          ValueError: if a file is not sound.
+        """
+        directory = Path(directory)
+        path = directory / "tokenizer.json"
+        read_json(path)  # the library's own errors do not name the file
+        try:
+            backend = _library().Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{path} is not a tokenizer: {error}") from error
+        config = _optional_json(directory / "tokenizer_config.json")
+        generation = _optional_json(directory / "generation_config.json")
+        template = config.get("chat_template")
+        if isinstance(template, list):  # several named templates
+            template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        if (directory / "chat_template.jinja").is_file():
+            template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+        bos, eos = (_token_text(config.get(key)) for key in ("bos_token", "eos_token"))
+        eos_ids = generation.get("eos_token_id", [])
+        eos_ids = [eos_ids] if isinstance(eos_ids, int) else list(eos_ids or [])
+        if eos is not None and backend.token_to_id(eos) is not None:
+            eos_ids.append(backend.token_to_id(eos))
+        return cls(backend, tuple(dict.fromkeys(eos_ids)), bos, eos, template)
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], source: str = "the GGUF file") -> Tokenizer:
+        """Rebuilds a byte-level BPE tokenizer from GGUF metadata.
+
+        Raises:
+          ValueError: if the file has no tokenizer, or one of an unsupported kind.
+        """
+        model = metadata.get("tokenizer.ggml.model")
+        if model != "gpt2":
+            raise ValueError(
+                f"{source} has a tokenizer of kind {model!r}; only 'gpt2' (byte-level BPE) is "
+                "supported"
+            )
+        pre = metadata.get("tokenizer.ggml.pre", "default")
+        if pre not in PRE_TOKENIZERS:
+            raise ValueError(
+                f"{source} has the pre-tokenizer {pre!r}; supported are {', '.join(PRE_TOKENIZERS)}"
+            )
+        missing = {"tokenizer.ggml.tokens", "tokenizer.ggml.merges"} - metadata.keys()
+        if missing:
+            raise ValueError(f"{source} lacks {', '.join(sorted(missing))}")
+        tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+        backend = _byte_level_bpe(
+            tokens,
+            metadata["tokenizer.ggml.merges"],
+            metadata.get("tokenizer.ggml.token_type", [1] * len(tokens)),
+            pre,
+        )
+
+        def token(kind: str) -> str | None:
+            index = metadata.get(f"tokenizer.ggml.{kind}_token_id")
+            if index is None or not 0 <= index < len(tokens):
+                return None
+            return tokens[index]
+
+        bos = token("bos")
+        # llama.cpp begins texts of this pre-tokenizer with BOS unless told otherwise.
+        add_bos = metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")
+        if add_bos and bos is not None:
+            backend.post_processor = _library().processors.TemplateProcessing(
+                single=f"{bos} $A", special_tokens=[(bos, tokens.index(bos))]
+            )
+        ends = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
+        return cls(
+            backend,
+            tuple(dict.fromkeys(index for index in ends if index is not None)),
+            bos,
+            token("eos"),
+            metadata.get("tokenizer.chat_template"),
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens, with added ones."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+          text: may contain special tokens, which become their ids.
+          add_special_tokens: whether to add BOS where the model expects it.
+
+        Returns:
+          The ids.
+        """
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids; incomplete UTF-8 becomes U+FFFD."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """Renders a conversation with the model's chat template.
+
+        Args:
+          messages: `{"role": …, "content": …}` in order.
+          add_generation_prompt: whether to end where the assistant's answer begins.
+
+        Returns:
+          The prompt; encode it with `add_special_tokens=False`.
+
+        Raises:
+          ImportError: if `jinja2` is missing.
+          ValueError: if the model has no template, or it refuses the messages.
+        """
+        if self.chat_template is None:
+            raise ValueError("this model's tokenizer has no chat template")
+        try:
+            from jinja2 import TemplateError
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+        except ImportError as error:
+            raise ImportError("chat templates need: pip install jinja2") from error
+
+        def refuse(message: str) -> None:
+            raise TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = refuse
+        try:
+            return environment.from_string(self.chat_template).render(
+                messages=list(messages),
+                add_generation_prompt=add_generation_prompt,
+                bos_token=self.bos_token or "",
+                eos_token=self.eos_token or "",
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template refused the messages: {error}") from error
+
+    def save(self, directory: str | Path) -> None:
+        """Writes tokenizer.json, tokenizer_config.json and generation_config.json.
+
+        Args:
+          directory: an existing directory.
+        """
+        directory = Path(directory)
+        self.backend.save(str(directory / "tokenizer.json"))
+        config = {
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
+            "chat_template": self.chat_template,
+        }
+        _write_json(directory / "tokenizer_config.json", config)
+        _write_json(directory / "generation_config.json", {"eos_token_id": list(self.eos_ids)})
+
+
+class TextStream:
+    """Turns a stream of token ids into a stream of text without broken characters."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Starts an empty stream."""
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._printed = ""
+
+    def push(self, token: int) -> str:
+        """Adds a token; returns the text that is new and complete."""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""  # the rest of the character is in the next token
+        new = text[len(self._printed) :]
+        self._printed = text
+        if text.endswith("\n"):  # a safe point to forget what came before
+            self._ids, self._printed = [], ""
+        return new
+
+
+def _library() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError("tokenizers need: pip install 'lutjax[hf]'") from error
+    return tokenizers
+
+
+def _byte_level_bpe(
+    tokens: Sequence[str], merges: Sequence[str], kinds: Sequence[int], pre: str
+) -> tokenizers.Tokenizer:
+    library = _library()
+    parts = library.pre_tokenizers
+    backend = library.Tokenizer(
+        library.models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)},
+            merges=[tuple(merge.split(" ", 1)) for merge in merges],
+            ignore_merges=pre == "llama-bpe",
+        )
+    )
+    if pre in _SPLITS:
+        split = parts.Split(library.Regex(_SPLITS[pre]), "isolated")
+        byte_level = parts.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = parts.Sequence([split, byte_level])
+    elif pre == "smollm":
+        byte_level = parts.ByteLevel(add_prefix_space=False, use_regex=True)
+        backend.pre_tokenizer = parts.Sequence([parts.Digits(individual_digits=True), byte_level])
+    else:
+        backend.pre_tokenizer = parts.ByteLevel(add_prefix_space=False, use_regex=True)
+    if pre == "qwen2":
+        backend.normalizer = library.normalizers.NFC()
+    backend.decoder = library.decoders.ByteLevel()
+    for kind, add in (
+        (_CONTROL, backend.add_special_tokens),
+        (_USER_DEFINED, backend.add_tokens),
+    ):
+        special = kind == _CONTROL
+        add(
+            [
+                library.AddedToken(token, special=special, normalized=False)
+                for token, of_kind in zip(tokens, kinds, strict=True)
+                if of_kind == kind
+            ]
+        )
+    return backend
+
+
+def _token_text(value: Any) -> str | None:
+    """A token in tokenizer_config.json is a string, or an object with `content`."""
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
