@@ -1,0 +1,215 @@
+"""``lut_matmul``: the product of activations with packed lookup-table weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+from pallas_kernels.lut_matmul import dispatch
+from pallas_kernels.lut_matmul.checks import check_arguments
+from pallas_kernels.lut_matmul.gradients import parameter_gradients
+from pallas_kernels.manual_axes import vary_over, varying_axes
+
+IMPLEMENTATIONS = dispatch.IMPLEMENTATIONS
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spec:
+    """The static arguments of one product."""
+
+    k: int
+    group_size: int
+    transpose: bool
+    implementation: str | None
+
+    @property
+    def static(self) -> dict:
+        return {"k": self.k, "group_size": self.group_size, "transpose": self.transpose}
+
+    @property
+    def transposed(self) -> _Spec:
+        """The spec of the backward product."""
+        return dataclasses.replace(self, transpose=not self.transpose)
+
+
+def lut_matmul(
+    x: Float[Array, "*batch K"],
+    words: UInt8[Array, "blocks bits N"],
+    scales: Float[Array, "groups N"],
+    lut: Float[Array, "tables entries p"],
+    offsets: Float[Array, "groups N"] | None = None,
+    *,
+    k: int,
+    group_size: int,
+    transpose: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "*batch N"]:
+    r"""Multiplies activations by a weight that is stored as packed table codes.
+
+    .. math:: y_n = \sum_k x_k W_{kn}, \quad
+              W_{kn} = lut[t, code[k / p, n], k \bmod p] \cdot scales[k / G, n] + offsets[k / G, n]
+
+    Differentiable with respect to ``x``, ``scales``, ``offsets`` and ``lut``; gradients that are
+    not asked for cost nothing. Leading axes of the weight are mapped with :func:`jax.vmap`.
+    Sums are taken in float32 and the result has the dtype of ``x``.
+
+    Args:
+      x: ``[..., K]``, or ``[..., N]`` when transposed.
+      words: Codes in the canonical layout of :mod:`pallas_kernels.layout`,
+        ``[ceil(K / (8 p)), bits, N]``.
+      scales: ``[ceil(K / G), N]``; the last group may be shorter.
+      lut: ``[T, 2**bits, p]``: one table (T = 1) or one per output channel (T = N); with p > 1 a
+        code stands for p consecutive rows.
+      offsets: Like ``scales``, or None.
+      k: The number K of rows of the weight.
+      group_size: The number G of consecutive rows that share a scale; K for one group a column.
+      transpose: Multiplies by the transposed weight.
+      implementation: One of ``IMPLEMENTATIONS``; None picks the best one that supports the
+        arguments on the platform that the program is lowered for.
+
+    Returns:
+      ``[..., N]``, or ``[..., K]`` when transposed.
+
+    Raises:
+      ValueError: If shapes do not fit each other or the implementation is unknown.
+      TypeError: If a dtype is wrong.
+      NotImplementedError: If the named implementation cannot run these arguments here.
+
+    >>> import jax.numpy as jnp
+    >>> from pallas_kernels.layout import pack
+    >>> words = pack(jnp.array([[0, 1], [2, 3]]), bits=2)
+    >>> lut = jnp.array([-1.0, -0.5, 0.5, 1.0]).reshape(1, 4, 1)
+    >>> x, scales = jnp.ones((1, 2)), jnp.full((1, 2), 2.0)
+    >>> lut_matmul(x, words, scales, lut, k=2, group_size=2).tolist()
+    [[-1.0, 1.0]]
+
+    The mechanism is that of FLUTE (arXiv 2407.10960).
+    """
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation={implementation!r} is unknown; use None or one of {IMPLEMENTATIONS}"
+        )
+    spec = _Spec(k, group_size, transpose, implementation)
+    check_arguments(x, words, scales, lut, offsets, **spec.static)
+    if implementation is not None:
+        _require(implementation, (x, words, scales, lut, offsets), spec)
+    rows = x.reshape(-1, x.shape[-1])
+    operands = (rows, words, scales, lut, offsets)
+    axes = varying_axes(*operands)
+    y = _product(spec, *(None if a is None else vary_over(a, axes) for a in operands))
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _require(name: str, arrays: tuple, spec: _Spec) -> None:
+    reason = dispatch.reason_against(name, arrays, spec.static)
+    if reason is not None:
+        raise NotImplementedError(f"implementation {name!r} cannot run this product: {reason}")
+
+
+def _product(spec: _Spec, *operands):
+    # shard_map cannot differentiate a custom_vjp that takes symbolic zeros; there XLA has to drop
+    # the gradients that nobody uses.
+    manual = getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ())
+    return (_product_plain if manual else _product_lean)(spec, *operands)
+
+
+def _batched_run(spec: _Spec, x, words, scales, lut, offsets):
+    """The product with a batching rule: a batch of activations only is more rows of ``x``."""
+    weight = (words, scales, lut) if offsets is None else (words, scales, lut, offsets)
+
+    @jax.custom_batching.custom_vmap
+    def product(x, *weight):
+        return _run(spec, x, *weight)
+
+    @product.def_vmap
+    def rule(axis_size, in_batched, x, *weight):
+        if not any(in_batched[1:]):
+            rows = x.reshape(-1, x.shape[-1])
+            return product(rows, *weight).reshape(axis_size, -1, _columns(spec, words)), True
+        axes = tuple(0 if b else None for b in in_batched)
+        return jax.vmap(functools.partial(_run, spec), in_axes=axes)(x, *weight), True
+
+    return product(x, *weight)
+
+
+def _fwd_plain(spec: _Spec, x, words, scales, lut, offsets):
+    y = _batched_run(spec, x, words, scales, lut, offsets)
+    wanted = ((), (), (), None if offsets is None else ())
+    return y, (wanted, x, words, scales, lut, offsets)
+
+
+def _fwd_lean(spec: _Spec, *operands):
+    # The structure of the residuals (None or an empty tuple) says which gradients are wanted; the
+    # activations are kept only if a parameter learns.
+    x, words, scales, lut, offsets = (None if a is None else a.value for a in operands)
+    wanted = tuple(
+        () if a is not None and a.perturbed else None for i, a in enumerate(operands) if i != 1
+    )
+    y = _batched_run(spec, x, words, scales, lut, offsets)
+    keeps_x = any(w is not None for w in wanted[1:])
+    return y, (wanted, x if keeps_x else None, words, scales, lut, offsets)
+
+
+def _bwd(spec: _Spec, residuals, cotangent):
+    wanted, x, words, scales, lut, offsets = residuals
+    want_x, want_scales, want_lut, want_offsets = (w is not None for w in wanted)
+    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+        return (None,) * 5
+    dx = None
+    if want_x:
+        back = spec.transposed
+        arrays = (cotangent, words, scales, lut, offsets)
+        name = spec.implementation  # if it cannot run backwards, any other may
+        if name is not None and dispatch.reason_against(name, arrays, back.static) is not None:
+            back = dataclasses.replace(back, implementation=None)
+        dx = _product(back, *arrays)
+    dscales = dlut = doffsets = None
+    if want_scales or want_lut or want_offsets:
+        left, right = (cotangent, x) if spec.transpose else (x, cotangent)
+        dscales, dlut, doffsets = parameter_gradients(
+            left,
+            right,
+            words,
+            scales,
+            lut,
+            offsets,
+            k=spec.k,
+            group_size=spec.group_size,
+            wanted=(want_scales, want_lut, want_offsets),
+        )
+    return dx, None, dscales, dlut, doffsets
+
+
+_product_plain = jax.custom_vjp(_batched_run, nondiff_argnums=(0,))
+_product_plain.defvjp(_fwd_plain, _bwd)
+_product_lean = jax.custom_vjp(_batched_run, nondiff_argnums=(0,))
+_product_lean.defvjp(_fwd_lean, _bwd, symbolic_zeros=True)
+
+
+def _columns(spec: _Spec, words) -> int:
+    return spec.k if spec.transpose else words.shape[-1]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(spec: _Spec, x, words, scales, lut, offsets=None):
+    """Runs one implementation, or lets the platform that is lowered for choose among several."""
+    arrays = (x, words, scales, lut, offsets)
+    if x.shape[0] == 0:
+        return jnp.zeros((0, _columns(spec, words)), x.dtype)
+
+    def call(name: str):
+        module: Any = dispatch.backend(name)
+        return lambda *arrays: module.lut_matmul(*arrays, **spec.static)
+
+    if spec.implementation is not None:
+        return call(spec.implementation)(*arrays)
+    per_platform, other = dispatch.best_per_platform(arrays, spec.static)
+    branches = {p: call(name) for p, name in per_platform.items() if name != other}
+    if not branches:
+        return call(other)(*arrays)
+    return jax.lax.platform_dependent(*arrays, default=call(other), **branches)

@@ -1,0 +1,24 @@
+"""Arrays inside ``shard_map``: over which mesh axes their values vary, and making them agree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+
+def varying_axes(*arrays: Any) -> frozenset:
+    """The manual mesh axes over which any of ``arrays`` varies; empty outside ``shard_map``."""
+    kinds = (jax.typeof(a).manual_axis_type for a in arrays if a is not None)
+    return frozenset().union(*(kind.varying for kind in kinds))
+
+
+def vary_over(array: jax.Array, axes: frozenset) -> jax.Array:
+    """Marks ``array`` as varying over ``axes`` too; its gradient is then summed over them."""
+    missing = tuple(sorted(axes - varying_axes(array)))
+    return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+
+def shape_struct(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
+    """The type of a kernel's output that varies over the same axes as the operand ``like``."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
