@@ -3,6 +3,8 @@
 from lutjax.models.cache import KVCache, LayerCache, init_cache
 from lutjax.models.config import DecoderConfig, RopeScaling
 from lutjax.models.decoder import Decoder
+from lutjax.models.generate import decode_step, generate, prefill
+from lutjax.models.sampling import greedy, sample
 from lutjax.models.stacking import stack_layers, unstack_layers
 
 __all__ = [
@@ -11,7 +13,12 @@ __all__ = [
     "KVCache",
     "LayerCache",
     "RopeScaling",
+    "decode_step",
+    "generate",
+    "greedy",
     "init_cache",
+    "prefill",
+    "sample",
     "stack_layers",
     "unstack_layers",
 ]
