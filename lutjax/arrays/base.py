@@ -1,0 +1,185 @@
+"""What every compressed array has in common."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lutjax.arrays.view import MatrixView
+
+
+class CompressedArray(abc.ABC):
+    """A pytree node that stands where a dense weight stood.
+
+    It behaves as a matrix ``[*batch, K, N]`` with K the contraction axis, seen through a
+    :class:`MatrixView` that gives it its logical ``shape``. Subclasses are frozen dataclasses
+    registered with :func:`jax.tree_util.register_dataclass`; every data field carries the same
+    leading batch axes, so ``scan``, ``vmap`` and slicing a stacked axis need no special care.
+
+    There is no ``__jax_array__``: it would turn the weight dense without a word. Use
+    :meth:`matmul`, :func:`lutjax.lift` or, knowingly, :meth:`materialize`.
+    """
+
+    # What a subclass provides, as fields or properties.
+
+    view: MatrixView
+    """How the logical axes map onto the stored matrix."""
+
+    dtype: np.dtype
+    """The dtype of the weight that this array stands for."""
+
+    @property
+    @abc.abstractmethod
+    def batch_shape(self) -> tuple[int, ...]:
+        """The leading axes that all data fields share."""
+
+    @property
+    @abc.abstractmethod
+    def matrix_shape(self) -> tuple[int, int]:
+        """K and N of the stored matrix."""
+
+    @abc.abstractmethod
+    def materialize_matrix(self) -> Float[Array, "*batch k n"]:
+        """The dense stored matrix, in :attr:`dtype`."""
+
+    @abc.abstractmethod
+    def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
+        """``x @ W`` on the stored matrix, in the dtype of ``x``.
+
+        With batch axes, ``x`` leads with the same ones; without, it may lead with any.
+        """
+
+    @abc.abstractmethod
+    def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
+        """``x @ W.T`` on the stored matrix, in the dtype of ``x``."""
+
+    @abc.abstractmethod
+    def with_view(self, view: MatrixView) -> Self:
+        """The same data under another view."""
+
+    @abc.abstractmethod
+    def astype(self, dtype: Any) -> Self:
+        """The same data standing for a weight of another dtype."""
+
+    def take(self, indices: jax.Array) -> jax.Array:
+        """``W[indices]``: dense rows along the first logical axis, ``[*indices.shape, ...]``.
+
+        Subclasses read only the rows asked for; this default materialises all.
+        """
+        return jnp.take(self.materialize(), indices, axis=0)
+
+    def slice_matrix(self, axis: str, start: int, size: int) -> Self | None:
+        """Rows (``axis="k"``) or columns (``"n"``) of the stored matrix.
+
+        None if they are packed together with others and cannot be cut out.
+        """
+        return None
+
+    # What follows from it.
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape, that of the dense weight."""
+        return (*self.batch_shape, *self.view.shape(*self.matrix_shape))
+
+    @property
+    def ndim(self) -> int:
+        """Number of logical axes."""
+        return len(self.batch_shape) + len(self.view.order)
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is stored: codes, scales, tables, factors."""
+        return sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in jax.tree.leaves(self))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits divided by the number of weights."""
+        return 8 * self.nbytes / self.size
+
+    @property
+    def T(self) -> Self:
+        """The weight with its logical axes reversed; no data moves.
+
+        Raises:
+          ValueError: With batch axes.
+        """
+        return self.transpose(range(self.ndim)[::-1])
+
+    def materialize(self) -> jax.Array:
+        """The dense weight ``dtype[*shape]``."""
+        return self.view.from_matrix(self.materialize_matrix())
+
+    def transpose(self, permutation: Sequence[int]) -> Self:
+        """The weight with permuted logical axes; no data moves.
+
+        Raises:
+          ValueError: If a batch axis would leave its place.
+        """
+        batch = len(self.batch_shape)
+        if tuple(permutation[:batch]) != tuple(range(batch)):
+            raise ValueError(
+                f"permutation {tuple(permutation)} moves one of the {batch} leading batch axes of "
+                f"{self}; materialize() it first"
+            )
+        return self.with_view(self.view.transpose([p - batch for p in permutation[batch:]]))
+
+    def reshape(self, shape: Sequence[int]) -> Self | None:
+        """The weight in another logical shape without moving data, or None if impossible."""
+        shape = tuple(shape)
+        count = len(self.batch_shape)
+        splits = sorted(range(len(shape) + 1), key=lambda split: abs(split - count))
+        inner = self.shape[count:]
+        for split in splits:
+            if math.prod(shape[:split]) != math.prod(self.batch_shape):
+                continue
+            view = self.view.reshape(inner, shape[split:])
+            if view is not None:
+                return self.with_view(view)._reshape_batch(shape[:split])
+        return None
+
+    def _reshape_batch(self, shape: tuple[int, ...]) -> Self:
+        count = len(self.batch_shape)
+        return jax.tree.map(lambda a: a.reshape(*shape, *a.shape[count:]), self)
+
+    def __rmatmul__(self, x: jax.Array) -> jax.Array:
+        """``x @ W`` for a weight whose logical axes are ``(K, N)``, or ``(N, K)`` stored."""
+        if self.batch_shape or len(self.view.order) != 2:
+            raise ValueError(f"x @ weight needs a matrix, got {self}; use jnp.einsum inside lift")
+        if self.view.k_axes == (0,):
+            return self.matmul(x)
+        return self.matmul_transposed(x)
+
+
+def is_compressed(x: Any) -> bool:
+    """Whether ``x`` is a compressed array; use it as ``is_leaf`` of ``jax.tree`` functions.
+
+    >>> is_compressed(jnp.zeros((2, 2)))
+    False
+    """
+    return isinstance(x, CompressedArray)
+
+
+def format_bytes(nbytes: float) -> str:
+    """A size for people, in powers of 1000.
+
+    >>> format_bytes(56_400_000)
+    '56.4 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"

@@ -1,0 +1,115 @@
+"""A weight as the product of two thin matrices."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lutjax.arrays.base import CompressedArray, format_bytes
+from lutjax.arrays.view import MATRIX, MatrixView
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["left", "right"], meta_fields=["dtype", "view"]
+)
+@dataclasses.dataclass(frozen=True)
+class LowRankArray(CompressedArray):
+    """A matrix ``W = left @ right``; products run through the thin side, ``(x @ left) @ right``.
+
+    Attributes:
+      left: ``[*batch, K, r]``.
+      right: ``[*batch, r, N]``.
+      dtype: Dtype of the weight this stands for.
+      view: How the logical axes map onto ``[K, N]``.
+
+    >>> w = LowRankArray.of(jnp.ones((4, 1)), jnp.ones((1, 3)))
+    >>> w.matmul(jnp.ones((2, 4))).tolist()
+    [[4.0, 4.0, 4.0], [4.0, 4.0, 4.0]]
+    """
+
+    left: Float[Array, "*batch k r"]
+    right: Float[Array, "*batch r n"]
+    dtype: np.dtype
+    view: MatrixView = MATRIX
+
+    @classmethod
+    def of(
+        cls,
+        left: Float[Array, "*batch k r"],
+        right: Float[Array, "*batch r n"],
+        view: MatrixView | None = None,
+    ) -> Self:
+        """The product of two factors that fit.
+
+        Raises:
+          ValueError: If they do not.
+        """
+        if left.shape[:-2] != right.shape[:-2] or left.shape[-1] != right.shape[-2]:
+            raise ValueError(f"factors {left.shape} and {right.shape} do not fit [K, r] @ [r, N]")
+        return cls(left, right, np.dtype(left.dtype), view or MATRIX)
+
+    @property
+    def rank(self) -> int:
+        """The inner size r."""
+        return self.left.shape[-1]
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The leading axes that both factors share."""
+        return tuple(self.left.shape[:-2])
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """K and N."""
+        return self.left.shape[-2], self.right.shape[-1]
+
+    def materialize_matrix(self) -> Float[Array, "*batch k n"]:
+        """``left @ right``, accumulated in float32."""
+        product = jnp.matmul(self.left, self.right, preferred_element_type=jnp.float32)
+        return product.astype(self.dtype)
+
+    def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
+        """``(x @ left) @ right`` in the dtype of ``x``."""
+        return x @ self.left.astype(x.dtype) @ self.right.astype(x.dtype)
+
+    def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
+        """``(x @ right.T) @ left.T`` in the dtype of ``x``."""
+        right, left = (jnp.swapaxes(f, -1, -2).astype(x.dtype) for f in (self.right, self.left))
+        return x @ right @ left
+
+    def take(self, indices: jax.Array) -> jax.Array:
+        """``W[indices]`` along the first logical axis, through the thin side."""
+        if self.batch_shape or len(self.view.order) != 2:
+            return super().take(indices)
+        if self.view.k_axes == (0,):
+            return (jnp.take(self.left, indices, axis=0) @ self.right).astype(self.dtype)
+        return (jnp.take(self.right.T, indices, axis=0) @ self.left.T).astype(self.dtype)
+
+    def slice_matrix(self, axis: str, start: int, size: int) -> Self | None:
+        """Any rows or columns."""
+        cut = functools.partial(jax.lax.slice_in_dim, start_index=start, limit_index=start + size)
+        if axis == "k":
+            return dataclasses.replace(self, left=cut(self.left, axis=-2))
+        return dataclasses.replace(self, right=cut(self.right, axis=-1))
+
+    def with_view(self, view: MatrixView) -> Self:
+        """The same factors under another view."""
+        return dataclasses.replace(self, view=view)
+
+    def astype(self, dtype: Any) -> Self:
+        """The same factors standing for a weight of another dtype."""
+        return dataclasses.replace(self, dtype=np.dtype(dtype))
+
+    def __repr__(self) -> str:
+        """Shape, dtype, rank and bytes; never the arrays."""
+        try:
+            size = format_bytes(self.nbytes)
+            return f"LowRankArray(shape={self.shape}, {self.dtype}, rank={self.rank}, {size})"
+        except (AttributeError, IndexError, TypeError):  # placeholders instead of arrays
+            return f"LowRankArray(left={self.left!r}, right={self.right!r})"

@@ -1,0 +1,210 @@
+"""A weight as packed codes of a lookup table, with a scale for each group."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from lutjax.arrays.base import CompressedArray, format_bytes
+from lutjax.arrays.scales import QuantizedScales
+from lutjax.arrays.view import MATRIX, MatrixView
+from lutjax.packing import BLOCK, unpack
+from pallas_kernels.lut_matmul import dequantize, lut_matmul
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["words", "scales", "lut", "offsets"],
+    meta_fields=["group_size", "padding", "dtype", "view"],
+)
+@dataclasses.dataclass(frozen=True)
+class LutArray(CompressedArray):
+    """A matrix of lookup-table codes: ``W[k, n] = lut[code[k, n]] * scale[k // G, n] (+ offset)``.
+
+    Made by :func:`lutjax.quantize`; see :mod:`pallas_kernels.layout` for the packing.
+
+    Attributes:
+      words: ``uint8[*batch, ceil(K / (8 p)), bits, N]``, packed codes.
+      scales: ``[*batch, ceil(K / G), N]``, or :class:`QuantizedScales` of that shape.
+      lut: ``float32[*batch, T, 2**bits, p]``; T = 1 or N tables, p consecutive rows share a code.
+      offsets: Like plain ``scales``, or None.
+      group_size: G, rows that share a scale; the last group may be shorter.
+      padding: Rows that pad K to a whole number of packed blocks.
+      dtype: Dtype of the weight this stands for.
+      view: How the logical axes map onto ``[K, N]``.
+
+    Source: FLUTE (arXiv 2407.10960).
+
+    >>> import lutjax
+    >>> w = lutjax.quantize(jnp.eye(64), bits=4, group_size=32)
+    >>> w
+    LutArray(shape=(64, 64), float32, 4 bits, group_size=32, 2.4 kB)
+    >>> bool((jnp.eye(64) @ w == w.materialize()).all())
+    True
+    """
+
+    words: UInt8[Array, "..."]
+    scales: Float[Array, "..."] | QuantizedScales
+    lut: Float[Array, "..."]
+    offsets: Float[Array, "..."] | None
+    group_size: int
+    padding: int
+    dtype: np.dtype
+    view: MatrixView = MATRIX
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return self.words.shape[-2]
+
+    @property
+    def vector_size(self) -> int:
+        """Consecutive rows p that share a code."""
+        return self.lut.shape[-1]
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The leading axes that all data fields share."""
+        return tuple(self.words.shape[:-3])
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """K and N of the stored matrix."""
+        rows = self.words.shape[-3] * BLOCK * self.vector_size - self.padding
+        return rows, self.words.shape[-1]
+
+    def codes(self) -> UInt8[Array, "*batch k n"]:
+        """The unpacked codes, ``uint8[*batch, K / p, N]``."""
+        return unpack(self.words, -(-self.matrix_shape[0] // self.vector_size))
+
+    def expanded_scales(self) -> Float[Array, "*batch g n"]:
+        """The group scales, dequantised if they are quantised themselves."""
+        return self.scales.expand() if isinstance(self.scales, QuantizedScales) else self.scales
+
+    def materialize_matrix(self) -> Float[Array, "*batch k n"]:
+        """The dense stored matrix, in :attr:`dtype`."""
+        return dequantize(
+            self.words,
+            self.expanded_scales(),
+            self.lut,
+            self.offsets,
+            k=self.matrix_shape[0],
+            group_size=self.group_size,
+            dtype=self.dtype,
+        )
+
+    def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
+        """``x @ W`` with the fused kernel, in the dtype of ``x``."""
+        return self._product(x, transpose=False)
+
+    def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
+        """``x @ W.T`` with the fused kernel, in the dtype of ``x``."""
+        return self._product(x, transpose=True)
+
+    def _product(self, x: jax.Array, *, transpose: bool) -> jax.Array:
+        if self.batch_shape:
+            return jax.vmap(lambda w, x: w._product(x, transpose=transpose))(self, x)
+        return lut_matmul(
+            x,
+            self.words,
+            self.expanded_scales(),
+            self.lut,
+            self.offsets,
+            k=self.matrix_shape[0],
+            group_size=self.group_size,
+            transpose=transpose,
+        )
+
+    def take(self, indices: jax.Array) -> jax.Array:
+        """``W[indices]`` along the first logical axis; only those rows are dequantised."""
+        if self.batch_shape or len(self.view.order) != 2 or self.vector_size > 1:
+            return super().take(indices)
+        flat = indices.reshape(-1)
+        clipped = functools.partial(jnp.take, indices=flat, mode="clip")
+        lut = clipped(self.lut, axis=-3) if self._tables_per_column else self.lut
+        if self.view.n_axes == (0,):  # rows of the logical weight are stored columns
+            part = dataclasses.replace(
+                self,
+                words=clipped(self.words, axis=-1),
+                scales=clipped(self.expanded_scales(), axis=-1),
+                lut=lut,
+                offsets=None if self.offsets is None else clipped(self.offsets, axis=-1),
+            )
+            return part.materialize_matrix().T.reshape(*indices.shape, -1)
+        flat = jnp.clip(flat, 0, self.matrix_shape[0] - 1)
+        block, group = flat // BLOCK, flat // self.group_size
+        codes = unpack(self.words[block, :, :])
+        codes = jnp.take_along_axis(codes, (flat % BLOCK)[:, None, None], axis=-2)[:, 0]
+        table = jnp.broadcast_to(self.lut[..., 0], (self.words.shape[-1], self.lut.shape[-2]))
+        values = jnp.take_along_axis(table.T, codes.astype(jnp.int32), axis=0)
+        rows = values * self.expanded_scales()[group].astype(jnp.float32)
+        if self.offsets is not None:
+            rows += self.offsets[group].astype(jnp.float32)
+        return rows.astype(self.dtype).reshape(*indices.shape, -1)
+
+    def slice_matrix(self, axis: str, start: int, size: int) -> Self | None:
+        """Rows at group and block boundaries, or any columns, of the stored matrix."""
+        k = self.matrix_shape[0]
+        if axis == "n":
+            cut = functools.partial(
+                jax.lax.slice_in_dim, start_index=start, limit_index=start + size
+            )
+            return dataclasses.replace(
+                self,
+                words=cut(self.words, axis=-1),
+                scales=cut(self.expanded_scales(), axis=-1),
+                lut=cut(self.lut, axis=-3) if self._tables_per_column else self.lut,
+                offsets=None if self.offsets is None else cut(self.offsets, axis=-1),
+            )
+        rows, group = BLOCK * self.vector_size, self.group_size
+        to_the_end = start + size == k
+        if start % rows or start % group or (not to_the_end and (size % rows or size % group)):
+            return None
+        blocks = slice(start // rows, -(-(start + size) // rows))
+        groups = slice(start // group, -(-(start + size) // group))
+        return dataclasses.replace(
+            self,
+            words=self.words[..., blocks, :, :],
+            scales=self.expanded_scales()[..., groups, :],
+            offsets=None if self.offsets is None else self.offsets[..., groups, :],
+            padding=self.padding if to_the_end else 0,
+        )
+
+    @property
+    def _tables_per_column(self) -> bool:
+        return self.lut.shape[-3] > 1
+
+    def with_view(self, view: MatrixView) -> Self:
+        """The same data under another view."""
+        return dataclasses.replace(self, view=view)
+
+    def astype(self, dtype: Any) -> Self:
+        """The same codes standing for a weight of another dtype."""
+        return dataclasses.replace(self, dtype=np.dtype(dtype))
+
+    def __repr__(self) -> str:
+        """Shape, dtype, bits, group size and bytes; never the arrays."""
+        try:
+            groups = "column" if self.group_size >= self.matrix_shape[0] else self.group_size
+            extra = "".join(
+                f", {text}"
+                for text, present in (
+                    ("offsets", self.offsets is not None),
+                    (f"vectors of {self.vector_size}", self.vector_size > 1),
+                    ("a table per column", self._tables_per_column),
+                    ("quantised scales", isinstance(self.scales, QuantizedScales)),
+                )
+                if present
+            )
+            return (
+                f"LutArray(shape={self.shape}, {self.dtype}, {self.bits} bits, "
+                f"group_size={groups}{extra}, {format_bytes(self.nbytes)})"
+            )
+        except (AttributeError, IndexError, TypeError):  # placeholders instead of arrays
+            return f"LutArray(words={self.words!r}, scales={self.scales!r}, lut={self.lut!r})"

@@ -1,0 +1,107 @@
+"""A weight as the sum of several arrays, such as a quantised part and a low-rank part."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from typing import Any, Self
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from lutjax.arrays.base import CompressedArray
+from lutjax.arrays.view import MatrixView
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class SumArray(CompressedArray):
+    """``W = sum of parts``; each product is the sum of the parts' products.
+
+    Attributes:
+      parts: Compressed arrays of one shape, dtype and view. Dense parts do not occur.
+
+    Source: LQ-LoRA (arXiv 2311.12023): a quantised part plus a low-rank one.
+
+    >>> import jax.numpy as jnp
+    >>> from lutjax.arrays import LowRankArray
+    >>> part = LowRankArray.of(jnp.ones((2, 1)), jnp.ones((1, 2)))
+    >>> SumArray.of(part, part).materialize().tolist()
+    [[2.0, 2.0], [2.0, 2.0]]
+    """
+
+    parts: tuple[CompressedArray, ...]
+
+    @classmethod
+    def of(cls, *parts: CompressedArray) -> Self:
+        """The sum of parts that fit; sums among them are flattened.
+
+        Raises:
+          ValueError: If shapes or views differ.
+        """
+        flat = [p for part in parts for p in (part.parts if isinstance(part, cls) else (part,))]
+        first = flat[0]
+        for part in flat[1:]:
+            if part.shape != first.shape or part.view != first.view:
+                raise ValueError(f"cannot add {part!r} to {first!r}: shapes or views differ")
+        return cls(tuple(part.astype(first.dtype) for part in flat))
+
+    @property
+    def view(self) -> MatrixView:  # type: ignore[override]
+        """The view that all parts share."""
+        return self.parts[0].view
+
+    @property
+    def dtype(self) -> np.dtype:  # type: ignore[override]
+        """Dtype of the weight this stands for."""
+        return self.parts[0].dtype
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The leading axes that all parts share."""
+        return self.parts[0].batch_shape
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """K and N of the stored matrix."""
+        return self.parts[0].matrix_shape
+
+    def _sum(self, terms: list[jax.Array]) -> jax.Array:
+        return functools.reduce(operator.add, terms)
+
+    def materialize_matrix(self) -> Float[Array, "*batch k n"]:
+        """The sum of the parts' dense matrices."""
+        return self._sum([p.materialize_matrix() for p in self.parts])
+
+    def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
+        """The sum of the parts' products with ``x``."""
+        return self._sum([p.matmul(x) for p in self.parts])
+
+    def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
+        """The sum of the parts' transposed products with ``x``."""
+        return self._sum([p.matmul_transposed(x) for p in self.parts])
+
+    def take(self, indices: jax.Array) -> jax.Array:
+        """The sum of the parts' rows."""
+        return self._sum([p.take(indices) for p in self.parts])
+
+    def slice_matrix(self, axis: str, start: int, size: int) -> Self | None:
+        """A slice of every part, None if one of them has none."""
+        parts = [p.slice_matrix(axis, start, size) for p in self.parts]
+        if any(p is None for p in parts):
+            return None
+        return type(self)(tuple(p for p in parts if p is not None))
+
+    def with_view(self, view: MatrixView) -> Self:
+        """The same parts under another view."""
+        return type(self)(tuple(p.with_view(view) for p in self.parts))
+
+    def astype(self, dtype: Any) -> Self:
+        """The same parts standing for a weight of another dtype."""
+        return type(self)(tuple(p.astype(dtype) for p in self.parts))
+
+    def __repr__(self) -> str:
+        """The parts' short forms."""
+        return f"SumArray({', '.join(map(repr, self.parts))})"

@@ -1,0 +1,221 @@
+"""Recipes: which configuration for which parameter."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from lutjax import codebooks
+from lutjax.arrays import DoubleQuant
+from lutjax.packing import MAX_BITS
+from lutjax.paths import near_misses
+
+COLUMN = "column"
+MIN_GROUP_SIZE = 16
+
+DENSE = ("*embed*", "*lm_head*", "*norm*", "*bias*", "*scale", "*router*")
+"""Paths that stay dense unless a rule names them in full: embeddings, head, norms, biases."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LutConfig:
+    """How to turn one weight matrix into lookup-table codes.
+
+    Attributes:
+      bits: Bits of a code, 1 to 8.
+      group_size: Weights along K that share a scale, at least 16; ``"column"`` for all of K.
+      codebook: A name in :data:`lutjax.codebooks.CODEBOOKS`, ``"kmeans"`` (one table fitted to each
+        matrix) or the values themselves.
+      scale_dtype: Dtype of scales and offsets: bfloat16, float16 or float32.
+      double_quant: Quantise the scales too.
+
+    Raises:
+      ValueError: If a value is out of range; the message says which and what is allowed.
+    """
+
+    bits: int = 4
+    group_size: int | Literal["column"] = 64
+    codebook: str | tuple[float, ...] = "nf"
+    scale_dtype: str = "bfloat16"
+    double_quant: DoubleQuant | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.bits, int) or not 1 <= self.bits <= MAX_BITS:
+            raise ValueError(f"bits={self.bits!r} is not supported; use 1 to {MAX_BITS}")
+        if self.group_size != COLUMN and (
+            not isinstance(self.group_size, int) or self.group_size < MIN_GROUP_SIZE
+        ):
+            raise ValueError(
+                f"group_size={self.group_size!r} is not supported; use an integer of at least "
+                f"{MIN_GROUP_SIZE}, such as 64, or 'column'"
+            )
+        if self.scale_dtype not in ("bfloat16", "float16", "float32"):
+            raise ValueError(
+                f"scale_dtype={self.scale_dtype!r}; use 'bfloat16', 'float16' or 'float32'"
+            )
+        if not isinstance(self.codebook, str):
+            object.__setattr__(self, "codebook", tuple(float(v) for v in self.codebook))
+        table = self.table()
+        if table is None and self.bits == 1:
+            raise ValueError("codebook 'kmeans' exists for 2 to 8 bits, not 1")
+        if table is not None and table.size != 2**self.bits:
+            raise ValueError(
+                f"the codebook has {table.size} values, but bits={self.bits} needs {2**self.bits}"
+            )
+        if self.double_quant is not None and table is not None and codebooks.is_affine(table):
+            raise ValueError(
+                "double_quant with an affine codebook is not supported: its offsets would stay "
+                "unquantised; use a codebook with negative values, such as 'nf' or 'int'"
+            )
+
+    def table(self) -> np.ndarray | None:
+        """The fixed table ``float32[2**bits]``, or None if it is fitted to the weights."""
+        if self.codebook == codebooks.LEARNED:
+            return None
+        if isinstance(self.codebook, str):
+            return codebooks.codebook(self.codebook, self.bits)
+        return codebooks.user_table(np.asarray(self.codebook))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One line of a recipe.
+
+    Attributes:
+      pattern: A parameter path or a glob over paths (``*`` also crosses ``/``).
+      config: What to do with the paths that match; None leaves them dense.
+      axis: The contraction axis or axes. By default -1 for leaves called ``weight`` or
+        ``embedding`` and -2 for all others.
+      batch_ndim: Leading axes of stacked weights; by default all before the matrix, that is
+        ``ndim - 2``, or 0 where ``axis`` is given as several axes or not among the last two.
+    """
+
+    pattern: str
+    config: LutConfig | None
+    axis: int | tuple[int, ...] | None = None
+    batch_ndim: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """An ordered list of rules; the first one that matches a path decides.
+
+    Attributes:
+      rules: The rules. Each must match at least one path.
+      dense: Globs of paths that stay dense unless a rule names a path in full.
+
+    >>> rules = (Rule("*/down_proj/kernel", LutConfig(bits=8)), Rule("*", LutConfig(bits=4)))
+    >>> recipe = Recipe(rules)
+    >>> recipe.rule_for("layers/0/mlp/down_proj/kernel").config.bits
+    8
+    >>> recipe.rule_for("layers/0/mlp/up_proj/kernel").config.bits
+    4
+    >>> recipe.rule_for("embed_tokens/embedding") is None
+    True
+    """
+
+    rules: tuple[Rule, ...]
+    dense: tuple[str, ...] = DENSE
+
+    @classmethod
+    def uniform(
+        cls,
+        bits: int = 4,
+        group_size: int | Literal["column"] = 64,
+        codebook: str | Sequence[float] = "nf",
+        *,
+        scale_dtype: str = "bfloat16",
+        double_quant: DoubleQuant | None = None,
+    ) -> Recipe:
+        """One configuration for every weight matrix; embeddings, head, norms stay dense."""
+        book = codebook if isinstance(codebook, str) else tuple(codebook)
+        return cls((Rule("*", LutConfig(bits, group_size, book, scale_dtype, double_quant)),))
+
+    def rule_for(self, path: str) -> Rule | None:
+        """The rule that decides about ``path``, None if it stays dense by default."""
+        stays_dense = any(fnmatch.fnmatchcase(path, pattern) for pattern in self.dense)
+        for rule in self.rules:
+            if rule.pattern == path:
+                return rule
+            if not stays_dense and fnmatch.fnmatchcase(path, rule.pattern):
+                return rule
+        return None
+
+    def check_matches(self, paths: Iterable[str]) -> None:
+        """Raises if a rule matches none of the paths.
+
+        Raises:
+          ValueError: Names the rule's pattern and the paths most like it.
+        """
+        paths = list(paths)
+        for rule in self.rules:
+            if not any(fnmatch.fnmatchcase(path, rule.pattern) for path in paths):
+                similar = ", ".join(near_misses(rule.pattern, paths)) or "there are no weights"
+                raise ValueError(
+                    f"the rule {rule.pattern!r} matches no parameter; similar paths: {similar}"
+                )
+
+    def to_json(self) -> str:
+        """The recipe as JSON, to read, edit and load again.
+
+        >>> Recipe.from_json(Recipe.uniform(bits=3).to_json()) == Recipe.uniform(bits=3)
+        True
+        """
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """Reads what :meth:`to_json` wrote; ``dense`` may be left out.
+
+        Raises:
+          ValueError: If the text is no recipe; the message names the unknown or missing part.
+        """
+        try:
+            data = json.loads(text)
+            fields = _known(cls, data)
+            rules = tuple(_rule(rule) for rule in fields.pop("rules"))
+            if "dense" in fields:
+                fields["dense"] = tuple(fields["dense"])
+            return cls(rules, **fields)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"not a recipe: {error}; expected "
+                '{"rules": [{"pattern": "*", "config": {"bits": 4, "group_size": 64}}]}'
+            ) from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Recipe:
+        """Reads a recipe from a JSON file."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def _rule(data: dict) -> Rule:
+    fields = _known(Rule, data)
+    config = fields.pop("config")
+    if config is not None:
+        config = _known(LutConfig, config)
+        if config.get("double_quant") is not None:
+            config["double_quant"] = DoubleQuant(**_known(DoubleQuant, config["double_quant"]))
+        if isinstance(config.get("codebook"), list):
+            config["codebook"] = tuple(config["codebook"])
+        config = LutConfig(**config)
+    if isinstance(fields.get("axis"), list):
+        fields["axis"] = tuple(fields["axis"])
+    return Rule(config=config, **fields)
+
+
+def _known(cls: Any, data: dict) -> dict:
+    names = [field.name for field in dataclasses.fields(cls)]
+    for key in data:
+        if key not in names:
+            raise ValueError(
+                f"not a recipe: unknown key {key!r} of a {cls.__name__}; use {', '.join(names)}"
+            )
+    return dict(data)
