@@ -5,19 +5,24 @@ function from parameter pytrees to parameter pytrees; :func:`lift` runs any JAX 
 """
 
 from lutjax.arrays import DoubleQuant, LowRankArray, LutArray, SumArray, is_compressed
+from lutjax.lift import LiftReport, MaterializationError, MaterializationWarning, lift
 from lutjax.transforms import LutConfig, Recipe, Rule, materialize, quantize, summarize
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DoubleQuant",
+    "LiftReport",
     "LowRankArray",
     "LutArray",
     "LutConfig",
+    "MaterializationError",
+    "MaterializationWarning",
     "Recipe",
     "Rule",
     "SumArray",
     "is_compressed",
+    "lift",
     "materialize",
     "quantize",
     "summarize",

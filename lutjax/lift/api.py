@@ -1,0 +1,160 @@
+"""``lift``: run a function of dense parameters on compressed ones."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from lutjax.arrays import CompressedArray, format_bytes, is_compressed
+from lutjax.lift.evaluate import Weight, evaluate
+from lutjax.lift.report import (
+    LiftReport,
+    MaterializationWarning,
+    Recorder,
+)
+from lutjax.paths import path_string
+
+
+def lift(fn: Callable, *, strict: bool = False) -> Callable:
+    """Makes a function of dense arrays run on compressed ones.
+
+    The function is traced with the logical shapes; products, lookups and slices of a compressed
+    weight then run on its compressed form with fused kernels, whatever library the function was
+    written with. A primitive that needs the dense weight gets it, with a
+    :class:`MaterializationWarning` that names the parameter.
+
+    Every call traces ``fn`` anew: put ``jax.jit`` around it, ``jax.jit(lift(fn))``. It composes
+    with ``grad``, ``vmap``, ``scan`` and ``shard_map`` on both sides. Python scalars, strings and
+    None among the arguments stay as they are; they are not traced.
+
+    Args:
+      fn: A function of pytrees of arrays, such as ``model.apply``.
+      strict: Raise instead of making any weight dense.
+
+    Returns:
+      A function of the same arguments, in which any array may be a compressed one. An argument
+      that is returned untouched comes back compressed.
+
+    Raises:
+      MaterializationError: If strict and a primitive needs a dense weight; names the primitive and
+        the parameter path.
+      TypeError: If ``fn`` captures a compressed array instead of taking it as an argument.
+
+    >>> import jax, jax.numpy as jnp, lutjax
+    >>> def layer(params, x):
+    ...     return jax.nn.relu(x @ params["kernel"])
+    >>> params = lutjax.quantize({"kernel": jnp.eye(64)}, bits=4, group_size=32)
+    >>> jax.jit(lutjax.lift(layer))(params, jnp.ones((1, 64))).sum().item()
+    64.0
+    """
+
+    @functools.wraps(fn)
+    def lifted(*args: Any, **kwargs: Any) -> Any:
+        recorder = Recorder(strict)
+        result = _run(fn, args, kwargs, recorder)
+        dense = [use for use in recorder.uses if use.outcome == "materialized"]
+        if dense:
+            shown = "; ".join(
+                f"{use.path} by {use.primitive} ({format_bytes(use.nbytes)})" for use in dense[:3]
+            )
+            more = f" and {len(dense) - 3} more" if len(dense) > 3 else ""
+            warnings.warn(
+                f"lift made weights dense: {shown}{more}; see lutjax.lift.report(fn, ...)",
+                MaterializationWarning,
+                stacklevel=2,
+            )
+        return result
+
+    return lifted
+
+
+def report(fn: Callable, *args: Any, **kwargs: Any) -> LiftReport:
+    """What ``lift(fn)`` would do with each compressed parameter; nothing is computed.
+
+    Args:
+      fn: The function to lift.
+      *args: Its arguments; arrays may be ``jax.ShapeDtypeStruct``.
+      **kwargs: Its keyword arguments.
+
+    Returns:
+      A table of uses, fused or materialized, and of the parameters that are not used.
+
+    >>> import jax.numpy as jnp, lutjax
+    >>> params = lutjax.quantize({"kernel": jnp.eye(64)}, bits=4, group_size=32)
+    >>> print(lutjax.lift.report(lambda p, x: x @ p["kernel"], params, jnp.ones((1, 64))))
+    parameter  primitive             outcome
+    kernel     dot_general           fused
+    1 uses fused, 0 materialized
+    """
+    recorder = Recorder(strict=False)
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    is_array = [_is_array(leaf) for leaf in leaves]
+
+    def abstract(*arrays: Any) -> Any:
+        rest = iter(arrays)
+        merged = [next(rest) if a else leaf for a, leaf in zip(is_array, leaves, strict=True)]
+        args, kwargs = jax.tree.unflatten(treedef, merged)
+        out = _run(fn, args, kwargs, recorder)
+        return [leaf for leaf in jax.tree.leaves(out) if _is_array(leaf)]
+
+    jax.eval_shape(abstract, *[leaf for leaf, a in zip(leaves, is_array, strict=True) if a])
+    used = {path for use in recorder.uses for path in use.path.split(" + ")}
+    given = [path for path, leaf in _named((args, kwargs)) if is_compressed(leaf)]
+    return LiftReport(tuple(recorder.uses), tuple(path for path in given if path not in used))
+
+
+lift.report = report  # type: ignore[attr-defined]
+
+
+def _run(fn: Callable, args: tuple, kwargs: dict, recorder: Recorder) -> Any:
+    named = _named((args, kwargs))
+    treedef = jax.tree.structure((args, kwargs), is_leaf=is_compressed)
+    traced = [is_compressed(leaf) or _is_array(leaf) for _, leaf in named]
+    out_tree = None
+
+    def flat(*arrays: Any) -> list:
+        nonlocal out_tree
+        rest = iter(arrays)
+        leaves = [next(rest) if t else leaf for t, (_, leaf) in zip(traced, named, strict=True)]
+        args, kwargs = jax.tree.unflatten(treedef, leaves)
+        out, out_tree = jax.tree.flatten(fn(*args, **kwargs))
+        return out
+
+    values = [
+        Weight(leaf, path) if is_compressed(leaf) else leaf
+        for t, (path, leaf) in zip(traced, named, strict=True)
+        if t
+    ]
+    try:
+        closed = jax.make_jaxpr(flat)(*[_logical(v) for v in values])
+    except TypeError as error:
+        if any(cls.__name__ in str(error) for cls in CompressedArray.__subclasses__()):
+            raise TypeError(
+                f"{getattr(fn, '__name__', fn)} uses a compressed array that is not one of its "
+                f"arguments, or passes it to a function that needs a plain array; pass it as an "
+                f"argument: lift(fn)(params, ...)"
+            ) from error
+        raise
+    outputs = evaluate(closed.jaxpr, closed.consts, values, recorder)
+    assert out_tree is not None
+    return out_tree.unflatten([y.array if isinstance(y, Weight) else y for y in outputs])
+
+
+def _named(tree: Any) -> list[tuple[str, Any]]:
+    """Leaves with their paths among the arguments: ``layers/0/kernel`` of whichever argument."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_compressed)
+    return [(path_string(path[2:]) or path_string(path[1:]), leaf) for path, leaf in leaves]
+
+
+def _logical(value: Any) -> Any:
+    if isinstance(value, Weight):
+        return jax.ShapeDtypeStruct(value.array.shape, value.array.dtype)
+    return value
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
