@@ -18,8 +18,9 @@ class LayerCache:
     """Keys and values of one block, or of all blocks stacked on a leading axis.
 
     Attributes:
-      keys: `[B, kv_heads, S, head_dim]` (rotated), or `[L, B, kv_heads, S, head_dim]`. The slots
-        come after the heads, so that attention reads them without a transposed copy.
+      keys: `[B * kv_heads, S, head_dim]` (rotated), or `[L, B * kv_heads, S, head_dim]`. Batch and
+        heads are one axis because that is what a batched product on them is compiled to; with two,
+        XLA on CPU copies the whole cache at every step.
       values: like `keys`.
     """
 
@@ -68,9 +69,9 @@ def init_cache(
     ...                        num_heads=2, num_kv_heads=1, head_dim=2)
     >>> cache = init_cache(config, batch=1, max_length=16)
     >>> len(cache.layers), cache.layers[0].keys.shape
-    (3, (1, 1, 16, 2))
+    (3, (1, 16, 2))
     """
-    shape = (batch, config.num_kv_heads, max_length, config.head_dim)
+    shape = (batch * config.num_kv_heads, max_length, config.head_dim)
 
     def layer(shape: tuple[int, ...]) -> LayerCache:
         return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))

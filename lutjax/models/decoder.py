@@ -92,9 +92,9 @@ class Attention(nn.Module):
             k = RMSNorm(config.rms_norm_eps, name="k_norm")(k)
         q = apply_rope(q, context.cos, context.sin)
         k = apply_rope(k, context.cos, context.sin)
-        keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        keys, values = _merge_heads(k), _merge_heads(v)
         if cache is not None and context.slot is not None:
-            start = (0, 0, context.slot, 0)
+            start = (0, context.slot, 0)
             keys = lax.dynamic_update_slice(cache.keys, keys.astype(cache.keys.dtype), start)
             values = lax.dynamic_update_slice(
                 cache.values, values.astype(cache.values.dtype), start
@@ -106,28 +106,38 @@ class Attention(nn.Module):
         return out(mixed), cache
 
 
+def _merge_heads(x: Float[Array, "b t n h"]) -> Float[Array, "bn t h"]:
+    """Moves the heads before the time and merges them with the batch, as the cache has them."""
+    batch, time, heads, head_dim = x.shape
+    return x.swapaxes(1, 2).reshape(batch * heads, time, head_dim)
+
+
 def _attend(
     q: Float[Array, "b t n h"],
-    keys: Float[Array, "b kv s h"],
-    values: Float[Array, "b kv s h"],
+    keys: Float[Array, "bk s h"],
+    values: Float[Array, "bk s h"],
     mask: Bool[Array, "b t s"],
 ) -> Float32[Array, "b t n h"]:
     """softmax(q·kᵀ/√h)·v with the query heads grouped, so that keys are never repeated."""
     batch, time, heads, head_dim = q.shape
-    kv_heads = keys.shape[1]
-    grouped = q.reshape(batch, time, kv_heads, heads // kv_heads, head_dim)
+    kv_heads, slots = keys.shape[0] // batch, keys.shape[1]
     # Scaling the queries is cheaper than scaling the scores.
-    grouped = grouped.transpose(0, 2, 3, 1, 4) * jnp.asarray(head_dim**-0.5, q.dtype)
-    scores = jnp.einsum(
-        "bkgth,bksh->bkgts",
-        grouped.astype(keys.dtype),
-        keys,
+    q = _merge_heads(q * jnp.asarray(head_dim**-0.5, q.dtype)).astype(keys.dtype)
+    q = q.reshape(batch * kv_heads, heads // kv_heads * time, head_dim)
+    scores = lax.dot_general(
+        q, keys, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32
+    )
+    scores = jnp.where(
+        mask[:, None], scores.reshape(batch, heads, time, slots), jnp.float32(_MASKED)
+    )
+    weights = jax.nn.softmax(scores, axis=-1).reshape(*q.shape[:2], slots)
+    mixed = lax.dot_general(
+        weights.astype(values.dtype),
+        values,
+        (((2,), (1,)), ((0,), (0,))),
         preferred_element_type=jnp.float32,
     )
-    scores = jnp.where(mask[:, None, None], scores, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    mixed = jnp.einsum("bkgts,bksh->bkgth", weights, values, preferred_element_type=jnp.float32)
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, head_dim)
+    return mixed.reshape(batch, heads, time, head_dim).swapaxes(1, 2)
 
 
 class MLP(nn.Module):
