@@ -1,0 +1,219 @@
+"""What a linear map is: a rule (:class:`LinearMap`), and one weight's map (:class:`BoundMap`)."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from lutjax.linear_maps import dimension_numbers as dims
+from lutjax.linear_maps.dimension_numbers import DimensionNumbers
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """The dtype that decompositions run in: float32, or float64 when asked for float64."""
+    dtype = jnp.dtype(dtype)
+    return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
+
+
+class BoundMap(abc.ABC):
+    """A linear map `S` from gradients of one weight to a smaller (latent) space, and its transpose.
+
+    Bound maps are pytrees of arrays, so they travel through ``jit`` and into checkpoints. A weight
+    may have leading batch axes; each index of them has a map of its own.
+    """
+
+    @abc.abstractmethod
+    def down(self, gradient: Float[Array, "..."]) -> Float[Array, "..."]:
+        """`S g`: the gradient in the latent space."""
+
+    @abc.abstractmethod
+    def up(self, latent: Float[Array, "..."]) -> Float[Array, "..."]:
+        """`S^T r`: the transpose, back to the weight's shape."""
+
+    def adapter(
+        self, weight: Float[Array, "..."], latent: Float[Array, "..."]
+    ) -> Float[Array, "..."]:
+        """`W_0 + S^T latent`: the weight that the map's dual adapter stands for."""
+        return weight + self.up(latent).astype(weight.dtype)
+
+    def apply(self, x: Float[Array, "*b m"], latent: Float[Array, "..."]) -> Float[Array, "*b n"]:
+        """`x @ S^T latent` for a single matrix, without forming the matrix where possible."""
+        return x @ self.up(latent).astype(x.dtype)
+
+    def carry(
+        self, old: BoundMap, moment: Float[Array, "..."], order: Literal[1, 2]
+    ) -> Float[Array, "..."]:
+        """An optimiser's moment, moved from the space of the map `old` to that of this map.
+
+        A first moment is linear in the gradient, so it rotates: `S_new S_old^T m`. A second moment
+        isn't, and stays as it is.
+        """
+        return self.down(old.up(moment)) if order == 1 else moment
+
+    def for_worker(self, index: Any) -> BoundMap:
+        """The map that worker `index` draws; maps that aren't random are the same for all."""
+        del index
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearMap(abc.ABC):
+    """A rule that makes a :class:`BoundMap` for a weight of any shape.
+
+    Attributes:
+      depends_on: What a refreshed map is computed from: ``"key"`` (random maps), ``"gradient"`` or
+        ``"weight"``.
+    """
+
+    depends_on: ClassVar[Literal["key", "gradient", "weight"]] = "key"
+
+    def init(
+        self,
+        key: PRNGKeyArray,
+        shape: Sequence[int],
+        *,
+        dtype: Any = jnp.float32,
+        dimension_numbers: DimensionNumbers | None = None,
+    ) -> BoundMap:
+        """The map for a weight of `shape`.
+
+        Args:
+          key: Where randomness comes from; data-dependent maps start as a truncated identity.
+          shape: Shape of the weight, at least two axes.
+          dtype: dtype of stored and generated factors.
+          dimension_numbers: The axes that make the matrix; the last two by default.
+
+        Raises:
+          ValueError: When the rank exceeds the matrix, or the numbers don't fit the shape.
+        """
+        numbers = DimensionNumbers() if dimension_numbers is None else dimension_numbers
+        shape = tuple(shape)
+        if dims.is_plain_matrix(len(shape), numbers):
+            return self.init_matrix(key, shape, dtype)
+        bound = self.init_matrix(key, dims.matrix_shape(shape, numbers), dtype)
+        return Reshaped(bound, _batch_free_shape(shape, numbers), _core_numbers(shape, numbers))
+
+    def refresh(
+        self,
+        bound: BoundMap,
+        key: PRNGKeyArray,
+        gradient: Float[Array, "..."] | None = None,
+        weight: Float[Array, "..."] | None = None,
+    ) -> BoundMap:
+        """A new map of the same shapes, from a new key and the current gradient or weight.
+
+        Raises:
+          ValueError: When the map depends on a gradient or weight that is not given.
+        """
+        needed = {"gradient": gradient, "weight": weight}.get(self.depends_on)
+        if self.depends_on != "key" and needed is None:
+            raise ValueError(
+                f"{self} is refreshed from the {self.depends_on}; pass {self.depends_on}="
+            )
+        if isinstance(bound, Reshaped):
+            if needed is not None:
+                needed = bound.to_matrix(needed)
+            return dataclasses.replace(bound, inner=self.refresh_matrix(bound.inner, key, needed))
+        return self.refresh_matrix(bound, key, needed)
+
+    @abc.abstractmethod
+    def init_matrix(self, key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> BoundMap:
+        """:meth:`init` for a weight that already is `[*batch, m, n]`."""
+
+    @abc.abstractmethod
+    def refresh_matrix(
+        self, bound: BoundMap, key: PRNGKeyArray, source: Float[Array, "*batch m n"] | None
+    ) -> BoundMap:
+        """:meth:`refresh` for `[*batch, m, n]`; `source` is what the map depends on."""
+
+
+def _batch_free_shape(shape: tuple[int, ...], numbers: DimensionNumbers) -> tuple[int, ...]:
+    """The sizes of the matrix axes, in the weight's order; the batch axes must come first."""
+    batch, _, _ = dims._split_axes(len(shape), numbers)
+    if batch != tuple(range(len(batch))):
+        raise ValueError(
+            f"{numbers} leaves the batch axes {batch} of shape {shape}; batch axes must come first"
+        )
+    return shape[len(batch) :]
+
+
+def _core_numbers(shape: tuple[int, ...], numbers: DimensionNumbers) -> DimensionNumbers:
+    """The same numbers counted from the end, so that they hold for any number of batch axes."""
+    n = len(shape)
+    _, reduction, output = dims._split_axes(n, numbers)
+    return DimensionNumbers(tuple(a - n for a in reduction), tuple(a - n for a in output))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Reshaped(BoundMap):
+    """A map on the matrices of an n-dimensional weight: `S` after a transpose and a reshape.
+
+    Attributes:
+      inner: The map on `[*batch, m, n]`.
+      shape: Sizes of the axes that make the matrix, in the weight's order.
+      numbers: Which of them are `m` and which are `n`, counted from the end.
+    """
+
+    inner: BoundMap
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    numbers: DimensionNumbers = dataclasses.field(metadata={"static": True})
+
+    def to_matrix(self, weight: Float[Array, "..."]) -> Float[Array, "*batch m n"]:
+        """The weight as `[*batch, m, n]`."""
+        return dims.to_matrix(weight, self.numbers)
+
+    def down(self, gradient: Float[Array, "..."]) -> Float[Array, "..."]:  # noqa: D102
+        return self.inner.down(self.to_matrix(gradient))
+
+    def up(self, latent: Float[Array, "..."]) -> Float[Array, "..."]:  # noqa: D102
+        matrix = self.inner.up(latent)
+        return dims.from_matrix(matrix, matrix.shape[:-2] + self.shape, self.numbers)
+
+    def carry(  # noqa: D102
+        self, old: BoundMap, moment: Float[Array, "..."], order: Literal[1, 2]
+    ) -> Float[Array, "..."]:
+        assert isinstance(old, Reshaped)
+        return self.inner.carry(old.inner, moment, order)
+
+    def for_worker(self, index: Any) -> Reshaped:  # noqa: D102
+        return dataclasses.replace(self, inner=self.inner.for_worker(index))
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity(LinearMap):
+    """`S = I`: nothing is projected. Full-rank training in the same form as the other maps."""
+
+    def init_matrix(self, key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> BoundMap:  # noqa: D102
+        del key, shape, dtype
+        return IdentityMap()
+
+    def refresh_matrix(  # noqa: D102
+        self, bound: BoundMap, key: PRNGKeyArray, source: Float[Array, "*batch m n"] | None
+    ) -> BoundMap:
+        del key, source
+        return bound
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class IdentityMap(BoundMap):
+    """The map of :class:`Identity`."""
+
+    def down(self, gradient: Float[Array, "..."]) -> Float[Array, "..."]:  # noqa: D102
+        return gradient
+
+    def up(self, latent: Float[Array, "..."]) -> Float[Array, "..."]:  # noqa: D102
+        return latent
+
+    def carry(  # noqa: D102
+        self, old: BoundMap, moment: Float[Array, "..."], order: Literal[1, 2]
+    ) -> Float[Array, "..."]:
+        del old, order
+        return moment

@@ -1,0 +1,192 @@
+"""Which axes of a weight make its matrix: n-dimensional weights seen as `[*batch, m, n]`."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+
+class DimensionNumbers(NamedTuple):
+    """The axes of a weight that are contracted with the input, and those that index its output.
+
+    Axes named by neither are batch axes, which come first: every index of them is a matrix of its
+    own. The field names are those of ``optax.contrib.GaLoreDimensionNumbers``, which is accepted
+    wherever this is.
+
+    Attributes:
+      reduction_axis: Axis or axes of the input dimension `m`.
+      output_axis: Axis or axes of the output dimension `n`.
+    """
+
+    reduction_axis: int | Sequence[int] = -2
+    output_axis: int | Sequence[int] = -1
+
+
+WeightDimensionNumbers = Any
+"""``None``, ``DimensionNumbers``, a tree of either (``None``: leave alone), ``params -> tree``."""
+
+
+def path_string(path: Sequence[Any]) -> str:
+    """A key path as it is written in recipes and messages, e.g. ``layers/0/mlp/up_proj/kernel``."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def _axes(axis: int | Sequence[int], ndim: int) -> tuple[int, ...]:
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    for a in axes:
+        if not -ndim <= a < ndim:
+            raise ValueError(f"axis {a} is out of range for a weight with {ndim} dimensions")
+    return tuple(a % ndim for a in axes)
+
+
+def _split_axes(
+    ndim: int, numbers: DimensionNumbers
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    reduction, output = (_axes(numbers[i], ndim) for i in (0, 1))
+    named = reduction + output
+    if not reduction or not output or len(set(named)) != len(named):
+        raise ValueError(
+            f"reduction_axis={numbers[0]} and output_axis={numbers[1]} must be non-empty and "
+            f"disjoint for a weight with {ndim} dimensions"
+        )
+    batch = tuple(a for a in range(ndim) if a not in named)
+    return batch, reduction, output
+
+
+def is_plain_matrix(ndim: int, numbers: DimensionNumbers) -> bool:
+    """Whether the weight already is `[*batch, m, n]`, so that nothing has to be moved."""
+    batch, reduction, output = _split_axes(ndim, numbers)
+    return (
+        len(reduction) == 1 and len(output) == 1 and batch + reduction + output == (*range(ndim),)
+    )
+
+
+def to_matrix(weight: Float[Array, "..."], numbers: DimensionNumbers) -> Float[Array, "*batch m n"]:
+    """Transposes and reshapes a weight to its matrices.
+
+    >>> to_matrix(jnp.zeros((3, 4, 5)), DimensionNumbers(0, (1, 2))).shape
+    (3, 20)
+    """
+    batch, reduction, output = _split_axes(weight.ndim, numbers)
+    sizes = weight.shape
+    shape = (
+        *(sizes[a] for a in batch),
+        math.prod(sizes[a] for a in reduction),
+        math.prod(sizes[a] for a in output),
+    )
+    return weight.transpose(batch + reduction + output).reshape(shape)
+
+
+def from_matrix(
+    matrix: Float[Array, "*batch m n"], shape: Sequence[int], numbers: DimensionNumbers
+) -> Float[Array, "..."]:
+    """The inverse of :func:`to_matrix` for a weight of `shape`."""
+    batch, reduction, output = _split_axes(len(shape), numbers)
+    order = batch + reduction + output
+    inverse = tuple(order.index(a) for a in range(len(shape)))
+    return matrix.reshape([shape[a] for a in order]).transpose(inverse)
+
+
+def matrix_shape(shape: Sequence[int], numbers: DimensionNumbers) -> tuple[int, ...]:
+    """The shape `[*batch, m, n]` of :func:`to_matrix` without an array."""
+    return jax.eval_shape(
+        lambda x: to_matrix(x, numbers), jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+    ).shape
+
+
+def _is_numbers(x: Any) -> bool:
+    return x is None or (isinstance(x, tuple) and hasattr(x, "reduction_axis"))
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def matching(*patterns: str, numbers: DimensionNumbers | None = None) -> Callable[[Any], Any]:
+    """Dimension numbers for the weights whose path matches one of the patterns, and no others.
+
+    Args:
+      *patterns: Shell patterns over the ``/``-joined path, e.g. ``"*/mlp/*/kernel"``.
+      numbers: What a matching leaf gets; the last two axes by default.
+
+    Returns:
+      A function of the parameters, to be passed as ``weight_dimension_numbers``.
+
+    Raises:
+      ValueError: When it is called on parameters, one of which no pattern matches.
+
+    >>> params = {"mlp": {"w": jnp.ones((2, 2))}, "head": jnp.ones((2, 2))}
+    >>> jax.tree.leaves(matching("mlp/*")(params))
+    [-2, -1]
+    """
+    found = DimensionNumbers() if numbers is None else numbers
+
+    def resolve(params: Any) -> Any:
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_masked)
+        paths = [path_string(path) for path, _ in leaves]
+        hit = [any(fnmatch.fnmatchcase(p, pattern) for pattern in patterns) for p in paths]
+        if paths and not any(hit):
+            raise ValueError(f"no parameter matches {patterns}; the paths are {paths}")
+        return jax.tree.unflatten(treedef, [found if h else None for h in hit])
+
+    return resolve
+
+
+def resolve_dimension_numbers(
+    params: Any, weight_dimension_numbers: WeightDimensionNumbers
+) -> dict[str, DimensionNumbers]:
+    """The matrices among the leaves of `params`: path -> dimension numbers.
+
+    Args:
+      params: A tree of arrays (or of shapes).
+      weight_dimension_numbers: ``None`` takes every floating leaf with at least two axes, its last
+        two axes being the matrix and the others batch axes. A single ``DimensionNumbers`` does the
+        same with other axes. A tree (or a function of `params` that returns one) names each leaf;
+        ``None`` in it, or no entry, leaves the leaf alone.
+
+    Raises:
+      ValueError: When the numbers don't fit their leaf, or name a leaf that does not exist.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_masked)
+    by_path = {path_string(path): leaf for path, leaf in leaves}
+    asked = weight_dimension_numbers
+    if callable(asked):
+        asked = asked(params)
+    numbers: dict[str, DimensionNumbers]
+    if _is_numbers(asked):
+        every = DimensionNumbers() if asked is None else DimensionNumbers(*asked)
+        numbers = {
+            path: every
+            for path, leaf in by_path.items()
+            if not _is_masked(leaf) and leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
+        }
+    else:
+        named, _ = jax.tree_util.tree_flatten_with_path(
+            asked, is_leaf=lambda x: _is_numbers(x) or _is_masked(x)
+        )
+        numbers = {
+            path_string(path): DimensionNumbers(*n)
+            for path, n in named
+            if n is not None and not _is_masked(n)
+        }
+    for path in numbers:
+        if path not in by_path:
+            raise ValueError(
+                f"weight_dimension_numbers names {path!r}, which is not a parameter; "
+                f"the parameters are {list(by_path)}"
+            )
+    numbers = {path: n for path, n in numbers.items() if not _is_masked(by_path[path])}
+    for path, n in numbers.items():
+        shape = by_path[path].shape
+        try:
+            _split_axes(len(shape), n)
+        except ValueError as error:
+            raise ValueError(f"{n} does not fit {path!r} of shape {shape}: {error}") from None
+    return numbers
