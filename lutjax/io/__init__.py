@@ -1,17 +1,24 @@
-"""Reading checkpoints: Hugging Face directories, the hub, GGUF files, and their tokenizers."""
+"""Checkpoints and tokenizers: Hugging Face directories, the hub, GGUF, and the project's own."""
 
 from lutjax.io.checkpoint import Checkpoint
+from lutjax.io.compress import compress_checkpoint
+from lutjax.io.compressed import CompressedCheckpoint, open_compressed, read_params, save
 from lutjax.io.demo import demo_model_path
 from lutjax.io.load import load, load_params, load_tokenizer, open_checkpoint
 from lutjax.io.tokenizer import TextStream, Tokenizer
 
 __all__ = [
     "Checkpoint",
+    "CompressedCheckpoint",
     "TextStream",
     "Tokenizer",
+    "compress_checkpoint",
     "demo_model_path",
     "load",
     "load_params",
     "load_tokenizer",
     "open_checkpoint",
+    "open_compressed",
+    "read_params",
+    "save",
 ]

@@ -1,4 +1,4 @@
-"""`load`: any supported dense checkpoint as (model, params, tokenizer)."""
+"""`load`: any supported checkpoint as (model, params, tokenizer)."""
 
 from __future__ import annotations
 
@@ -12,23 +12,33 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from lutjax.io.checkpoint import Checkpoint, nest, open_gguf
+from lutjax.io.compressed import CompressedCheckpoint, is_compressed_directory, open_compressed
 from lutjax.io.gguf import GGUFReader
+from lutjax.io.grid import check_keeps_quantized, grid_array, has_grid
 from lutjax.io.huggingface import download, is_hub_id, open_directory, refuse_pickle
 from lutjax.io.tokenizer import Tokenizer
 from lutjax.models.decoder import Decoder
 
 
 def load(
-    path: str | Path, dtype: DTypeLike = jnp.float32, *, check_finite: bool = True
+    path: str | Path,
+    dtype: DTypeLike | None = None,
+    *,
+    keep_quantized: bool = False,
+    check_finite: bool = True,
 ) -> tuple[Decoder, dict[str, Any], Tokenizer | None]:
-    """Loads a pretrained causal language model.
+    """Loads a pretrained causal language model, dense or compressed.
 
     `model.apply({"params": params}, tokens)` takes int32 `[batch, time]` and returns float32
-    logits `[batch, time, vocab]`.
+    logits `[batch, time, vocab]`; with compressed parameters, `lutjax.lift(model.apply)` does.
 
     Args:
-      path: a directory with config.json and safetensors, a GGUF file, or a hub id (owner/name).
-      dtype: dtype of the parameters and of the activations.
+      path: a directory with config.json and safetensors, one that `lutjax.save` or
+        `compress_checkpoint` wrote, a GGUF file, or a hub id (owner/name) of such a directory.
+      dtype: dtype of the parameters and of the activations; by default float32 for a dense
+        checkpoint and what was saved for a compressed one.
+      keep_quantized: load the Q4_0, Q4_1 and Q8_0 matrices of a GGUF file as `LutArray`s that
+        stand for the same values bit for bit, instead of dequantising them.
       check_finite: whether a weight with NaN or Inf is an error.
 
     Returns:
@@ -36,12 +46,19 @@ def load(
 
     Raises:
       FileNotFoundError: if a file is missing.
-      ValueError: if the checkpoint is not sound or not supported.
+      ValueError: if the checkpoint is not sound or not supported, or `keep_quantized` has nothing
+        to keep.
     """
-    checkpoint = open_checkpoint(path, check_finite=check_finite)
+    directory = _local_directory(path)
+    if directory is not None and is_compressed_directory(directory):
+        if keep_quantized:
+            raise ValueError(f"keep_quantized: {path} is not a GGUF file")
+        return _load_compressed(open_compressed(directory, check_finite=check_finite), dtype)
+    checkpoint = open_checkpoint(directory or path, check_finite=check_finite)
     tokenizer = load_tokenizer(checkpoint)
+    dtype = jnp.float32 if dtype is None else dtype
     model = Decoder(dataclasses.replace(checkpoint.config, dtype=dtype))
-    return model, load_params(checkpoint, dtype), tokenizer
+    return model, load_params(checkpoint, dtype, keep_quantized=keep_quantized), tokenizer
 
 
 def open_checkpoint(path: str | Path, *, check_finite: bool = True) -> Checkpoint:
@@ -58,43 +75,41 @@ def open_checkpoint(path: str | Path, *, check_finite: bool = True) -> Checkpoin
       FileNotFoundError: if a file is missing.
       ValueError: if the checkpoint is not sound or not supported.
     """
-    local = Path(path)
-    if local.is_dir():
-        return open_directory(local, check_finite=check_finite)
-    if local.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
-        raise refuse_pickle(local)
-    if local.suffix == ".gguf":
-        return open_gguf(local, check_finite=check_finite)
-    if local.exists():
-        raise ValueError(
-            f"{path} is neither a directory nor a .gguf file; for safetensors name the directory "
-            "that also holds config.json"
-        )
-    if is_hub_id(str(path)):
-        return open_directory(download(str(path)), check_finite=check_finite)
-    raise FileNotFoundError(f"{path} does not exist")
+    directory = _local_directory(path)
+    if directory is None:
+        return open_gguf(path, check_finite=check_finite)
+    if is_compressed_directory(directory):
+        raise ValueError(f"{path} holds compressed weights already; a dense checkpoint is needed")
+    return open_directory(directory, check_finite=check_finite)
 
 
-def load_params(checkpoint: Checkpoint, dtype: DTypeLike = jnp.float32) -> dict[str, Any]:
+def load_params(
+    checkpoint: Checkpoint, dtype: DTypeLike = jnp.float32, *, keep_quantized: bool = False
+) -> dict[str, Any]:
     """Reads all parameters, one at a time, as a nested dictionary of arrays.
 
     Args:
       checkpoint: an opened checkpoint.
       dtype: dtype of the parameters.
+      keep_quantized: whether block formats that are lookup-table weights stay so.
 
     Returns:
       The parameters of the unrolled decoder.
 
     Raises:
-      ValueError: if a file is truncated or a weight holds NaN or Inf.
+      ValueError: if a file is truncated, a weight holds NaN or Inf, or there is nothing to keep.
     """
+    if keep_quantized:
+        check_keeps_quantized(checkpoint)
     target = jnp.dtype(dtype)
-    return nest(
-        {
-            path: jax.device_put(np.ascontiguousarray(value.astype(target, copy=False)))
-            for path, value in checkpoint.parameters()
-        }
-    )
+
+    def leaf(path: str) -> Any:
+        if keep_quantized and has_grid(checkpoint, path):
+            return grid_array(checkpoint, path).astype(target)
+        value = checkpoint.read(path).astype(target, copy=False)
+        return jax.device_put(np.ascontiguousarray(value))
+
+    return nest({path: leaf(path) for path in checkpoint.shapes})
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
@@ -114,3 +129,40 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     if (checkpoint.source / "tokenizer.json").is_file():
         return Tokenizer.from_directory(checkpoint.source)
     return None
+
+
+def _local_directory(path: str | Path) -> Path | None:
+    """The directory that `path` names, downloaded if it is a hub id; None if it is a GGUF file."""
+    local = Path(path)
+    if local.is_dir():
+        return local
+    if local.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+        raise refuse_pickle(local)
+    if local.suffix == ".gguf":
+        return None
+    if local.exists():
+        raise ValueError(
+            f"{path} is neither a directory nor a .gguf file; for safetensors name the directory "
+            "that also holds config.json"
+        )
+    if is_hub_id(str(path)):
+        return download(str(path))
+    raise FileNotFoundError(f"{path} does not exist")
+
+
+def _load_compressed(
+    checkpoint: CompressedCheckpoint, dtype: DTypeLike | None
+) -> tuple[Decoder, dict[str, Any], Tokenizer | None]:
+    if checkpoint.config is None:
+        raise ValueError(
+            f"{checkpoint.source} was saved without a configuration; read it with "
+            "lutjax.io.read_params"
+        )
+    config, parameters = checkpoint.config, dict(checkpoint.parameters())
+    if dtype is not None:
+        config = dataclasses.replace(config, dtype=dtype)
+        parameters = {path: leaf.astype(jnp.dtype(dtype)) for path, leaf in parameters.items()}
+    tokenizer = None
+    if (checkpoint.source / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.from_directory(checkpoint.source)
+    return Decoder(config), nest(parameters), tokenizer

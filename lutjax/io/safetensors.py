@@ -19,7 +19,7 @@ SINGLE_NAME = "model.safetensors"
 # The same bound as the safetensors library's.
 _MAX_HEADER_BYTES = 100_000_000
 
-_DTYPES: dict[str, np.dtype] = {
+DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -82,6 +82,14 @@ class SafetensorsReader:
                 raise ValueError(f"{index} says that {shard} holds {name!r}, but it does not")
         return cls(infos)
 
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype in which a tensor is stored.
+
+        Raises:
+          KeyError: if there is no such tensor.
+        """
+        return DTYPES[self.infos[name].dtype]
+
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor in its stored dtype.
 
@@ -89,7 +97,7 @@ class SafetensorsReader:
           KeyError: if there is no such tensor.
         """
         info = self.infos[name]
-        return read_bytes(info).view(_DTYPES[info.dtype]).reshape(info.shape)
+        return read_bytes(info).view(self.dtype(name)).reshape(info.shape)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -136,15 +144,15 @@ def _tensor_info(path: Path, name: str, entry: Any, start: int, size: int) -> Te
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} describes tensor {name!r} as {entry!r}") from error
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise ValueError(
             f"{path}: tensor {name!r} has the unsupported dtype {dtype!r}; supported are "
-            f"{', '.join(_DTYPES)}"
+            f"{', '.join(DTYPES)}"
         )
     integers = isinstance(shape, list) and all(
         isinstance(value, int) and value >= 0 for value in (*shape, begin, end)
     )
-    if not integers or end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
+    if not integers or end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ValueError(
             f"{path}: tensor {name!r} of dtype {dtype} and shape {shape} does not fit its "
             f"data_offsets [{begin}, {end}]"

@@ -1,0 +1,374 @@
+"""The project's own checkpoints: a directory with safetensors and a description of each parameter.
+
+config.json         the decoder, in Hugging Face's terms
+lutjax.json         format version, and each parameter's class and static fields
+model.safetensors   the arrays, called `path` or `path.field` (or shards with an index)
+tokenizer.json …    as in any Hugging Face directory
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lutjax.arrays import CompressedArray, format_bytes, is_compressed
+from lutjax.io.array_schema import describe, restore
+from lutjax.io.checkpoint import nest, parameter_shapes
+from lutjax.io.configs import config_from_hf, config_to_hf
+from lutjax.io.new_directory import check_destination, new_directory
+from lutjax.io.safetensors import SafetensorsReader, read_json
+from lutjax.io.safetensors_writer import MAX_SHARD_BYTES, SafetensorsWriter, tensor_bytes
+from lutjax.io.tokenizer import Tokenizer
+from lutjax.models.config import DecoderConfig
+from lutjax.models.decoder import Decoder
+from lutjax.paths import named_leaves
+
+METADATA_NAME = "lutjax.json"
+_FORMAT, _VERSION = "lutjax", 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressedCheckpoint:
+    """A checkpoint in the project's own format whose headers are sound; values are read on demand.
+
+    Attributes:
+      source: the directory.
+      config: the decoder's configuration, or None if it was saved without one.
+      reader: the tensors.
+      descriptions: of each parameter, by path; see `lutjax.io.array_schema`.
+      check_finite: whether `read` refuses NaN and Inf.
+    """
+
+    source: Path
+    config: DecoderConfig | None
+    reader: SafetensorsReader
+    descriptions: Mapping[str, Any]
+    check_finite: bool = True
+
+    def abstract(self, path: str) -> Any:
+        """One parameter with `jax.ShapeDtypeStruct` for arrays, from the headers alone."""
+
+        def spec(name: str) -> jax.ShapeDtypeStruct:
+            info = self.reader.infos[name]
+            return jax.ShapeDtypeStruct(info.shape, self.reader.dtype(name))
+
+        return restore(self.descriptions[path], spec)
+
+    def read(self, path: str) -> Any:
+        """Reads one parameter, dense or compressed.
+
+        Raises:
+          ValueError: if it holds NaN or Inf and `check_finite` is set.
+        """
+
+        def tensor(name: str) -> jax.Array:
+            values = self.reader.read(name)
+            floating = jnp.issubdtype(values.dtype, jnp.floating)
+            if self.check_finite and floating and not np.isfinite(values).all():
+                raise ValueError(
+                    f"{self.source}: tensor {name!r} holds NaN or infinite values; pass "
+                    "check_finite=False to load it all the same"
+                )
+            return jax.device_put(values)
+
+        return restore(self.descriptions[path], tensor)
+
+    def parameters(self) -> Iterator[tuple[str, Any]]:
+        """Reads all parameters, one at a time."""
+        for path in self.descriptions:
+            yield path, self.read(path)
+
+
+def save(
+    path: str | Path,
+    params: Mapping[str, Any],
+    config: DecoderConfig | None = None,
+    tokenizer: Tokenizer | None = None,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Saves dense and compressed parameters; `lutjax.load` gives back the same bits.
+
+    The directory is written under a temporary name beside its place and renamed when it is
+    complete.
+
+    Args:
+      path: the directory to make; nothing may be there.
+      params: nested dictionaries of arrays and compressed arrays.
+      config: the decoder that they belong to; without it, `read_params` reads them back.
+      tokenizer: is saved along.
+      max_shard_bytes: the size from which the arrays are spread over several files.
+
+    Raises:
+      FileExistsError: if something is at `path`.
+      TypeError: if `params` holds something else than arrays, or a dtype that cannot be stored.
+      ValueError: if `params` does not fit `config`, or a key holds a slash.
+      OSError: if the disk is full; nothing is left behind.
+
+    >>> import tempfile, lutjax
+    >>> params = lutjax.quantize({"kernel": jnp.eye(32)}, bits=4, group_size=32)
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     save(directory + "/eye", params)
+    ...     read_params(directory + "/eye")["kernel"]
+    LutArray(shape=(32, 32), float32, 4 bits, group_size=32, 640 B)
+    """
+    leaves = _flat_leaves(params)
+    specs = {name: _abstract(leaf, name) for name, leaf in leaves.items()}
+    write_checkpoint(
+        path,
+        specs,
+        leaves.__getitem__,
+        config=config,
+        tokenizer=tokenizer,
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def write_checkpoint(
+    destination: str | Path,
+    specs: Mapping[str, Any],
+    leaf: Callable[[str], Any],
+    *,
+    config: DecoderConfig | None,
+    tokenizer: Tokenizer | None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    wrap: Callable[[Iterable[str]], Iterable[str]] = lambda paths: paths,
+) -> None:
+    """Writes a checkpoint of which one parameter at a time is in memory.
+
+    Args:
+      destination: the directory to make.
+      specs: each parameter by path, with `jax.ShapeDtypeStruct` for arrays.
+      leaf: makes the parameter of a path when its turn comes.
+      config: the decoder's configuration, if it is one.
+      tokenizer: is saved along.
+      max_shard_bytes: the size from which the arrays are spread over several files.
+      wrap: goes around the loop over paths, for a progress bar.
+
+    Raises:
+      FileExistsError: if something is at the destination.
+      ValueError: if the parameters do not fit the configuration.
+      OSError: if the disk is full.
+    """
+    destination = check_destination(destination)
+    decoder = None if config is None else _decoder_fields(config)
+    if config is not None:
+        _check_decoder(specs, config, str(destination))
+    descriptions: dict[str, Any] = {}
+    tensors: dict[str, jax.ShapeDtypeStruct] = {}
+    for path, spec in specs.items():
+        descriptions[path], found = describe(spec, path)
+        tensors |= found
+    _check_space(destination, sum(map(tensor_bytes, tensors.values())))
+    metadata = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "decoder": decoder,
+        "parameters": descriptions,
+    }
+    with new_directory(destination) as directory:
+        with SafetensorsWriter(directory, tensors, max_shard_bytes) as writer:
+            for path in wrap(specs):
+                for name, array in describe(leaf(path), path)[1].items():
+                    writer.write(name, np.asarray(array))
+        if config is not None:
+            # Whoever does not know this format is told that the weights are not plain ones.
+            marked = config_to_hf(config) | {"quantization_config": {"quant_method": _FORMAT}}
+            _write_json(directory / "config.json", marked)
+        if tokenizer is not None:
+            tokenizer.save(directory)
+        _write_json(directory / METADATA_NAME, metadata)
+
+
+def is_compressed_directory(directory: str | Path) -> bool:
+    """Whether a directory is a checkpoint in the project's own format."""
+    return (Path(directory) / METADATA_NAME).is_file()
+
+
+def open_compressed(directory: str | Path, *, check_finite: bool = True) -> CompressedCheckpoint:
+    """Opens a directory that `save` wrote; only headers are read.
+
+    Args:
+      directory: its path.
+      check_finite: whether reading a parameter with NaN or Inf is an error.
+
+    Returns:
+      The checkpoint.
+
+    Raises:
+      FileNotFoundError: if a file is missing.
+      ValueError: if a file is not sound, was written by a newer version, or the arrays do not fit
+        each other or the configuration.
+    """
+    directory = Path(directory)
+    source = directory / METADATA_NAME
+    metadata = read_json(source)
+    version, parameters = metadata.get("version"), metadata.get("parameters")
+    if metadata.get("format") != _FORMAT or not isinstance(parameters, dict):
+        raise ValueError(f"{source} does not describe a lutjax checkpoint")
+    if version != _VERSION:
+        raise ValueError(
+            f"{source} has the format version {version!r}; this lutjax reads {_VERSION}: update it"
+        )
+    reader = SafetensorsReader.open_directory(directory)
+    config = _read_config(directory, metadata)
+    checkpoint = CompressedCheckpoint(directory, config, reader, parameters, check_finite)
+    specs = {}
+    sound: set[Any] = set()
+    for path in parameters:
+        try:
+            specs[path] = checkpoint.abstract(path)
+            _check_array(specs[path], sound)
+        except KeyError as error:
+            message = f"{directory}: {path!r} needs the tensor {error}, which is missing"
+            raise ValueError(message) from error
+        except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(f"{directory}: the arrays of {path!r} do not fit: {error}") from error
+    if config is not None:
+        _check_decoder(specs, config, str(directory))
+    return checkpoint
+
+
+def read_params(directory: str | Path, *, check_finite: bool = True) -> dict[str, Any]:
+    """Reads the parameters that `save` wrote, of a decoder or of anything else.
+
+    Args:
+      directory: its path.
+      check_finite: whether a parameter with NaN or Inf is an error.
+
+    Returns:
+      Nested dictionaries of arrays and compressed arrays.
+
+    Raises:
+      FileNotFoundError: if a file is missing.
+      ValueError: if a file is not sound.
+    """
+    return nest(dict(open_compressed(directory, check_finite=check_finite).parameters()))
+
+
+def _flat_leaves(params: Any) -> dict[str, Any]:
+    """Leaves by path; only dictionaries with keys that a path can be split into again."""
+    if not isinstance(params, Mapping):
+        raise TypeError(f"params is a {type(params).__name__}; it must be nested dictionaries")
+    leaves: dict[str, Any] = {}
+
+    def collect(tree: Mapping[Any, Any], prefix: str) -> None:
+        for key, child in tree.items():
+            if not isinstance(key, str) or not key or "/" in key:
+                raise ValueError(f"the key {key!r} under {prefix or '/'!r} cannot be saved")
+            if isinstance(child, Mapping):
+                collect(child, f"{prefix}{key}/")
+            else:
+                leaves[prefix + key] = child
+
+    collect(params, "")
+    return leaves
+
+
+def _abstract(leaf: Any, name: str) -> Any:
+    def spec(array: Any) -> jax.ShapeDtypeStruct:
+        if not isinstance(array, jax.Array | np.ndarray):
+            raise TypeError(f"{name!r} holds a {type(array).__name__}; only arrays can be saved")
+        return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+    if not is_compressed(leaf):
+        return spec(leaf)
+    return jax.tree.map(spec, leaf)
+
+
+def _decoder_fields(config: DecoderConfig) -> dict[str, Any]:
+    """The fields that config.json has no place for."""
+    fields = {
+        "dtype": jnp.dtype(config.dtype).name,
+        "scan_layers": config.scan_layers,
+        "remat": config.remat,
+    }
+    if _with_fields(config_from_hf(config_to_hf(config)), fields) != _normal(config):
+        raise ValueError(f"config.json cannot express {config}")
+    return fields
+
+
+def _with_fields(config: DecoderConfig, fields: Mapping[str, Any]) -> DecoderConfig:
+    return _normal(dataclasses.replace(config, **fields))
+
+
+def _normal(config: DecoderConfig) -> DecoderConfig:
+    return dataclasses.replace(config, dtype=jnp.dtype(config.dtype))
+
+
+def _read_config(directory: Path, metadata: Mapping[str, Any]) -> DecoderConfig | None:
+    fields = metadata.get("decoder")
+    if fields is None:
+        return None
+    path = directory / "config.json"
+    data = read_json(path)
+    data.pop("quantization_config", None)
+    try:
+        return _with_fields(config_from_hf(data, str(path)), fields)
+    except TypeError as error:
+        raise ValueError(f"{directory / METADATA_NAME}: 'decoder' is {fields!r}") from error
+
+
+def _check_decoder(specs: Mapping[str, Any], config: DecoderConfig, source: str) -> None:
+    if config.scan_layers:
+        tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        tree = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
+        shapes = {path: leaf.shape for path, leaf in named_leaves(tree)}
+    else:
+        shapes = parameter_shapes(config)
+    for path in [*shapes, *specs]:
+        if path not in specs:
+            raise ValueError(f"{source}: the parameter {path!r} is missing")
+        if path not in shapes:
+            raise ValueError(f"{source}: the decoder has no parameter {path!r}")
+        if specs[path].shape != shapes[path]:
+            raise ValueError(
+                f"{source}: {path!r} has shape {specs[path].shape}; the configuration needs "
+                f"{shapes[path]}"
+            )
+
+
+def _check_array(leaf: Any, sound: set[Any]) -> None:
+    """Traces the uses of a compressed array, so that arrays that do not fit are refused.
+
+    Args:
+      leaf: with `jax.ShapeDtypeStruct` for arrays.
+      sound: the kinds that passed; many parameters are of the same kind.
+    """
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return
+    if not isinstance(leaf, CompressedArray):
+        raise TypeError(f"it is a {type(leaf).__name__}")
+    arrays, structure = jax.tree.flatten(leaf)
+    kind = (structure, tuple((a.shape, a.dtype) for a in arrays))
+    if kind in sound:
+        return
+    rows, columns = leaf.matrix_shape
+    dense = jax.eval_shape(lambda w: w.materialize(), leaf)
+    x = jax.ShapeDtypeStruct((*leaf.batch_shape, 1, rows), jnp.float32)
+    product = jax.eval_shape(lambda w, x: w.matmul(x), leaf, x)
+    if dense.shape != leaf.shape or product.shape != (*leaf.batch_shape, 1, columns):
+        raise ValueError(f"{leaf!r} gives a weight of shape {dense.shape}")
+    sound.add(kind)
+
+
+def _check_space(destination: Path, needed: int) -> None:
+    parent = destination.absolute().parent
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        text = f"{format_bytes(needed)} are needed but {format_bytes(free)} are free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {text}", str(parent))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,68 @@
+"""Output directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def check_destination(destination: str | Path) -> Path:
+    """Checks that a directory can be made at `destination`, without making it.
+
+    Raises:
+      FileExistsError: if something is there already.
+      FileNotFoundError: if its parent directory is missing.
+    """
+    destination = Path(destination)
+    if os.path.lexists(destination):
+        raise FileExistsError(f"{destination} exists; remove it or name another output directory")
+    if not destination.absolute().parent.is_dir():
+        raise FileNotFoundError(f"the parent directory of {destination} does not exist")
+    return destination
+
+
+@contextlib.contextmanager
+def new_directory(destination: str | Path) -> Iterator[Path]:
+    """A directory to write into, which takes its final name when the block ends well.
+
+    It is made beside the destination as `.<name>-<random>.incomplete`, so that the rename is
+    atomic. An exception removes it; a kill leaves it under that name.
+
+    Args:
+      destination: where the directory is to be; nothing may be there.
+
+    Yields:
+      The temporary directory.
+
+    Raises:
+      FileExistsError: if something is at the destination, before or after the block.
+      FileNotFoundError: if its parent directory is missing.
+    """
+    destination = check_destination(destination)
+    parent = destination.absolute().parent
+    temporary = parent / f".{destination.name}-{secrets.token_hex(4)}.incomplete"
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        check_destination(destination)
+        temporary.rename(destination)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync(parent)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file's content, or a directory's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
