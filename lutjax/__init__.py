@@ -4,9 +4,16 @@ A compressed weight is a pytree node that stands where the dense array stood; ev
 function from parameter pytrees to parameter pytrees; :func:`lift` runs any JAX function on them.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from lutjax.arrays import DoubleQuant, LowRankArray, LutArray, SumArray, is_compressed
 from lutjax.lift import LiftReport, MaterializationError, MaterializationWarning, lift
 from lutjax.transforms import LutConfig, Recipe, Rule, materialize, quantize, summarize
+
+if TYPE_CHECKING:
+    from lutjax.io import compress_checkpoint, load, save
 
 __version__ = "0.1.0"
 
@@ -21,9 +28,21 @@ __all__ = [
     "Recipe",
     "Rule",
     "SumArray",
+    "compress_checkpoint",
     "is_compressed",
     "lift",
+    "load",
     "materialize",
     "quantize",
+    "save",
     "summarize",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `lutjax.io`, and Flax with it, when a checkpoint is first touched."""
+    if name in ("compress_checkpoint", "load", "save"):
+        from lutjax import io
+
+        return getattr(io, name)
+    raise AttributeError(f"module 'lutjax' has no attribute {name!r}")
