@@ -13,7 +13,9 @@ from lutjax.lift import LiftReport, MaterializationError, MaterializationWarning
 from lutjax.transforms import LutConfig, Recipe, Rule, materialize, quantize, summarize
 
 if TYPE_CHECKING:
-    from lutjax.io import compress_checkpoint, load, save
+    from lutjax.io.compress import compress_checkpoint
+    from lutjax.io.compressed import save
+    from lutjax.io.load import load
 
 __version__ = "0.1.0"
 

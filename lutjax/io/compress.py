@@ -62,7 +62,7 @@ def compress_checkpoint(
     tokenizer = load_tokenizer(checkpoint)
     kept = {path for path in checkpoint.shapes if keep_quantized and has_grid(checkpoint, path)}
     dense = {
-        path: jax.ShapeDtypeStruct(shape, _dtype(checkpoint, path))
+        path: jax.ShapeDtypeStruct(shape, stored_dtype(checkpoint, path))
         for path, shape in checkpoint.shapes.items()
         if path not in kept
     }
@@ -102,7 +102,7 @@ def compress_checkpoint(
     )
 
 
-def _dtype(checkpoint: Checkpoint, path: str) -> np.dtype:
+def stored_dtype(checkpoint: Checkpoint, path: str) -> np.dtype:
     """The dtype a parameter is kept in: the stored one, float32 for float64 and GGUF's formats."""
     if not isinstance(checkpoint.reader, SafetensorsReader):
         return np.dtype(np.float32)

@@ -1,0 +1,81 @@
+"""`lutjax eval`: perplexity, bits a weight and size."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """Measure models: perplexity on a text, bits a weight, size.
+
+    The text is cut into windows; each is read on its own, and every token but its first is
+    predicted.
+
+    For example:
+
+    lutjax eval smol-4bit
+
+    lutjax eval ./model model-4bit model-3bit --text book.txt --chunks 32
+
+    lutjax eval model.gguf --keep-quantized --json
+    """
+
+    models: tyro.conf.Positional[tuple[str, ...]]
+    """Directories, .gguf files or hub ids."""
+    text: Path | None = None
+    """UTF-8 text file; by default the help topics that come with Python."""
+    window: int = 512
+    """Tokens in a window."""
+    chunks: int = 16
+    """Windows, evenly spaced over the text; all if it has fewer."""
+    json: bool = False
+    """Print JSON instead of a table."""
+    keep_quantized: bool = False
+    """Run the Q4_0, Q4_1 and Q8_0 matrices of a .gguf file as they are, not dequantised."""
+
+    def run(self) -> None:
+        """Measures each model and prints the results."""
+        from lutjax.cli.models import evaluation_text
+
+        if not self.models:
+            raise ValueError("name at least one model")
+        text = evaluation_text(self.text)
+        results = [self._measure(model, text) for model in self.models]
+        if self.json:
+            print(json.dumps(results, indent=2))
+            return
+        width = max(len("model"), *(len(result["model"]) for result in results))
+        print(f"{'model':<{width}}  {'perplexity':>10}  {'bits/weight':>11}  {'MB':>8}  tokens")
+        for r in results:
+            print(
+                f"{r['model']:<{width}}  {r['perplexity']:>10.4f}  {r['bits_per_weight']:>11.3f}  "
+                f"{r['megabytes']:>8.1f}  {r['tokens']}"
+            )
+
+    def _measure(self, path: str, text: str) -> dict[str, Any]:
+        from lutjax.cli.models import load_model
+        from lutjax.evaluate import perplexity, windows
+        from lutjax.transforms import summarize
+
+        model = load_model(path, keep_quantized=self.keep_quantized)
+        ids = model.tokenizer.encode(text, add_special_tokens=False)
+        result = perplexity(
+            model.apply_fn, model.params, windows(ids, self.window, self.chunks), progress=True
+        )
+        summary = summarize(model.params)
+        matrices = summary.compressed if summary.compressed.leaves else summary
+        return {
+            "model": path,
+            "perplexity": result.perplexity,
+            "mean_nll": result.mean_nll,
+            "tokens": result.tokens,
+            "window_nll": list(result.window_nll),
+            "bits_per_weight": matrices.bits_per_weight,
+            "megabytes": summary.nbytes / 1e6,
+        }

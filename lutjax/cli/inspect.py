@@ -1,0 +1,77 @@
+"""`lutjax inspect`: what a checkpoint holds, from its headers alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+if TYPE_CHECKING:
+    from lutjax.transforms import Summary
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """List a model's parameters: shape, bits a weight, bytes, and how each is stored.
+
+    Only headers are read, so this is quick for a model of any size.
+
+    For example:
+
+    lutjax inspect smol-4bit
+
+    lutjax inspect model.gguf --keep-quantized --json
+    """
+
+    model: tyro.conf.Positional[str]
+    """Directory, .gguf file or hub id."""
+    json: bool = False
+    """Print JSON instead of a table."""
+    keep_quantized: bool = False
+    """Show the Q4_0, Q4_1 and Q8_0 matrices of a .gguf file as they are, not dequantised."""
+
+    def run(self) -> None:
+        """Prints the table."""
+        summary = summary_of(self.model, keep_quantized=self.keep_quantized)
+        print(summary.to_json() if self.json else summary)
+
+
+def summary_of(path: str, *, keep_quantized: bool = False) -> Summary:
+    """The parameters of a checkpoint of any kind, as `lutjax.load` would give them.
+
+    Raises:
+      FileNotFoundError: if a file is missing.
+      ValueError: if the checkpoint is not sound or not supported.
+    """
+    from lutjax.io import open_compressed
+    from lutjax.io.checkpoint import nest
+    from lutjax.io.compressed import is_compressed_directory
+    from lutjax.transforms import summarize
+
+    specs: dict[str, Any]
+    if is_compressed_directory(Path(path)):
+        compressed = open_compressed(path)
+        specs = {name: compressed.abstract(name) for name in compressed.descriptions}
+    else:
+        specs = _dense_specs(path, keep_quantized)
+    return summarize(nest(specs))
+
+
+def _dense_specs(path: str, keep_quantized: bool) -> dict[str, Any]:
+    import jax
+
+    from lutjax.io import open_checkpoint
+    from lutjax.io.compress import stored_dtype
+    from lutjax.io.grid import abstract_grid_array, check_keeps_quantized, has_grid
+
+    checkpoint = open_checkpoint(path)
+    if keep_quantized:
+        check_keeps_quantized(checkpoint)
+    return {
+        name: abstract_grid_array(checkpoint, name)
+        if keep_quantized and has_grid(checkpoint, name)
+        else jax.ShapeDtypeStruct(shape, stored_dtype(checkpoint, name))
+        for name, shape in checkpoint.shapes.items()
+    }

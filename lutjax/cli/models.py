@@ -1,0 +1,71 @@
+"""What the commands share: a model ready to run, and the text it is measured on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lutjax.io import Tokenizer
+    from lutjax.models import DecoderConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class RunnableModel:
+    """A model with its tokenizer.
+
+    Attributes:
+      config: the decoder's configuration.
+      params: dense and compressed parameters.
+      tokenizer: text to tokens and back.
+      apply_fn: the function to call with `{"params": params}`; the same object each time.
+    """
+
+    config: DecoderConfig
+    params: Any
+    tokenizer: Tokenizer
+    apply_fn: Callable[..., Any]
+
+
+def load_model(path: str, *, keep_quantized: bool = False) -> RunnableModel:
+    """Loads a model of any supported kind, and lifts it if its weights are compressed.
+
+    Raises:
+      FileNotFoundError: if a file is missing.
+      ValueError: if the checkpoint is not sound, not supported, or without a tokenizer.
+    """
+    import lutjax
+
+    model, params, tokenizer = lutjax.load(path, keep_quantized=keep_quantized)
+    if tokenizer is None:
+        raise ValueError(f"{path} has no tokenizer.json, so it cannot read text")
+    return RunnableModel(model.config, params, tokenizer, lifted_if_needed(model.apply, params))
+
+
+def lifted_if_needed(apply_fn: Callable[..., Any], params: Any) -> Callable[..., Any]:
+    """`apply_fn` itself for dense parameters, lifted for compressed ones."""
+    import jax
+
+    from lutjax import is_compressed, lift
+
+    compressed = any(map(is_compressed, jax.tree.leaves(params, is_leaf=is_compressed)))
+    return lift(apply_fn) if compressed else apply_fn
+
+
+def evaluation_text(path: Path | None = None) -> str:
+    """The text of a UTF-8 file; by default Python's own help topics, about 465,000 characters.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is not UTF-8.
+    """
+    if path is None:
+        from pydoc_data.topics import topics
+
+        return "\n".join(topics.values())
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error

@@ -1,0 +1,89 @@
+"""`lutjax quantize`: a dense checkpoint to a compressed one."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from lutjax import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantize:
+    """Compress a checkpoint to lookup-table weights, tensor by tensor.
+
+    Weight matrices become packed codes of a small table with a scale for each group; embeddings,
+    norms and the output head stay as they are.
+
+    For example:
+
+    lutjax quantize HuggingFaceTB/SmolLM2-135M -o smol-4bit
+
+    lutjax quantize ./model -o model-3bit --bits 3 --group-size 128
+
+    lutjax quantize model.gguf -o model-int4 --keep-quantized
+    """
+
+    model: tyro.conf.Positional[str]
+    """Directory, .gguf file or hub id of the dense model."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Directory to make; it must not exist."""
+    bits: int = 4
+    """Bits of a code, 1 to 8."""
+    group_size: int | Literal["column"] = 64
+    """Weights that share a scale, at least 16, or 'column' for one scale a column."""
+    codebook: str = "nf"
+    """Table of values: nf (NormalFloat), int, affine, fp4, nf_flute, kmeans."""
+    scale_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """How the scales are stored."""
+    double_quant: bool = False
+    """Quantise the scales too, to 8 bits."""
+    recipe: Path | None = None
+    """JSON file with a rule for each kind of parameter, instead of the five options above."""
+    keep_quantized: bool = False
+    """Keep the Q4_0, Q4_1 and Q8_0 matrices of a .gguf file exactly; compress only the others."""
+
+    def run(self) -> None:
+        """Compresses, and prints the result's size."""
+        from lutjax.arrays import format_bytes
+        from lutjax.cli.inspect import summary_of
+        from lutjax.io import compress_checkpoint
+
+        compress_checkpoint(
+            self.model,
+            self.output,
+            self._recipe(),
+            keep_quantized=self.keep_quantized,
+            progress=True,
+        )
+        summary = summary_of(str(self.output))
+        print(
+            f"{self.output}: {format_bytes(summary.nbytes)}, "
+            f"{summary.compressed.bits_per_weight:.3f} bits a weight in "
+            f"{len(summary.compressed.leaves)} compressed matrices"
+        )
+
+    def _recipe(self) -> Recipe:
+        from lutjax import DoubleQuant, Recipe
+
+        options = ("bits", "group_size", "codebook", "scale_dtype", "double_quant")
+        if self.recipe is not None:
+            for field in dataclasses.fields(self):
+                if field.name in options and getattr(self, field.name) != field.default:
+                    flag = "--" + field.name.replace("_", "-")
+                    raise ValueError(f"give either --recipe or {flag}, not both")
+            try:
+                return Recipe.load(self.recipe)
+            except ValueError as error:
+                raise ValueError(f"{self.recipe}: {error}") from error
+        return Recipe.uniform(
+            self.bits,
+            self.group_size,
+            self.codebook,
+            scale_dtype=self.scale_dtype,
+            double_quant=DoubleQuant() if self.double_quant else None,
+        )
