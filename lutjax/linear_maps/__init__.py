@@ -12,7 +12,6 @@ from lutjax.linear_maps.composed import KronA, Kronecker, Stacked
 from lutjax.linear_maps.dimension_numbers import (
     DimensionNumbers,
     matching,
-    path_string,
     resolve_dimension_numbers,
 )
 from lutjax.linear_maps.one_sided import SVD, Projection, RandomizedSVD
@@ -36,6 +35,5 @@ __all__ = [
     "SemiOrthogonal",
     "Stacked",
     "matching",
-    "path_string",
     "resolve_dimension_numbers",
 ]

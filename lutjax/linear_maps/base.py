@@ -46,6 +46,12 @@ class BoundMap(abc.ABC):
         """`x @ S^T latent` for a single matrix, without forming the matrix where possible."""
         return x @ self.up(latent).astype(x.dtype)
 
+    def apply_transposed(
+        self, x: Float[Array, "*b n"], latent: Float[Array, "..."]
+    ) -> Float[Array, "*b m"]:
+        """`x @ (S^T latent)^T`, likewise."""
+        return x @ self.up(latent).astype(x.dtype).T
+
     def carry(
         self, old: BoundMap, moment: Float[Array, "..."], order: Literal[1, 2]
     ) -> Float[Array, "..."]:

@@ -88,6 +88,20 @@ class KroneckerMap(BoundMap):
     def up(self, latent: Float[Array, "..."]) -> Float[Array, "..."]:  # noqa: D102
         return self.left.up(self.right.up(latent))
 
+    # A left map acts on columns and a right map on rows, so they apply to batches of vectors too.
+
+    def apply(self, x: Float[Array, "*b m"], latent: Float[Array, "..."]) -> Float[Array, "*b n"]:  # noqa: D102
+        rows = x.reshape(-1, x.shape[-1])
+        out = self.right.up(self.left.down(rows.T).T @ latent.astype(x.dtype))
+        return out.reshape(*x.shape[:-1], -1)
+
+    def apply_transposed(  # noqa: D102
+        self, x: Float[Array, "*b n"], latent: Float[Array, "..."]
+    ) -> Float[Array, "*b m"]:
+        rows = x.reshape(-1, x.shape[-1])
+        out = self.left.up((self.right.down(rows) @ latent.astype(x.dtype).T).T).T
+        return out.reshape(*x.shape[:-1], -1)
+
     def for_worker(self, index: Any) -> KroneckerMap:  # noqa: D102
         return KroneckerMap(self.left.for_worker(index), self.right.for_worker(index))
 
@@ -167,6 +181,12 @@ class StackedMap(BoundMap):
         pieces = self._split(latent)
         return sum(part.apply(x, y) for part, y in zip(self.parts, pieces, strict=True))
 
+    def apply_transposed(  # noqa: D102
+        self, x: Float[Array, "*b n"], latent: Float[Array, "..."]
+    ) -> Float[Array, "*b m"]:
+        pieces = self._split(latent)
+        return sum(part.apply_transposed(x, y) for part, y in zip(self.parts, pieces, strict=True))
+
     def for_worker(self, index: Any) -> StackedMap:  # noqa: D102
         return StackedMap(tuple(part.for_worker(index) for part in self.parts))
 
@@ -234,3 +254,8 @@ class KronAMap(BoundMap):
         blocks = x.reshape(*x.shape[:-1], p, i) @ latent.astype(x.dtype)
         out = jnp.einsum("...pj,pq->...qj", blocks, self.factor.astype(x.dtype))
         return out.reshape(*x.shape[:-1], q * j)
+
+    def apply_transposed(  # noqa: D102
+        self, x: Float[Array, "*b n"], latent: Float[Array, "..."]
+    ) -> Float[Array, "*b m"]:
+        return KronAMap(self.factor.T).apply(x, latent.T)

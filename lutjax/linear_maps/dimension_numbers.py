@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from lutjax.paths import path_string
+
 
 class DimensionNumbers(NamedTuple):
     """The axes of a weight that are contracted with the input, and those that index its output.
@@ -31,11 +33,6 @@ class DimensionNumbers(NamedTuple):
 
 WeightDimensionNumbers = Any
 """``None``, ``DimensionNumbers``, a tree of either (``None``: leave alone), ``params -> tree``."""
-
-
-def path_string(path: Sequence[Any]) -> str:
-    """A key path as it is written in recipes and messages, e.g. ``layers/0/mlp/up_proj/kernel``."""
-    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
 def _axes(axis: int | Sequence[int], ndim: int) -> tuple[int, ...]:

@@ -59,6 +59,14 @@ def one_sided_apply(
     return (x @ basis) @ latent if side == "left" else (x @ latent) @ basis.T
 
 
+def one_sided_apply_transposed(
+    basis: Float[Array, "d r"], x: Float[Array, "*b n"], latent: Float[Array, "..."], side: Side
+) -> Float[Array, "*b m"]:
+    """`x @ up(latent)^T`, likewise."""
+    basis, latent = basis.astype(x.dtype), latent.astype(x.dtype)
+    return (x @ latent.T) @ basis.T if side == "left" else (x @ basis) @ latent.T
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Projection(BoundMap):
@@ -80,6 +88,11 @@ class Projection(BoundMap):
 
     def apply(self, x: Float[Array, "*b m"], latent: Float[Array, "..."]) -> Float[Array, "*b n"]:  # noqa: D102
         return one_sided_apply(self.basis, x, latent, self.side)
+
+    def apply_transposed(  # noqa: D102
+        self, x: Float[Array, "*b n"], latent: Float[Array, "..."]
+    ) -> Float[Array, "*b m"]:
+        return one_sided_apply_transposed(self.basis, x, latent, self.side)
 
     def carry(  # noqa: D102
         self, old: BoundMap, moment: Float[Array, "..."], order: Literal[1, 2]

@@ -15,6 +15,7 @@ from lutjax.linear_maps.one_sided import (
     Side,
     check_rank,
     one_sided_apply,
+    one_sided_apply_transposed,
     one_sided_down,
     one_sided_up,
     projected_side,
@@ -111,6 +112,11 @@ class SketchMap(BoundMap):
 
     def apply(self, x: Float[Array, "*b m"], latent: Float[Array, "..."]) -> Float[Array, "*b n"]:  # noqa: D102
         return one_sided_apply(self.basis, x, latent, self.side)
+
+    def apply_transposed(  # noqa: D102
+        self, x: Float[Array, "*b n"], latent: Float[Array, "..."]
+    ) -> Float[Array, "*b m"]:
+        return one_sided_apply_transposed(self.basis, x, latent, self.side)
 
     def for_worker(self, index: Any) -> SketchMap:
         """The map of worker `index`: an independent draw, or the next semi-orthogonal columns.

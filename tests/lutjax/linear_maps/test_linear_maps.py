@@ -81,7 +81,7 @@ def test_the_maps_gradient_is_the_gradient_of_the_adapter(name):
 def test_apply_is_the_product_with_the_matrix(name):
     with jax.enable_x64(True):
         bound, gradient, _ = bound_map(MAPS[name], (6, 8))
-        x = jax.random.normal(jax.random.key(4), (5, 6), jnp.float64)
+        x = jax.random.normal(jax.random.key(4), (2, 5, 6), jnp.float64)
         latent = down(bound, gradient)
         actual = jax.jit(lambda bound, latent: bound.apply(x, latent))(bound, latent)
         np.testing.assert_allclose(

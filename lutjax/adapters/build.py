@@ -1,0 +1,214 @@
+"""Adapters on the weights of a model: one-sided, two-sided (LoRA) and Kronecker (KronA)."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import PRNGKeyArray
+
+from lutjax.adapters.array import AdapterArray, is_adapter
+from lutjax.arrays import is_compressed
+from lutjax.linear_maps import BoundMap, Gaussian, KronA, LinearMap, Projection, Reshaped
+from lutjax.linear_maps.composed import KronAMap
+from lutjax.linear_maps.dimension_numbers import (
+    WeightDimensionNumbers,
+    resolve_dimension_numbers,
+)
+from lutjax.paths import path_string
+
+
+def one_sided(
+    params: Any,
+    map: LinearMap,
+    key: PRNGKeyArray,
+    *,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+) -> Any:
+    """Adapters `W_0 + S^T lambda` with `S` frozen and `lambda = 0` on the chosen weights.
+
+    For a one-sided map this is one-sided LoRA, `W_0 + P lambda`; any linear map will do. See
+    :func:`lutjax.adapters.dual` for the optimiser that it is the dual of.
+
+    Args:
+      params: A tree of dense or compressed weights.
+      map: The rule for `S`; one that depends on gradients starts as a truncated identity.
+      key: Where maps are drawn from.
+      weight_dimension_numbers: Which weights get an adapter; see
+        :func:`lutjax.linear_maps.resolve_dimension_numbers`.
+
+    Returns:
+      `params` with an :class:`AdapterArray` in the place of each chosen weight.
+
+    Raises:
+      ValueError: When the map does not fit a weight, naming it.
+
+    Source: Duality (arXiv 2502.13811, section 3).
+
+    >>> import lutjax
+    >>> params = {"w": jnp.ones((4, 6))}
+    >>> adapted = one_sided(params, Gaussian(2), jax.random.key(0))
+    >>> lutjax.lift(lambda p, x: x @ p["w"])(adapted, jnp.ones((1, 4))).shape
+    (1, 6)
+    """
+    return _adapt(params, map, key, weight_dimension_numbers, lambda bound: bound, False)
+
+
+def two_sided(
+    params: Any,
+    rank: int,
+    key: PRNGKeyArray,
+    *,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+) -> Any:
+    """LoRA: `W_0 + A B` with both factors trained, `A ~ N(0, 1/r)` of `[K, r]` and `B = 0`.
+
+    Not the dual of any gradient transformation: the map itself moves.
+
+    Args:
+      params: As for :func:`one_sided`.
+      rank: `r`.
+      key: Where `A` is drawn from.
+      weight_dimension_numbers: As for :func:`one_sided`.
+
+    Source: LoRA (arXiv 2106.09685).
+
+    >>> adapted = two_sided({"w": jnp.ones((4, 6))}, 2, jax.random.key(0))
+    >>> jax.tree.map(jnp.shape, trainable(adapted))
+    {'w': {'factor': (4, 2), 'latent': (2, 6)}}
+    """
+
+    def store_factor(bound: BoundMap) -> BoundMap:
+        if isinstance(bound, Reshaped):
+            return dataclasses.replace(bound, inner=store_factor(bound.inner))
+        return Projection(bound.basis, "left")  # type: ignore[attr-defined]
+
+    map_ = Gaussian(rank, side="left")
+    return _adapt(params, map_, key, weight_dimension_numbers, store_factor, True)
+
+
+def kronecker(
+    params: Any,
+    factor: tuple[int, int],
+    key: PRNGKeyArray,
+    *,
+    weight_dimension_numbers: WeightDimensionNumbers = None,
+) -> Any:
+    """KronA: `W_0 + A (x) B` with both factors trained, `A` random of shape `factor` and `B = 0`.
+
+    Args:
+      params: As for :func:`one_sided`.
+      factor: Shape of `A`; it divides the matrix.
+      key: Where `A` is drawn from.
+      weight_dimension_numbers: As for :func:`one_sided`.
+
+    Source: KronA (arXiv 2212.10650).
+
+    >>> adapted = kronecker({"w": jnp.ones((4, 6))}, (2, 3), jax.random.key(0))
+    >>> jax.tree.map(jnp.shape, trainable(adapted))
+    {'w': {'factor': (2, 3), 'latent': (2, 2)}}
+    """
+    return _adapt(params, KronA(factor), key, weight_dimension_numbers, lambda bound: bound, True)
+
+
+def _adapt(
+    params: Any,
+    map_: LinearMap,
+    key: PRNGKeyArray,
+    weight_dimension_numbers: WeightDimensionNumbers,
+    finish: Callable[[BoundMap], BoundMap],
+    train_factor: bool,
+) -> Any:
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_compressed)
+    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for _, leaf in leaves]
+    numbers = resolve_dimension_numbers(
+        jax.tree.unflatten(treedef, shapes), weight_dimension_numbers
+    )
+    adapted = []
+    for path, leaf in leaves:
+        name = path_string(path)
+        if name in numbers:
+            leaf_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+            try:
+                bound = map_.init(
+                    leaf_key, leaf.shape, dtype=leaf.dtype, dimension_numbers=numbers[name]
+                )
+                leaf = AdapterArray.of(leaf, finish(bound), train_factor=train_factor)
+            except ValueError as error:
+                raise ValueError(f"{name!r}: {error}") from None
+        adapted.append(leaf)
+    return jax.tree.unflatten(treedef, adapted)
+
+
+def _factor(bound: BoundMap) -> jax.Array:
+    if isinstance(bound, Projection):
+        return bound.basis
+    if isinstance(bound, KronAMap):
+        return bound.factor
+    raise TypeError(f"{type(bound).__name__} has no stored factor that could be trained")
+
+
+def _with_factor(bound: BoundMap, factor: jax.Array) -> BoundMap:
+    name = "basis" if isinstance(bound, Projection) else "factor"
+    return dataclasses.replace(bound, **{name: factor})  # type: ignore[type-var]
+
+
+def trainable(adapted: Any, *, others: bool = False) -> Any:
+    """What is trained of a tree with adapters, as a tree for an optimiser.
+
+    Args:
+      adapted: What :func:`one_sided`, :func:`two_sided` or :func:`kronecker` returned.
+      others: Whether dense leaves without an adapter are trained as well.
+
+    Returns:
+      For each adapter its latent, or ``{"factor": ..., "latent": ...}`` if both are trained; other
+      leaves, or None in their place.
+    """
+
+    def pick(leaf: Any) -> Any:
+        if is_adapter(leaf):
+            if leaf.train_factor:
+                return {"factor": _factor(leaf.map), "latent": leaf.latent}
+            return leaf.latent
+        return leaf if others and not is_compressed(leaf) else None
+
+    return jax.tree.map(pick, adapted, is_leaf=is_compressed)
+
+
+def with_trainable(adapted: Any, values: Any) -> Any:
+    """`adapted` with the values of :func:`trainable` put back.
+
+    >>> adapted = two_sided({"w": jnp.ones((4, 6))}, 2, jax.random.key(0))
+    >>> zero = jax.tree.map(jnp.zeros_like, trainable(adapted))
+    >>> float(with_trainable(adapted, zero)["w"].map.basis.sum())
+    0.0
+    """
+
+    def put(leaf: Any, value: Any) -> Any:
+        if value is None:
+            return leaf
+        if not is_adapter(leaf):
+            return value
+        if leaf.train_factor:
+            bound = _with_factor(leaf.map, value["factor"])
+            return dataclasses.replace(leaf, map=bound, latent=value["latent"])
+        return dataclasses.replace(leaf, latent=value)
+
+    return jax.tree.map(put, adapted, values, is_leaf=is_compressed)
+
+
+def merge(adapted: Any) -> Any:
+    """Dense weights `W_0 + S^T lambda` in the place of adapters; other leaves as they are.
+
+    >>> adapted = one_sided({"w": jnp.ones((4, 6))}, Gaussian(2), jax.random.key(0))
+    >>> bool((merge(adapted)["w"] == 1).all())
+    True
+    """
+    return jax.tree.map(
+        lambda leaf: leaf.materialize() if is_adapter(leaf) else leaf,
+        adapted,
+        is_leaf=is_compressed,
+    )
