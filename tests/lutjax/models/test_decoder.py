@@ -1,0 +1,332 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lutjax.io.checkpoint import nest, parameter_shapes
+from lutjax.models import (
+    Decoder,
+    DecoderConfig,
+    RopeScaling,
+    init_cache,
+    stack_layers,
+)
+
+LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, original_max_position_embeddings=32)
+VARIANTS = {
+    "llama": {},
+    "tied": {"tie_embeddings": True},
+    "qwen2": {"qkv_bias": True, "tie_embeddings": True},
+    "qwen3": {"qk_norm": True, "rms_norm_eps": 1e-2},
+    "mistral": {"sliding_window": 3},
+    "llama3": {"rope_scaling": LLAMA3, "rope_theta": 500.0},
+    "linear": {"rope_scaling": RopeScaling("linear", factor=4.0)},
+    "factors": {"rope_scaling": RopeScaling("factors", factors=(1.0, 3.0, 8.0))},
+    "multi-head": {"num_kv_heads": 4},
+    "multi-query": {"num_kv_heads": 1},
+}
+
+
+def random_params(config: DecoderConfig):
+    """Parameters with no zeros and no ones, so that every bias and scale counts."""
+    rng = np.random.default_rng(0)
+    shapes = nest(parameter_shapes(config))
+    return jax.tree.map(
+        lambda shape: jnp.asarray(
+            rng.normal(size=shape) * (0.3 if len(shape) > 1 else 0.5), jnp.float32
+        ),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def run(config: DecoderConfig, params, tokens, **arguments):
+    """`Decoder.apply`, compiled as a whole: faster here than one operation at a time."""
+    return jax.jit(Decoder(config).apply)({"params": params}, tokens, **arguments)
+
+
+def oracle_divisors(config: DecoderConfig, frequencies: np.ndarray) -> np.ndarray:
+    """As transformers' `modeling_rope_utils.py` writes them, one frequency at a time."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return np.ones_like(frequencies)
+    if scaling.kind == "linear":
+        return np.full_like(frequencies, scaling.factor)
+    if scaling.kind == "factors":
+        return np.array(scaling.factors)
+    divisors = []
+    for frequency in frequencies:
+        wavelength = 2 * math.pi / frequency
+        old = scaling.original_max_position_embeddings
+        if wavelength < old / scaling.high_freq_factor:
+            scaled = frequency
+        elif wavelength > old / scaling.low_freq_factor:
+            scaled = frequency / scaling.factor
+        else:
+            smooth = (old / wavelength - scaling.low_freq_factor) / (
+                scaling.high_freq_factor - scaling.low_freq_factor
+            )
+            scaled = (1 - smooth) * frequency / scaling.factor + smooth * frequency
+        divisors.append(frequency / scaled)
+    return np.array(divisors)
+
+
+def oracle(config: DecoderConfig, params, tokens: list[int]) -> np.ndarray:
+    """Logits [T, V] in float64, one head and one query at a time."""
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+    h, d = config.head_dim, config.num_heads // config.num_kv_heads
+
+    def norm(x, scale):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.rms_norm_eps) * scale
+
+    frequencies = config.rope_theta ** (-np.arange(h // 2) * 2 / h)
+    frequencies = frequencies / oracle_divisors(config, frequencies)
+    turn = np.exp(1j * np.arange(len(tokens))[:, None] * frequencies)
+
+    def rotate(x):  # [T, h]: pair i is the complex number x[i] + 1j x[i + h/2]
+        z = (x[:, : h // 2] + 1j * x[:, h // 2 :]) * turn
+        return np.concatenate([z.real, z.imag], axis=-1)
+
+    x = p["embed_tokens"]["embedding"][tokens]
+    for i in range(config.num_layers):
+        layer = p["layers"][str(i)]
+        attention, mlp = layer["self_attn"], layer["mlp"]
+        y = norm(x, layer["input_layernorm"]["scale"])
+
+        def project(name, head, y=y, attention=attention):
+            columns = slice(head * h, (head + 1) * h)
+            out = y @ attention[name]["kernel"][:, columns]
+            return out + attention[name]["bias"][columns] if config.qkv_bias else out
+
+        mixed = []
+        for head in range(config.num_heads):
+            q, k = project("q_proj", head), project("k_proj", head // d)
+            v = project("v_proj", head // d)
+            if config.qk_norm:
+                q = norm(q, attention["q_norm"]["scale"])
+                k = norm(k, attention["k_norm"]["scale"])
+            q, k = rotate(q), rotate(k)
+            rows = []
+            for t in range(len(tokens)):
+                first = (
+                    0 if config.sliding_window is None else max(0, t + 1 - config.sliding_window)
+                )
+                scores = k[first : t + 1] @ q[t] / math.sqrt(h)
+                weights = np.exp(scores - scores.max())
+                rows.append(weights @ v[first : t + 1] / weights.sum())
+            mixed.append(np.stack(rows))
+        x = x + np.concatenate(mixed, axis=-1) @ attention["o_proj"]["kernel"]
+        y = norm(x, layer["post_attention_layernorm"]["scale"])
+        gate = y @ mlp["gate_proj"]["kernel"]
+        hidden = gate / (1 + np.exp(-gate)) * (y @ mlp["up_proj"]["kernel"])
+        x = x + hidden @ mlp["down_proj"]["kernel"]
+    x = norm(x, p["norm"]["scale"])
+    return x @ (
+        p["embed_tokens"]["embedding"].T if config.tie_embeddings else p["lm_head"]["kernel"]
+    )
+
+
+# Every feature at least once, for the tests in which features could meet.
+COMBINATIONS = {
+    "plain": {},
+    "tied, biases, Llama-3 RoPE": VARIANTS["qwen2"] | VARIANTS["llama3"],
+    "norms, window, multi-query": VARIANTS["qwen3"] | VARIANTS["mistral"] | {"num_kv_heads": 1},
+}
+
+
+@pytest.fixture(params=COMBINATIONS)
+def config(request, tiny_config):
+    return dataclasses.replace(tiny_config, **COMBINATIONS[request.param])
+
+
+def tokens_for(config, batch=2, time=9, seed=1):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.integers(0, config.vocab_size, (batch, time)), jnp.int32)
+
+
+# float32 with 3 layers of sums of at most 28 terms, logits of order 1 to 10.
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_matches_the_float64_oracle(tiny_config, variant):
+    config = dataclasses.replace(tiny_config, **VARIANTS[variant])
+    params, tokens = random_params(config), tokens_for(config)
+    logits = run(config, params, tokens)
+    assert logits.dtype == jnp.float32
+    for row in range(2):
+        expected = oracle(config, params, np.asarray(tokens[row]).tolist())
+        np.testing.assert_allclose(logits[row], expected, **TOLERANCE)
+
+
+def test_scanned_layers_equal_unrolled_ones(config):
+    params, tokens = random_params(config), tokens_for(config)
+    scanned = dataclasses.replace(config, scan_layers=True, remat=True)
+
+    def loss(model):
+        return lambda params: jnp.mean(jnp.square(model.apply({"params": params}, tokens)))
+
+    value, gradient = jax.jit(jax.value_and_grad(loss(Decoder(config))))(params)
+    stacked = stack_layers(params)
+    scanned_value, scanned_gradient = jax.jit(jax.value_and_grad(loss(Decoder(scanned))))(stacked)
+    np.testing.assert_allclose(scanned_value, value, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3),
+        scanned_gradient,
+        stack_layers(gradient),
+    )
+
+
+def test_scanned_parameters_have_the_stacked_tree(config):
+    scanned = dataclasses.replace(config, scan_layers=True)
+    init = Decoder(scanned).init
+    shapes = jax.eval_shape(init, jax.random.key(0), tokens_for(config))["params"]
+    expected = stack_layers(random_params(config))
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, expected)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_cache_equals_no_cache(config, scan_layers):
+    params, tokens = random_params(config), tokens_for(config)
+    expected = run(config, params, tokens)
+    config = dataclasses.replace(config, scan_layers=scan_layers)
+    params = stack_layers(params) if scan_layers else params
+    cache = init_cache(config, batch=2, max_length=13)
+    found, start = [], 0
+    for length in (4, 1, 1, 3):
+        piece = tokens[:, start : start + length]
+        logits, cache = run(config, params, piece, cache=cache)
+        found.append(logits)
+        start += length
+    np.testing.assert_allclose(jnp.concatenate(found, axis=1), expected, **TOLERANCE)
+    assert int(cache.next_slot) == 9
+    assert cache.positions[0].tolist() == [*range(9), -1, -1, -1, -1]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(config, side):
+    params = random_params(config)
+    lengths, time = (3, 7), 9
+    rows = [tokens_for(config, 1, n + 2, seed=n)[0] for n in lengths]
+    tokens = np.full((2, time), 5, np.int32)
+    mask = np.zeros((2, time), bool)
+    for i, (row, n) in enumerate(zip(rows, lengths, strict=True)):
+        columns = slice(0, n) if side == "right" else slice(time - n, time)
+        tokens[i, columns], mask[i, columns] = row[:n], True
+    last = np.array([[np.flatnonzero(row)[-1]] for row in mask], np.int32)
+    logits, cache = run(
+        config,
+        params,
+        jnp.asarray(tokens),
+        cache=init_cache(config, 2, 16),
+        mask=jnp.asarray(mask),
+        logits_at=jnp.asarray(last),
+    )
+    found = [logits]
+    for step in range(2):
+        following = jnp.stack([row[n + step] for row, n in zip(rows, lengths, strict=True)])
+        logits, cache = run(config, params, following[:, None], cache=cache)
+        found.append(logits)
+    for i, (row, n) in enumerate(zip(rows, lengths, strict=True)):
+        alone = run(config, params, row[None])[0]
+        np.testing.assert_allclose(
+            jnp.concatenate(found, axis=1)[i], alone[n - 1 : n + 2], **TOLERANCE
+        )
+    without_cache = run(config, params, jnp.asarray(tokens), mask=jnp.asarray(mask))
+    np.testing.assert_allclose(without_cache[np.arange(2), last[:, 0]], found[0][:, 0], **TOLERANCE)
+    assert bool(jnp.isfinite(without_cache).all())
+
+
+def test_logits_at_selects(tiny_config):
+    params, tokens = random_params(tiny_config), tokens_for(tiny_config)
+    everything = run(tiny_config, params, tokens)
+    some = run(tiny_config, params, tokens, logits_at=jnp.array([[0, 8], [4, 4]]))
+    expected = [[everything[0, 0], everything[0, 8]], [everything[1, 4], everything[1, 4]]]
+    np.testing.assert_allclose(some, np.array(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_activations_give_float32_logits(tiny_config):
+    params, tokens = random_params(tiny_config), tokens_for(tiny_config)
+    expected = run(tiny_config, params, tokens)
+    half = dataclasses.replace(tiny_config, dtype=jnp.bfloat16)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    logits = run(half, params, tokens)
+    assert logits.dtype == jnp.float32
+    # bfloat16 keeps 8 bits; errors of single products add up over three layers.
+    error = jnp.linalg.norm(logits - expected) / jnp.linalg.norm(expected)
+    assert 1e-4 < float(error) < 0.1
+
+
+def test_each_weight_is_used_in_one_product(tiny_config):
+    """Compressed execution relies on it: one dot_general a matrix, and gathers for embeddings."""
+    for tied in (False, True):
+        config = dataclasses.replace(tiny_config, tie_embeddings=tied, qkv_bias=True)
+        params = random_params(config)
+
+        def apply(params, config=config):
+            return Decoder(config).apply({"params": params}, tokens_for(config))
+
+        jaxpr = jax.make_jaxpr(apply)(params).jaxpr
+        paths = [
+            jax.tree_util.keystr(path, simple=True, separator="/")
+            for path, _ in jax.tree_util.tree_leaves_with_path(params)
+        ]
+        uses: dict[str, list[str]] = {path: [] for path in paths}
+        _count_uses(jaxpr, dict(zip(jaxpr.invars, paths, strict=True)), uses)
+        for path, primitives in uses.items():
+            if path.endswith("/kernel"):
+                assert primitives == ["dot_general"], path
+        expected = ["gather", "dot_general"] if tied else ["gather"]
+        assert uses["embed_tokens/embedding"] == expected
+
+
+def _count_uses(jaxpr, names, uses):
+    for equation in jaxpr.eqns:
+        operands = [names.get(v) if not hasattr(v, "val") else None for v in equation.invars]
+        inner = equation.params.get("jaxpr")
+        if inner is not None and any(operands):
+            inner = getattr(inner, "jaxpr", inner)
+            pairs = zip(inner.invars, operands, strict=True)
+            _count_uses(inner, {v: name for v, name in pairs if name}, uses)
+            continue
+        for name in filter(None, operands):
+            uses[name].append(equation.primitive.name)
+
+
+def test_decode_step_copies_no_cache(tiny_config):
+    """With a donated cache, XLA's temporaries do not grow with the cache."""
+    params = random_params(tiny_config)
+
+    def step(params, tokens, cache):
+        return Decoder(tiny_config).apply({"params": params}, tokens, cache=cache)
+
+    def temporaries(slots: int) -> int:
+        cache = init_cache(tiny_config, 1, slots)
+        lowered = jax.jit(step, donate_argnums=2).lower(params, jnp.zeros((1, 1), jnp.int32), cache)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    one_layer = 2 * tiny_config.num_kv_heads * tiny_config.head_dim * 4
+    # A few float32 scores a slot for each query head, and the mask; no keys and values.
+    growth = (temporaries(4096) - temporaries(1024)) / 3072
+    assert growth < 8 * tiny_config.num_heads + 8 < one_layer
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_kv_heads": 3}, "num_kv_heads=3 does not divide num_heads=4"),
+        ({"head_dim": 5}, "head_dim=5 must be even"),
+        ({"num_layers": 0}, "num_layers=0"),
+        ({"vocab_size": 3.5}, r"vocab_size=3.5"),
+        ({"sliding_window": 0}, "sliding_window=0"),
+        ({"rope_scaling": RopeScaling("factors", factors=(1.0,))}, "1 factors; head_dim=6 needs 3"),
+    ],
+)
+def test_config_refuses(tiny_config, change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(tiny_config, **change)
