@@ -1,21 +1,31 @@
 """Compressed arrays: what stands in a parameter pytree where a dense weight stood."""
 
 from lutjax.arrays.base import CompressedArray, format_bytes, is_compressed
+from lutjax.arrays.concat_array import ConcatArray
+from lutjax.arrays.dense_array import DenseArray
+from lutjax.arrays.gated import GatedArray
 from lutjax.arrays.low_rank import LowRankArray
 from lutjax.arrays.lut_array import LutArray
+from lutjax.arrays.row_lut_array import RowLutArray
 from lutjax.arrays.scales import DoubleQuant, QuantizedScales, quantize_scales
+from lutjax.arrays.sharding import shardings_like
 from lutjax.arrays.sum_array import SumArray
 from lutjax.arrays.view import MatrixView
 
 __all__ = [
     "CompressedArray",
+    "ConcatArray",
+    "DenseArray",
     "DoubleQuant",
+    "GatedArray",
     "LowRankArray",
     "LutArray",
     "MatrixView",
     "QuantizedScales",
+    "RowLutArray",
     "SumArray",
     "format_bytes",
     "is_compressed",
     "quantize_scales",
+    "shardings_like",
 ]

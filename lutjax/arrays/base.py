@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from lutjax.arrays.split import Split
 from lutjax.arrays.view import MatrixView
 
 
@@ -68,19 +69,37 @@ class CompressedArray(abc.ABC):
     def astype(self, dtype: Any) -> Self:
         """The same data standing for a weight of another dtype."""
 
-    def take(self, indices: jax.Array) -> jax.Array:
-        """``W[indices]``: dense rows along the first logical axis, ``[*indices.shape, ...]``.
+    def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array | None:
+        """Dense rows (``axis="k"``) or columns (``"n"``) of a stored matrix without batch axes.
 
-        Subclasses read only the rows asked for; this default materialises all.
-        """
-        return jnp.take(self.materialize(), indices, axis=0)
+        Only those are decompressed; None if that is not possible. Indices must be in range.
 
-    def slice_matrix(self, axis: str, start: int, size: int) -> Self | None:
-        """Rows (``axis="k"``) or columns (``"n"``) of the stored matrix.
-
-        None if they are packed together with others and cannot be cut out.
+        Returns:
+          ``dtype[len(indices), N]`` or ``dtype[len(indices), K]``.
         """
         return None
+
+    def slice_matrix(self, axis: str, start: Any, size: int) -> Self | None:
+        """Rows (``axis="k"``) or columns (``"n"``) of the stored matrix.
+
+        ``start`` is an int, or a traced integer that is in range. None if the slice is packed
+        together with others and cannot be cut out.
+        """
+        return None
+
+    def split_specs(self, split: Split) -> Any:
+        """Partition specs of the data fields for a stored matrix that is split over a mesh.
+
+        By default, only batch axes are split.
+
+        Raises:
+          ValueError: If the data cannot be split that way.
+        """
+        return jax.tree.map(lambda a: split.spec(*[None] * (a.ndim - len(split.batch))), self)
+
+    def typed_spec(self) -> tuple[tuple[Any, ...], Any, Any]:
+        """The explicit mesh axes over which batch axes, K and N are split; none by default."""
+        return (None,) * len(self.batch_shape), None, None
 
     # What follows from it.
 
@@ -122,6 +141,53 @@ class CompressedArray(abc.ABC):
         """The dense weight ``dtype[*shape]``."""
         return self.view.from_matrix(self.materialize_matrix())
 
+    def take(self, indices: jax.Array) -> jax.Array:
+        """``W[indices]``: dense slices along the first logical axis, ``[*indices.shape, ...]``.
+
+        Only those are decompressed where the first axis is all of K or all of N; otherwise the
+        whole weight is.
+        """
+        rows = self.take_slices(indices)
+        return jnp.take(self.materialize(), indices, axis=0, mode="clip") if rows is None else rows
+
+    def take_slices(self, indices: jax.Array) -> jax.Array | None:
+        """Like :meth:`take`, but None where the whole weight would have to be dense."""
+        if self.batch_shape:
+            return None
+        found = self.outer_axis(0)
+        if found is None or found[1] != 1:
+            return None
+        side, rest = found[0], self.shape[1:]
+        flat = jnp.clip(indices.reshape(-1), 0, self.shape[0] - 1)
+        rows = self.take_matrix(side, flat)
+        if rows is None:
+            return None
+        # The other side's factors, in stored order, then as the view has them.
+        axes = self.view.n_axes if side == "k" else self.view.k_axes
+        rows = rows.reshape(-1, *(self.shape[axis] for axis in axes))
+        units = [axis for axis in range(1, self.ndim) if axis not in axes]
+        order = [0, *(1 + axes.index(a) for a in range(1, self.ndim) if a not in units)]
+        return rows.transpose(order).reshape(*indices.shape, *rest)
+
+    def outer_axis(self, axis: int) -> tuple[str, int] | None:
+        """The side of the stored matrix of which a logical axis is the outermost factor.
+
+        Args:
+          axis: A logical axis, batch axes not counted.
+
+        Returns:
+          ``("k" or "n", size of the factors inside it)``: slicing the axis slices that side. None
+          if another factor is outside it.
+        """
+        sizes = self.shape[len(self.batch_shape) :]
+        for side, axes in (("k", self.view.k_axes), ("n", self.view.n_axes)):
+            if axis in axes:
+                place = axes.index(axis)
+                if math.prod(sizes[a] for a in axes[:place]) > 1:
+                    return None
+                return side, math.prod(sizes[a] for a in axes[place + 1 :])
+        raise ValueError(f"axis {axis} is not one of the {len(sizes)} axes of {self!r}")
+
     def transpose(self, permutation: Sequence[int]) -> Self:
         """The weight with permuted logical axes; no data moves.
 
@@ -161,6 +227,13 @@ class CompressedArray(abc.ABC):
         if self.view.k_axes == (0,):
             return self.matmul(x)
         return self.matmul_transposed(x)
+
+
+def cut(a: jax.Array, start: Any, size: int, axis: int) -> jax.Array:
+    """A slice of one axis, at a place that is known now or traced."""
+    if isinstance(start, int):
+        return jax.lax.slice_in_dim(a, start, start + size, axis=axis)
+    return jax.lax.dynamic_slice_in_dim(a, start, size, axis=axis)
 
 
 def is_compressed(x: Any) -> bool:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lutjax.arrays.base import CompressedArray, format_bytes
+from lutjax.arrays.base import CompressedArray, cut, format_bytes
+from lutjax.arrays.split import Split, typed_entries
 from lutjax.arrays.view import MATRIX, MatrixView
 
 
@@ -83,20 +84,30 @@ class LowRankArray(CompressedArray):
         right, left = (jnp.swapaxes(f, -1, -2).astype(x.dtype) for f in (self.right, self.left))
         return x @ right @ left
 
-    def take(self, indices: jax.Array) -> jax.Array:
-        """``W[indices]`` along the first logical axis, through the thin side."""
-        if self.batch_shape or len(self.view.order) != 2:
-            return super().take(indices)
-        if self.view.k_axes == (0,):
-            return (jnp.take(self.left, indices, axis=0) @ self.right).astype(self.dtype)
-        return (jnp.take(self.right.T, indices, axis=0) @ self.left.T).astype(self.dtype)
-
-    def slice_matrix(self, axis: str, start: int, size: int) -> Self | None:
-        """Any rows or columns."""
-        cut = functools.partial(jax.lax.slice_in_dim, start_index=start, limit_index=start + size)
+    def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array:
+        """Dense rows or columns, through the thin side."""
         if axis == "k":
-            return dataclasses.replace(self, left=cut(self.left, axis=-2))
-        return dataclasses.replace(self, right=cut(self.right, axis=-1))
+            rows = jnp.take(self.left, indices, axis=0, mode="clip") @ self.right
+        else:
+            rows = jnp.take(self.right, indices, axis=1, mode="clip").T @ self.left.T
+        return rows.astype(self.dtype)
+
+    def slice_matrix(self, axis: str, start: Any, size: int) -> Self | None:
+        """Any rows or columns."""
+        if axis == "k":
+            return dataclasses.replace(self, left=cut(self.left, start, size, self.left.ndim - 2))
+        return dataclasses.replace(self, right=cut(self.right, start, size, self.right.ndim - 1))
+
+    def split_specs(self, split: Split) -> Any:
+        """``left`` is split by rows, ``right`` by columns."""
+        return dataclasses.replace(
+            self, left=split.spec(split.k, None), right=split.spec(None, split.n)
+        )
+
+    def typed_spec(self) -> tuple[tuple[Any, ...], Any, Any]:
+        """The explicit mesh axes over which batch axes, K and N are split."""
+        *batch, k, _ = typed_entries(self.left)
+        return tuple(batch), k, typed_entries(self.right)[-1]
 
     def with_view(self, view: MatrixView) -> Self:
         """The same factors under another view."""

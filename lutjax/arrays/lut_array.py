@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from lutjax.arrays.base import CompressedArray, format_bytes
+from lutjax.arrays.base import CompressedArray, cut, format_bytes
 from lutjax.arrays.scales import QuantizedScales
+from lutjax.arrays.split import Split, typed_entries
 from lutjax.arrays.view import MATRIX, MatrixView
 from lutjax.packing import BLOCK, unpack
 from pallas_kernels.lut_matmul import dequantize, lut_matmul
@@ -107,6 +108,8 @@ class LutArray(CompressedArray):
         """``x @ W.T`` with the fused kernel, in the dtype of ``x``."""
         return self._product(x, transpose=True)
 
+    # Compiled as a unit: layers of one shape share one trace.
+    @functools.partial(jax.jit, static_argnames="transpose")
     def _product(self, x: jax.Array, *, transpose: bool) -> jax.Array:
         if self.batch_shape:
             return jax.vmap(lambda w, x: w._product(x, transpose=transpose))(self, x)
@@ -121,47 +124,44 @@ class LutArray(CompressedArray):
             transpose=transpose,
         )
 
-    def take(self, indices: jax.Array) -> jax.Array:
-        """``W[indices]`` along the first logical axis; only those rows are dequantised."""
-        if self.batch_shape or len(self.view.order) != 2 or self.vector_size > 1:
-            return super().take(indices)
-        flat = indices.reshape(-1)
-        clipped = functools.partial(jnp.take, indices=flat, mode="clip")
-        lut = clipped(self.lut, axis=-3) if self._tables_per_column else self.lut
-        if self.view.n_axes == (0,):  # rows of the logical weight are stored columns
+    def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array:
+        """Dense rows or columns; only those are dequantised."""
+        columns = functools.partial(jnp.take, indices=indices, mode="clip")
+        if axis == "n":
             part = dataclasses.replace(
                 self,
-                words=clipped(self.words, axis=-1),
-                scales=clipped(self.expanded_scales(), axis=-1),
-                lut=lut,
-                offsets=None if self.offsets is None else clipped(self.offsets, axis=-1),
+                words=columns(self.words, axis=-1),
+                scales=columns(self.expanded_scales(), axis=-1),
+                lut=columns(self.lut, axis=-3) if self._tables_per_column else self.lut,
+                offsets=None if self.offsets is None else columns(self.offsets, axis=-1),
             )
-            return part.materialize_matrix().T.reshape(*indices.shape, -1)
-        flat = jnp.clip(flat, 0, self.matrix_shape[0] - 1)
-        block, group = flat // BLOCK, flat // self.group_size
-        codes = unpack(self.words[block, :, :])
-        codes = jnp.take_along_axis(codes, (flat % BLOCK)[:, None, None], axis=-2)[:, 0]
-        table = jnp.broadcast_to(self.lut[..., 0], (self.words.shape[-1], self.lut.shape[-2]))
-        values = jnp.take_along_axis(table.T, codes.astype(jnp.int32), axis=0)
+            return part.materialize_matrix().T
+        place, within = indices // self.vector_size, indices % self.vector_size
+        codes = unpack(jnp.take(self.words, place // BLOCK, axis=0, mode="clip"))
+        codes = jnp.take_along_axis(codes, (place % BLOCK)[:, None, None], axis=-2)[:, 0]
+        table = jnp.broadcast_to(self.lut, (self.words.shape[-1], *self.lut.shape[1:]))
+        column = jnp.arange(self.words.shape[-1])[None, :]
+        values = table[column, codes.astype(jnp.int32), within[:, None]]
+        group = indices // self.group_size
         rows = values * self.expanded_scales()[group].astype(jnp.float32)
         if self.offsets is not None:
             rows += self.offsets[group].astype(jnp.float32)
-        return rows.astype(self.dtype).reshape(*indices.shape, -1)
+        return rows.astype(self.dtype)
 
-    def slice_matrix(self, axis: str, start: int, size: int) -> Self | None:
+    def slice_matrix(self, axis: str, start: Any, size: int) -> Self | None:
         """Rows at group and block boundaries, or any columns, of the stored matrix."""
         k = self.matrix_shape[0]
         if axis == "n":
-            cut = functools.partial(
-                jax.lax.slice_in_dim, start_index=start, limit_index=start + size
-            )
+            columns = functools.partial(cut, start=start, size=size)
             return dataclasses.replace(
                 self,
-                words=cut(self.words, axis=-1),
-                scales=cut(self.expanded_scales(), axis=-1),
-                lut=cut(self.lut, axis=-3) if self._tables_per_column else self.lut,
-                offsets=None if self.offsets is None else cut(self.offsets, axis=-1),
+                words=columns(self.words, axis=-1),
+                scales=columns(self.expanded_scales(), axis=-1),
+                lut=columns(self.lut, axis=-3) if self._tables_per_column else self.lut,
+                offsets=None if self.offsets is None else columns(self.offsets, axis=-1),
             )
+        if not isinstance(start, int):  # it may lie within a group or a block
+            return None
         rows, group = BLOCK * self.vector_size, self.group_size
         to_the_end = start + size == k
         if start % rows or start % group or (not to_the_end and (size % rows or size % group)):
@@ -175,6 +175,35 @@ class LutArray(CompressedArray):
             offsets=None if self.offsets is None else self.offsets[..., groups, :],
             padding=self.padding if to_the_end else 0,
         )
+
+    def split_specs(self, split: Split) -> Any:
+        """Codes are split by rows at whole blocks and by columns; so are scales that fit."""
+        k, n = self.matrix_shape
+        shards = split.shards(split.k)
+        rows = k // shards
+        if k % shards or (rows % (BLOCK * self.vector_size) and shards > 1):
+            raise ValueError(
+                f"its K={k} rows do not split into {shards} whole blocks of "
+                f"{BLOCK * self.vector_size}; shard N, or over fewer devices"
+            )
+        if n % split.shards(split.n):
+            raise ValueError(f"its N={n} columns do not split into {split.shards(split.n)}")
+        groups_split = split.k if rows % self.group_size == 0 else None
+        scales = split.spec(groups_split, split.n)
+        return dataclasses.replace(
+            self,
+            words=split.spec(split.k, None, split.n),
+            scales=self.scales.split_specs(split, groups_split)
+            if isinstance(self.scales, QuantizedScales)
+            else scales,
+            lut=split.spec(split.n if self._tables_per_column else None, None, None),
+            offsets=None if self.offsets is None else scales,
+        )
+
+    def typed_spec(self) -> tuple[tuple[Any, ...], Any, Any]:
+        """The explicit mesh axes over which batch axes, K and N are split."""
+        *batch, k, _, n = typed_entries(self.words)
+        return tuple(batch), k, n
 
     @property
     def _tables_per_column(self) -> bool:

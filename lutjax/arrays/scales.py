@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from lutjax.packing import pack, unpack
+from lutjax.arrays.split import Split
+from lutjax.packing import BLOCK, pack, unpack
 
 
 @functools.partial(
@@ -56,9 +58,27 @@ class QuantizedScales:
     def expand(self) -> Float[Array, "..."]:
         """The scales as ``float32[..., Kg, N]``."""
         n = self.shape[-1]
+        if self.steps.shape[-1] != -(-n // self.block):  # a shard of N that cuts through blocks
+            raise ValueError(
+                f"quantised scales {self.shape} with blocks of {self.block} columns have "
+                f"{self.steps.shape[-1]} steps a row; inside shard_map, shards of N must be whole "
+                f"blocks"
+            )
         codes = jnp.swapaxes(unpack(self.words, n), -1, -2)
         steps = jnp.repeat(self.steps.astype(jnp.float32), self.block, axis=-1)[..., :n]
         return self.floor + codes.astype(jnp.float32) * steps
+
+    def split_specs(self, split: Split, k: Any) -> Any:
+        """Partition specs of the fields; ``k`` is what the groups are split by."""
+        n, shards = self.shape[-1], split.shards(split.n)
+        words_fit = n % (shards * BLOCK) == 0
+        steps_fit = n % (shards * self.block) == 0
+        return dataclasses.replace(
+            self,
+            words=split.spec(split.n if words_fit else None, None, k),
+            steps=split.spec(k, split.n if steps_fit else None),
+            floor=split.spec(None, None),
+        )
 
 
 @dataclasses.dataclass(frozen=True)

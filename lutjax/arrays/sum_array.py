@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lutjax.arrays.base import CompressedArray
+from lutjax.arrays.split import Split
 from lutjax.arrays.view import MatrixView
 
 
@@ -83,16 +84,25 @@ class SumArray(CompressedArray):
         """The sum of the parts' transposed products with ``x``."""
         return self._sum([p.matmul_transposed(x) for p in self.parts])
 
-    def take(self, indices: jax.Array) -> jax.Array:
-        """The sum of the parts' rows."""
-        return self._sum([p.take(indices) for p in self.parts])
+    def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array | None:
+        """The sum of the parts' rows or columns, None if one of them has none."""
+        rows = [r for p in self.parts if (r := p.take_matrix(axis, indices)) is not None]
+        return self._sum(rows) if len(rows) == len(self.parts) else None
 
-    def slice_matrix(self, axis: str, start: int, size: int) -> Self | None:
+    def slice_matrix(self, axis: str, start: Any, size: int) -> Self | None:
         """A slice of every part, None if one of them has none."""
         parts = [p.slice_matrix(axis, start, size) for p in self.parts]
         if any(p is None for p in parts):
             return None
         return type(self)(tuple(p for p in parts if p is not None))
+
+    def split_specs(self, split: Split) -> Any:
+        """The parts' specs."""
+        return type(self)(tuple(p.split_specs(split) for p in self.parts))
+
+    def typed_spec(self) -> tuple[tuple[Any, ...], Any, Any]:
+        """The explicit mesh axes over which the first part is split."""
+        return self.parts[0].typed_spec()
 
     def with_view(self, view: MatrixView) -> Self:
         """The same parts under another view."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import warnings
 from collections.abc import Callable
@@ -10,12 +11,9 @@ from typing import Any
 import jax
 
 from lutjax.arrays import CompressedArray, format_bytes, is_compressed
-from lutjax.lift.evaluate import Weight, evaluate
-from lutjax.lift.report import (
-    LiftReport,
-    MaterializationWarning,
-    Recorder,
-)
+from lutjax.lift.evaluate import Evaluator
+from lutjax.lift.report import LiftReport, MaterializationError, MaterializationWarning, Recorder
+from lutjax.lift.values import Weight, logical
 from lutjax.paths import path_string
 
 
@@ -104,7 +102,7 @@ def report(fn: Callable, *args: Any, **kwargs: Any) -> LiftReport:
     jax.eval_shape(abstract, *[leaf for leaf, a in zip(leaves, is_array, strict=True) if a])
     used = {path for use in recorder.uses for path in use.path.split(" + ")}
     given = [path for path, leaf in _named((args, kwargs)) if is_compressed(leaf)]
-    return LiftReport(tuple(recorder.uses), tuple(path for path in given if path not in used))
+    return LiftReport(recorder.uses, tuple(path for path in given if path not in used))
 
 
 lift.report = report  # type: ignore[attr-defined]
@@ -114,15 +112,19 @@ def _run(fn: Callable, args: tuple, kwargs: dict, recorder: Recorder) -> Any:
     named = _named((args, kwargs))
     treedef = jax.tree.structure((args, kwargs), is_leaf=is_compressed)
     traced = [is_compressed(leaf) or _is_array(leaf) for _, leaf in named]
+    out_leaves: list = []
     out_tree = None
 
     def flat(*arrays: Any) -> list:
-        nonlocal out_tree
+        nonlocal out_leaves, out_tree
         rest = iter(arrays)
         leaves = [next(rest) if t else leaf for t, (_, leaf) in zip(traced, named, strict=True)]
         args, kwargs = jax.tree.unflatten(treedef, leaves)
-        out, out_tree = jax.tree.flatten(fn(*args, **kwargs))
-        return out
+        out_leaves, out_tree = jax.tree.flatten(fn(*args, **kwargs), is_leaf=is_compressed)
+        for leaf in out_leaves:
+            if is_compressed(leaf):
+                raise TypeError(_captured(fn, leaf))
+        return [leaf for leaf in out_leaves if _is_array(leaf)]
 
     values = [
         Weight(leaf, path) if is_compressed(leaf) else leaf
@@ -130,30 +132,43 @@ def _run(fn: Callable, args: tuple, kwargs: dict, recorder: Recorder) -> Any:
         if t
     ]
     try:
-        closed = jax.make_jaxpr(flat)(*[_logical(v) for v in values])
-    except TypeError as error:
-        if any(cls.__name__ in str(error) for cls in CompressedArray.__subclasses__()):
-            raise TypeError(
-                f"{getattr(fn, '__name__', fn)} uses a compressed array that is not one of its "
-                f"arguments, or passes it to a function that needs a plain array; pass it as an "
-                f"argument: lift(fn)(params, ...)"
-            ) from error
-        raise
-    outputs = evaluate(closed.jaxpr, closed.consts, values, recorder)
+        closed = jax.make_jaxpr(flat)(*map(logical, values))
+    except (TypeError, ValueError, AttributeError) as error:
+        kind = next((c for c in _kinds(CompressedArray) if c.__name__ in str(error)), None)
+        if kind is None or isinstance(error, MaterializationError):
+            raise
+        raise TypeError(_captured(fn, kind.__name__)) from error
+    outputs = Evaluator(recorder)(closed.jaxpr, closed.consts, values)
     assert out_tree is not None
-    return out_tree.unflatten([y.array if isinstance(y, Weight) else y for y in outputs])
+    rest = iter([y.array if isinstance(y, Weight) else y for y in outputs])
+    return out_tree.unflatten([next(rest) if _is_array(leaf) else leaf for leaf in out_leaves])
+
+
+def _captured(fn: Callable, what: Any) -> str:
+    return (
+        f"{getattr(fn, '__name__', fn)} uses a compressed array ({what}) that is not one of its "
+        f"arguments, or passes it to a function that needs a plain array; pass it as an argument: "
+        f"lift(fn)(params, ...)"
+    )
+
+
+def _kinds(cls: type) -> list[type]:
+    children: list[type] = cls.__subclasses__()
+    return [kind for child in children for kind in (child, *_kinds(child))]
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:
-    """Leaves with their paths among the arguments: ``layers/0/kernel`` of whichever argument."""
+    """Leaves with their paths among the arguments: ``layers/0/kernel`` of whichever argument.
+
+    Where two arguments have a path in common, it starts with the argument's place or name.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_compressed)
-    return [(path_string(path[2:]) or path_string(path[1:]), leaf) for path, leaf in leaves]
-
-
-def _logical(value: Any) -> Any:
-    if isinstance(value, Weight):
-        return jax.ShapeDtypeStruct(value.array.shape, value.array.dtype)
-    return value
+    paths = [path_string(path[2:]) or path_string(path[1:]) for path, _ in leaves]
+    count = collections.Counter(paths)
+    return [
+        (path_string(key[1:]) if count[path] > 1 else path, leaf)
+        for path, (key, leaf) in zip(paths, leaves, strict=True)
+    ]
 
 
 def _is_array(leaf: Any) -> bool:

@@ -4,222 +4,164 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
 
-from lutjax.arrays import CompressedArray, is_compressed
+from lutjax.arrays import is_compressed
+from lutjax.lift.higher_order import HIGHER_ORDER
 from lutjax.lift.report import Recorder
-from lutjax.lift.rules import NEEDS_DENSE, PRODUCTS, RULES
+from lutjax.lift.rules import LOOKUPS, NEEDS_DENSE, PRODUCTS, RULES
+from lutjax.lift.typed_shardings import explicit_mesh, run_with_auto_axes
+from lutjax.lift.values import Weight, bind
 
 
 @dataclasses.dataclass(frozen=True)
-class Weight:
-    """A compressed value within the evaluation, and the parameter path that it came from."""
+class Evaluator:
+    """Runs jaxprs on values of which some are :class:`Weight`.
 
-    array: CompressedArray
-    path: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The logical shape."""
-        return self.array.shape
-
-
-def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], recorder: Recorder) -> list:
-    """Runs an open jaxpr on values of which some are :class:`Weight`.
-
-    Returns:
-      The outputs; an output may be a :class:`Weight` again.
+    Attributes:
+      recorder: Where uses of weights are noted.
+      saved_products: Set within a ``jax.checkpoint`` that has a policy; products of weights are
+        then marked, so that a policy about ``dot_general`` can be asked about them. Maps a mark to
+        the equation.
     """
-    env: dict[Any, Any] = {}
-    last_use = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if _is_var(v)}
-    kept = {v for v in jaxpr.outvars if _is_var(v)}
 
-    def read(v: Any) -> Any:
-        return env[v] if _is_var(v) else v.val
+    recorder: Recorder
+    saved_products: dict[str, Any] | None = None
 
-    env.update(zip(jaxpr.constvars, consts, strict=True))
-    env.update(zip(jaxpr.invars, args, strict=True))
-    for i, eqn in enumerate(jaxpr.eqns):
-        operands = [read(v) for v in eqn.invars]
-        with _context(eqn):
-            outputs = _apply(eqn, operands, recorder)
-        env.update(zip(eqn.outvars, outputs, strict=True))
-        for v in eqn.invars:  # eagerly run programs should not hold every intermediate
-            if _is_var(v) and last_use[v] == i and v not in kept:
-                env.pop(v, None)
-    return [read(v) for v in jaxpr.outvars]
+    def __call__(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list:
+        """Evaluates an open jaxpr; an output may be a :class:`Weight` again.
 
+        Equations that nothing depends on are left out: the gradient rules of a user compute
+        cotangents of weights, which nobody asked for.
+        """
+        env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+        env.update(zip(jaxpr.invars, args, strict=True))
 
-def _apply(eqn: Any, operands: list, recorder: Recorder) -> list:
-    if not any(isinstance(x, Weight) for x in operands):
-        return bind(eqn, operands)
-    name = eqn.primitive.name
-    if name in HIGHER_ORDER:
-        outputs = HIGHER_ORDER[name](eqn, operands, recorder)
-        if outputs is not NEEDS_DENSE:
-            return outputs
-    if name in RULES:
-        arrays = [x.array if isinstance(x, Weight) else x for x in operands]
-        result = RULES[name](eqn.params, *arrays)
-        if result is not NEEDS_DENSE:
-            return _note(eqn, name, operands, result, recorder)
-    return bind(eqn, [dense(x, name, recorder) for x in operands])
+        def read(v: Any) -> Any:
+            return v.val if isinstance(v, jex.Literal) else env[v]
 
+        eqns, freed = _schedule(jaxpr)
+        for _, group in itertools.groupby(zip(eqns, freed, strict=True), key=_setting):
+            members = list(group)
+            with _context(members[0][0]):
+                for eqn, dead in members:
+                    outputs = self._apply(eqn, [read(v) for v in eqn.invars])
+                    env.update(zip(eqn.outvars, outputs, strict=True))
+                    for v in dead:  # a program run eagerly should not hold every intermediate
+                        del env[v]
+        return [read(v) for v in jaxpr.outvars]
 
-def _note(eqn: Any, name: str, operands: list, result: Any, recorder: Recorder) -> list:
-    """Records a rule's success and gives compressed results the path of their operand."""
-    weights = [x for x in operands if isinstance(x, Weight)]
-    results = list(result) if eqn.primitive.multiple_results else [result]
-    if name in PRODUCTS:
-        for weight in weights:
-            recorder.fused(weight.path, name)
-    if eqn.primitive.multiple_results:  # operand i becomes result i
-        paths = [x.path if isinstance(x, Weight) else "" for x in operands]
-    else:
-        paths = [" + ".join(dict.fromkeys(w.path for w in weights))]
-    return [
-        Weight(r, path) if is_compressed(r) else r for r, path in zip(results, paths, strict=True)
-    ]
+    def dense(self, x: Any, primitive: str, eqn: Any = None) -> Any:
+        """The dense form of a value, recorded as the work of ``primitive``."""
+        if not isinstance(x, Weight):
+            return x
+        self.recorder.materialized(x.path, primitive, x.array, eqn)
+        if explicit_mesh(x.array) is not None:
+            sharding = x.logical.sharding
+            return run_with_auto_axes(lambda a: a.materialize(), [x.array], sharding)
+        return x.array.materialize()
 
+    def quiet(self) -> Evaluator:
+        """One that records nothing and refuses nothing, to look ahead."""
+        return Evaluator(Recorder(strict=False))
 
-def bind(eqn: Any, operands: list) -> list:
-    """Runs a primitive on dense operands as it stands."""
-    bind_params = eqn.primitive.get_bind_params(eqn.params)
-    functions, params = bind_params if isinstance(bind_params, tuple) else ((), bind_params)
-    result = eqn.primitive.bind(*functions, *operands, **params)
-    return list(result) if eqn.primitive.multiple_results else [result]
+    def marking(self) -> Evaluator:
+        """One that marks the products of weights, for a policy of ``jax.checkpoint``."""
+        return Evaluator(self.recorder, {})
 
+    def _apply(self, eqn: Any, operands: list) -> list:
+        if not any(isinstance(x, Weight) for x in operands):
+            return bind(eqn, operands)
+        name = eqn.primitive.name
+        if name in HIGHER_ORDER:
+            outputs = HIGHER_ORDER[name](eqn, operands, self)
+            if outputs is not NEEDS_DENSE:
+                return outputs
+        elif name in RULES:
+            arrays = [x.array if isinstance(x, Weight) else x for x in operands]
+            result = _run_rule(name, eqn, arrays)
+            if result is not NEEDS_DENSE:
+                return self._note(eqn, name, operands, result)
+        return bind(eqn, [self.dense(x, name, eqn) for x in operands])
 
-def dense(x: Any, primitive: str, recorder: Recorder) -> Any:
-    """The dense form of a value, recorded as the work of ``primitive``."""
-    if not isinstance(x, Weight):
-        return x
-    recorder.materialized(x.path, primitive, x.array)
-    return x.array.materialize()
-
-
-class Packer:
-    """Carries values across a JAX transformation: weights as pytrees, their paths beside them."""
-
-    def __init__(self, values: Sequence[Any]):
-        self._paths = [x.path if isinstance(x, Weight) else None for x in values]
-
-    @staticmethod
-    def pack(values: Sequence[Any]) -> tuple:
-        """The bare arrays, pytrees that any transformation takes."""
-        return tuple(x.array if isinstance(x, Weight) else x for x in values)
-
-    def unpack(self, arrays: Sequence[Any]) -> list:
-        """The values again, within the transformation."""
+    def _note(self, eqn: Any, name: str, operands: list, result: Any) -> list:
+        """Records a rule's success and gives compressed results the path of their operand."""
+        weights = [x for x in operands if isinstance(x, Weight)]
+        results = list(result) if eqn.primitive.multiple_results else [result]
+        if name in PRODUCTS or (name in LOOKUPS and not is_compressed(results[0])):
+            for weight in weights:
+                self.recorder.fused(weight.path, name, eqn)
+            if self.saved_products is not None and name in PRODUCTS:
+                mark = f"lutjax_product_{len(self.saved_products)}"
+                self.saved_products[mark] = eqn
+                results = [checkpoint_name(results[0], mark)]
+        if name == "optimization_barrier":  # operand i becomes result i
+            paths = [x.path if isinstance(x, Weight) else "" for x in operands]
+        else:
+            paths = [" + ".join(dict.fromkeys(w.path for w in weights))] * len(results)
         return [
-            a if path is None else Weight(a, path)
-            for a, path in zip(arrays, self._paths, strict=True)
+            Weight(r, path) if is_compressed(r) else r
+            for r, path in zip(results, paths, strict=True)
         ]
 
 
-def _jit(eqn: Any, operands: list, recorder: Recorder) -> list:
-    closed = eqn.params["jaxpr"]
-    return evaluate(closed.jaxpr, closed.consts, operands, recorder)
+def _run_rule(name: str, eqn: Any, arrays: list) -> Any:
+    """A rule's result; on a mesh with explicit axes, products are computed under automatic ones."""
+    weights = [a for a in arrays if is_compressed(a)]
+    dense_result = name in PRODUCTS or (name == "gather" and not weights[0].batch_shape)
+    if not dense_result or all(explicit_mesh(w) is None for w in weights):
+        return RULES[name](eqn.params, *arrays)
+
+    def compute(*arrays: Any) -> jax.Array:
+        result = RULES[name](eqn.params, *arrays)
+        if result is NEEDS_DENSE:
+            raise _UnfitError
+        return result
+
+    try:
+        return run_with_auto_axes(compute, arrays, eqn.outvars[0].aval.sharding)
+    except _UnfitError:
+        return NEEDS_DENSE
 
 
-def _scan(eqn: Any, operands: list, recorder: Recorder) -> list:
-    params = eqn.params
-    count_consts, count_carry = params["num_consts"], params["num_carry"]
-    closed = params["jaxpr"]
-    consts = operands[:count_consts]
-    init = [dense(x, "scan carry", recorder) for x in operands[count_consts:][:count_carry]]
-    xs = operands[count_consts + count_carry :]
-    const_packer, xs_packer = Packer(consts), Packer(xs)
-    packed_consts = const_packer.pack(consts)
-
-    def body(carry, x):
-        values = [*const_packer.unpack(packed_consts), *carry, *xs_packer.unpack(x)]
-        out = evaluate(closed.jaxpr, closed.consts, values, recorder)
-        out = [dense(y, "scan output", recorder) for y in out]
-        return tuple(out[:count_carry]), tuple(out[count_carry:])
-
-    carry, ys = jax.lax.scan(
-        body,
-        tuple(init),
-        xs_packer.pack(xs),
-        length=params["length"],
-        reverse=params["reverse"],
-        unroll=params["unroll"],
-        _split_transpose=params["_split_transpose"],
-    )
-    return [*carry, *ys]
+class _UnfitError(Exception):
+    """Carries NEEDS_DENSE out of a JAX transformation."""
 
 
-def _while(eqn: Any, operands: list, recorder: Recorder) -> list:
-    params = eqn.params
-    count_cond, count_body = params["cond_nconsts"], params["body_nconsts"]
-    cond_consts = operands[:count_cond]
-    body_consts = operands[count_cond:][:count_body]
-    init = [dense(x, "while carry", recorder) for x in operands[count_cond + count_body :]]
-    condition, body = params["cond_jaxpr"], params["body_jaxpr"]
-
-    def run_condition(carry):
-        values = [*cond_consts, *carry]
-        return evaluate(condition.jaxpr, condition.consts, values, recorder)[0]
-
-    def run_body(carry):
-        out = evaluate(body.jaxpr, body.consts, [*body_consts, *carry], recorder)
-        return tuple(dense(y, "while output", recorder) for y in out)
-
-    return list(jax.lax.while_loop(run_condition, run_body, tuple(init)))
+def _schedule(jaxpr: Any) -> tuple[list, list[list]]:
+    """The equations that outputs or effects depend on, and what may be dropped after each."""
+    alive = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
+    eqns, freed = [], []
+    for eqn in reversed(jaxpr.eqns):
+        if not eqn.effects and alive.isdisjoint(eqn.outvars):
+            continue
+        inputs = dict.fromkeys(v for v in eqn.invars if not isinstance(v, jex.Literal))
+        unused = [v for v in eqn.outvars if v not in alive]
+        eqns.append(eqn)
+        freed.append([v for v in inputs if v not in alive] + unused)
+        alive.update(inputs)
+    return eqns[::-1], freed[::-1]
 
 
-def _cond(eqn: Any, operands: list, recorder: Recorder) -> list:
-    index, *values = operands
-    packer = Packer(values)
-
-    def branch(closed):
-        def run(*arrays):
-            out = evaluate(closed.jaxpr, closed.consts, packer.unpack(arrays), recorder)
-            return [dense(y, "cond output", recorder) for y in out]
-
-        return run
-
-    branches = [branch(closed) for closed in eqn.params["branches"]]
-    return jax.lax.switch(index, branches, *packer.pack(values))
+def _setting(scheduled: tuple[Any, list]) -> Mapping | tuple:
+    """What distinguishes the settings under which an equation was traced."""
+    eqn = scheduled[0]
+    return (id(getattr(eqn, "ctx", None)), id(eqn.source_info.name_stack))
 
 
-def _remat(eqn: Any, operands: list, recorder: Recorder) -> list:
-    params = eqn.params
-    packer = Packer(operands)
-
-    def run(*arrays):
-        out = evaluate(params["jaxpr"], (), packer.unpack(arrays), recorder)
-        return [dense(y, "checkpoint output", recorder) for y in out]
-
-    run = jax.checkpoint(run, prevent_cse=params["prevent_cse"], policy=params["policy"])
-    return run(*packer.pack(operands))
-
-
-HIGHER_ORDER: dict[str, Callable[[Any, list, Recorder], Any]] = {
-    "jit": _jit,
-    "pjit": _jit,
-    "closed_call": lambda eqn, operands, recorder: evaluate(
-        eqn.params["call_jaxpr"].jaxpr, eqn.params["call_jaxpr"].consts, operands, recorder
-    ),
-    "scan": _scan,
-    "while": _while,
-    "cond": _cond,
-    "checkpoint": _remat,
-    "remat": _remat,
-    "remat2": _remat,
-}
-"""Primitives that hold a program of their own, by name."""
-
-
-def _is_var(v: Any) -> bool:
-    return not isinstance(v, jex.Literal)
-
-
-def _context(eqn: Any) -> contextlib.AbstractContextManager:
-    """The settings (mesh, compute type, metadata) that the equation was traced under."""
-    return getattr(getattr(eqn, "ctx", None), "manager", contextlib.nullcontext())
+@contextlib.contextmanager
+def _context(eqn: Any) -> Any:
+    """The settings that an equation was traced under: mesh, compute type, named scopes."""
+    scope = str(eqn.source_info.name_stack)
+    with contextlib.ExitStack() as stack:
+        if hasattr(eqn, "ctx"):
+            stack.enter_context(eqn.ctx.manager)
+        if scope:
+            stack.enter_context(jax.named_scope(scope))
+        yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
@@ -73,17 +74,31 @@ class MaterializationWarning(UserWarning):
 
 
 class Recorder:
-    """Collects uses while a function is lifted; the only state of a lift, gone when it returns."""
+    """Collects uses while a function is lifted; the only state of a lift, gone when it returns.
+
+    JAX may trace the body of a loop more than once; an equation's use of a path counts once.
+    """
 
     def __init__(self, strict: bool):
         self.strict = strict
-        self.uses: list[Use] = []
+        self._uses: dict[tuple, tuple[Use, Any]] = {}
 
-    def fused(self, path: str, primitive: str) -> None:
+    @property
+    def uses(self) -> tuple[Use, ...]:
+        """In the order of the program."""
+        return tuple(use for use, _ in self._uses.values())
+
+    def _add(self, use: Use, eqn: Any) -> None:
+        key = (use.path, use.primitive, len(self._uses) if eqn is None else id(eqn))
+        self._uses.setdefault(key, (use, eqn))  # holding the equation keeps its id its own
+
+    def fused(self, path: str, primitive: str, eqn: Any = None) -> None:
         """Notes a use on the compressed form."""
-        self.uses.append(Use(path, primitive, FUSED, 0))
+        self._add(Use(path, primitive, FUSED, 0), eqn)
 
-    def materialized(self, path: str, primitive: str, array: CompressedArray) -> None:
+    def materialized(
+        self, path: str, primitive: str, array: CompressedArray, eqn: Any = None
+    ) -> None:
         """Notes that a weight had to be made dense.
 
         Raises:
@@ -96,4 +111,4 @@ class Recorder:
                 f"strict=True"
             )
         nbytes = math.prod(array.shape) * np.dtype(array.dtype).itemsize
-        self.uses.append(Use(path, primitive, MATERIALIZED, nbytes))
+        self._add(Use(path, primitive, MATERIALIZED, nbytes), eqn)

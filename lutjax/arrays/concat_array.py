@@ -1,0 +1,137 @@
+"""Weights side by side, such as the query, key and value kernels of one fused product."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import operator
+from typing import Any, Literal, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lutjax.arrays.base import CompressedArray
+from lutjax.arrays.view import MatrixView
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=["axis"])
+@dataclasses.dataclass(frozen=True)
+class ConcatArray(CompressedArray):
+    """``W = [W1 W2 ...]`` by columns (``axis="n"``) or by rows (``axis="k"``); no data is copied.
+
+    What ``jnp.concatenate`` of compressed weights gives inside :func:`lutjax.lift`.
+
+    Attributes:
+      parts: Compressed arrays that agree in dtype, view, batch axes and the other side.
+      axis: The side of the stored matrix along which they are joined.
+
+    >>> import jax.numpy as jnp
+    >>> from lutjax.arrays import LowRankArray
+    >>> part = LowRankArray.of(jnp.ones((2, 1)), jnp.ones((1, 2)))
+    >>> ConcatArray.of(part, part, axis="n").matmul(jnp.ones((1, 2))).tolist()
+    [[2.0, 2.0, 2.0, 2.0]]
+    """
+
+    parts: tuple[CompressedArray, ...]
+    axis: Literal["k", "n"]
+
+    @classmethod
+    def of(cls, *parts: CompressedArray, axis: Literal["k", "n"]) -> Self:
+        """The concatenation of parts that fit.
+
+        Raises:
+          ValueError: If views, dtypes, batch axes or the sizes of the other side differ.
+        """
+        other = 1 if axis == "k" else 0
+        first = parts[0]
+        for part in parts[1:]:
+            if (
+                part.view != first.view
+                or part.dtype != first.dtype
+                or part.batch_shape != first.batch_shape
+                or part.matrix_shape[other] != first.matrix_shape[other]
+            ):
+                raise ValueError(f"cannot concatenate {part!r} to {first!r} along {axis}")
+        return cls(tuple(parts), axis)
+
+    @property
+    def view(self) -> MatrixView:  # type: ignore[override]
+        """The view that all parts share."""
+        return self.parts[0].view
+
+    @property
+    def dtype(self) -> np.dtype:  # type: ignore[override]
+        """Dtype of the weight this stands for."""
+        return self.parts[0].dtype
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The leading axes that all parts share."""
+        return self.parts[0].batch_shape
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """K and N of the stored matrix."""
+        k, n = self.parts[0].matrix_shape
+        return (sum(self._sizes), n) if self.axis == "k" else (k, sum(self._sizes))
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [part.matrix_shape["kn".index(self.axis)] for part in self.parts]
+
+    @property
+    def _starts(self) -> list[int]:
+        return [0, *itertools.accumulate(self._sizes)]
+
+    def materialize_matrix(self) -> Float[Array, "*batch k n"]:
+        """The parts' dense matrices, joined."""
+        dense = [part.materialize_matrix() for part in self.parts]
+        return jnp.concatenate(dense, axis=-2 if self.axis == "k" else -1)
+
+    def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
+        """Products of the parts, joined along N or summed over K."""
+        return self._product([p.matmul for p in self.parts], x, joins=self.axis == "n")
+
+    def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
+        """Transposed products of the parts, joined along K or summed over N."""
+        return self._product([p.matmul_transposed for p in self.parts], x, joins=self.axis == "k")
+
+    def _product(self, products: list, x: jax.Array, *, joins: bool) -> jax.Array:
+        if joins:
+            return jnp.concatenate([product(x) for product in products], axis=-1)
+        pieces = jnp.split(x, self._starts[1:-1], axis=-1)
+        return functools.reduce(
+            operator.add, [product(piece) for product, piece in zip(products, pieces, strict=True)]
+        )
+
+    def slice_matrix(self, axis: str, start: Any, size: int) -> Self | None:
+        """A slice of every part that it meets."""
+        if axis == self.axis and not isinstance(start, int):
+            return None
+        slices = []
+        for part, begin in zip(self.parts, self._starts[:-1], strict=True):
+            if axis != self.axis:
+                slices.append(part.slice_matrix(axis, start, size))
+                continue
+            length = part.matrix_shape["kn".index(axis)]
+            low, high = max(start - begin, 0), min(start + size - begin, length)
+            if low < high:
+                whole = (low, high) == (0, length)
+                slices.append(part if whole else part.slice_matrix(axis, low, high - low))
+        kept = [part for part in slices if part is not None]
+        return type(self)(tuple(kept), self.axis) if kept and len(kept) == len(slices) else None
+
+    def with_view(self, view: MatrixView) -> Self:
+        """The same parts under another view."""
+        return type(self)(tuple(part.with_view(view) for part in self.parts), self.axis)
+
+    def astype(self, dtype: Any) -> Self:
+        """The same parts standing for a weight of another dtype."""
+        return type(self)(tuple(part.astype(dtype) for part in self.parts), self.axis)
+
+    def __repr__(self) -> str:
+        """The parts' short forms."""
+        return f"ConcatArray({', '.join(map(repr, self.parts))}, axis={self.axis!r})"

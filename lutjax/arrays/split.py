@@ -1,0 +1,45 @@
+"""How a stored matrix is split over a mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Mesh axes over which a stored matrix ``[*batch, K, N]`` is split.
+
+    Attributes:
+      batch: An entry of a partition spec for each batch axis.
+      k: The entry for the rows.
+      n: The entry for the columns.
+      sizes: Number of shards by name of the mesh axis.
+    """
+
+    batch: tuple[Any, ...]
+    k: Any
+    n: Any
+    sizes: Mapping[str, int]
+
+    def shards(self, entry: Any) -> int:
+        """Into how many pieces an entry splits its axis."""
+        if entry is None:
+            return 1
+        names = (entry,) if isinstance(entry, str) else tuple(entry)
+        return math.prod(self.sizes[name] for name in names)
+
+    def spec(self, *entries: Any) -> Any:
+        """The ``PartitionSpec`` that stands for a data field: batch axes, then ``entries``."""
+        return PartitionSpec(*self.batch, *entries)
+
+
+def typed_entries(array: Any) -> tuple[Any, ...]:
+    """An entry for each axis of an array: over which explicit mesh axes it is split."""
+    spec = jax.typeof(array).sharding.spec
+    return (*spec, *[None] * (array.ndim - len(spec)))
