@@ -26,6 +26,7 @@ class _Spec:
     group_size: int
     transpose: bool
     implementation: str | None
+    interpret: bool = False
 
     @property
     def static(self) -> dict:
@@ -94,7 +95,8 @@ def lut_matmul(
         raise ValueError(
             f"implementation={implementation!r} is unknown; use None or one of {IMPLEMENTATIONS}"
         )
-    spec = _Spec(k, group_size, transpose, implementation)
+    interpret = implementation in dispatch.KERNEL_PLATFORM and dispatch.interpreting()
+    spec = _Spec(k, group_size, transpose, implementation, interpret)
     check_arguments(x, words, scales, lut, offsets, **spec.static)
     if implementation is not None:
         _require(implementation, (x, words, scales, lut, offsets), spec)
@@ -106,7 +108,7 @@ def lut_matmul(
 
 
 def _require(name: str, arrays: tuple, spec: _Spec) -> None:
-    reason = dispatch.reason_against(name, arrays, spec.static)
+    reason = dispatch.reason_against_here(name, arrays, spec.static)
     if reason is not None:
         raise NotImplementedError(f"implementation {name!r} cannot run this product: {reason}")
 
@@ -166,7 +168,7 @@ def _bwd(spec: _Spec, residuals, cotangent):
         arrays = (cotangent, words, scales, lut, offsets)
         name = spec.implementation  # if it cannot run backwards, any other may
         if name is not None and dispatch.reason_against(name, arrays, back.static) is not None:
-            back = dataclasses.replace(back, implementation=None)
+            back = dataclasses.replace(back, implementation=None, interpret=False)
         dx = _product(back, *arrays)
     dscales = dlut = doffsets = None
     if want_scales or want_lut or want_offsets:
@@ -204,7 +206,8 @@ def _run(spec: _Spec, x, words, scales, lut, offsets=None):
 
     def call(name: str):
         module: Any = dispatch.backend(name)
-        return lambda *arrays: module.lut_matmul(*arrays, **spec.static)
+        options = {"interpret": True} if spec.interpret else {}
+        return lambda *arrays: module.lut_matmul(*arrays, **spec.static, **options)
 
     if spec.implementation is not None:
         return call(spec.implementation)(*arrays)

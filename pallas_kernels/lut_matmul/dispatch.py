@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import importlib
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import jax
@@ -24,6 +27,35 @@ _PREFERENCE = {
     "tpu": ("mosaic_tpu", "xla", "reference"),
 }
 _OTHER_PLATFORMS = ("xla", "reference")
+
+# Kernels of one platform; elsewhere they run in interpret mode only.
+KERNEL_PLATFORM = {
+    "mosaic_tpu": "tpu",
+    "mosaic_gpu": "cuda",
+    "pallas_triton": "cuda",
+    "triton": "cuda",
+}
+_interpreted = contextvars.ContextVar("interpreted", default=False)
+
+
+@contextlib.contextmanager
+def interpret_kernels() -> Iterator[None]:
+    """Runs named Pallas kernels in interpret mode: right numbers on any platform, slowly.
+
+    >>> with interpret_kernels():
+    ...     interpreting()
+    True
+    """
+    token = _interpreted.set(True)
+    try:
+        yield
+    finally:
+        _interpreted.reset(token)
+
+
+def interpreting() -> bool:
+    """Whether named kernels run in interpret mode here."""
+    return _interpreted.get()
 
 
 class Backend(Protocol):
@@ -52,6 +84,26 @@ def reason_against(name: str, arrays: tuple, static: dict) -> str | None:
     return module if isinstance(module, str) else module.supports(*arrays, **static)
 
 
+def compiling_for(platform: str) -> bool:
+    """Whether programs traced here are for ``platform`` as far as one can know."""
+    name = {"cuda": "gpu"}.get(platform, platform)
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return name == (abstract.platform if abstract is not None else jax.default_backend())
+
+
+def reason_against_here(name: str, arrays: tuple, static: dict) -> str | None:
+    """Like :func:`reason_against`, and the platform must be the right one or interpreted."""
+    reason = reason_against(name, arrays, static)
+    platform = KERNEL_PLATFORM.get(name)
+    if reason is not None or platform is None or interpreting() or compiling_for(platform):
+        return reason
+    return (
+        f"it is a kernel for {platform} and the default backend is {jax.default_backend()!r}; "
+        "use implementation=None, trace under an abstract device to compile ahead of time, or "
+        "interpret_kernels() for its numbers"
+    )
+
+
 def best_per_platform(arrays: tuple, static: dict) -> tuple[dict[str, str], str]:
     """The preferred implementation of every known platform, and the one for all others."""
 
@@ -70,9 +122,6 @@ def device_kind(platform: str) -> str | None:
     default backend.
     """
     abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if abstract is not None:
-        wanted = {"cuda": "gpu"}.get(platform, platform)
-        return abstract.device_kind if abstract.platform in (platform, wanted) else None
-    if jax.default_backend() == {"cuda": "gpu"}.get(platform, platform):
-        return jax.devices()[0].device_kind
-    return None
+    if not compiling_for(platform):
+        return None
+    return abstract.device_kind if abstract is not None else jax.devices()[0].device_kind

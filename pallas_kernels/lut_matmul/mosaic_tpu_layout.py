@@ -1,0 +1,123 @@
+"""How the TPU kernel wants codes and tables: so that unpacking is shifts and masks of whole vregs.
+
+A word row of the kernel is ``int32``; eight of them are one vector register, or 32 rows of bytes.
+A *plane* of ``b`` bits (b divides 8) holds K in units of ``32 · 8 / b`` codes: field ``i`` of byte
+row ``q`` is code ``32 i + order(q)`` of its unit, so that one shift and one mask give 32
+consecutive codes of 128 columns. 3-bit codes are a plane of two bits and a plane of one.
+
+``order`` is the identity for byte lookups. For 32-bit lookups (byte row ``q = 4 r + j``) it is
+``16 (j // 2) + 2 r + j % 2``: the lookups of bytes 2j and 2j + 1 are the even and the odd rows of
+a packed bf16 register. For float32 weights it is ``8 j + r``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.layout import unpack
+
+Lookup = Literal["byte", "pair", "mixed", "wide", "lane"]
+"""``byte``: 8-bit sublane gathers (v6e, tpu7x). ``pair``: 32-bit sublane gathers to bf16.
+``mixed``: the same, but a quarter are lane gathers, which run in another unit.
+``wide``: 32-bit sublane gathers to float32. ``lane``: 32-bit lane gathers to float32."""
+
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+"""Bits of the planes that a code is split into, low bits first."""
+
+ROWS = 32  # codes of a column that one mask yields
+
+
+def unit(bits: int) -> int:
+    """Codes along K after which the layout repeats."""
+    return ROWS * 8 // min(PLANES[bits])
+
+
+def byte_order(lookup: Lookup) -> np.ndarray:
+    """``order[q]``: the code, within 32, that byte row ``q`` holds."""
+    q = np.arange(ROWS)
+    r, j = q // 4, q % 4
+    if lookup == "byte":
+        return q
+    if lookup in ("pair", "mixed"):
+        return 16 * (j // 2) + 2 * r + j % 2
+    return 8 * j + r
+
+
+def pack_planes(words: jax.Array, rows: int, columns: int, lookup: Lookup) -> tuple[jax.Array, ...]:
+    """Canonical words to the kernel's planes.
+
+    Args:
+      words: ``uint8[blocks, bits, N]``.
+      rows: Codes along K to pad to, a multiple of ``unit(bits)``.
+      columns: N to pad to.
+      lookup: The lookup of the kernel, which decides the order of rows.
+
+    Returns:
+      One ``int32[rows * b / 32, columns]`` for each plane of ``b`` bits.
+    """
+    _, bits, n = words.shape
+    codes = unpack(words)[:rows]
+    codes = jnp.pad(codes, ((0, rows - codes.shape[0]), (0, columns - n)))
+    planes, low = [], 0
+    for b in PLANES[bits]:
+        fields = (codes >> np.uint8(low)) & np.uint8(2**b - 1)
+        fields = fields.reshape(-1, 8 // b, ROWS, columns)[:, :, byte_order(lookup)]
+        data = jnp.zeros((fields.shape[0], ROWS, columns), jnp.uint8)
+        for i in range(8 // b):
+            data |= fields[:, i] << np.uint8(b * i)
+        data = data.reshape(-1, 4, columns).swapaxes(1, 2)  # [word rows, N, 4 bytes]
+        planes.append(jax.lax.bitcast_convert_type(data, jnp.int32))
+        low += b
+    return tuple(planes)
+
+
+def tables(lut: jax.Array, columns: int, lookup: Lookup) -> jax.Array:
+    """The tables in the form of the lookup, with one column a lane.
+
+    Args:
+      lut: ``float[T, 2**bits, p]``.
+      columns: N to pad to, if there is a table for each column.
+      lookup: The lookup of the kernel.
+
+    Returns:
+      ``[p, rows, 128]`` for one table, ``[p, rows, columns]`` for many. ``byte``: int8, rows 0..15
+      the low bytes of the bf16 entries, 16..31 the high ones. ``pair``: int32, rows 0..7 and 8..15
+      the entries in the low half, 16..31 in the high half, for ``mixed`` then eight rows of each
+      with entry i in lane i. ``wide``: float32, 16 rows. ``lane``:
+      float32, entry ``128 i + lane`` in row ``8 i``.
+    """
+    shared = lut.shape[0] == 1
+    values = jnp.transpose(lut, (2, 1, 0)).astype(jnp.float32)  # [p, entries, T]
+    entries = values.shape[1]
+    if lookup == "lane":
+        values = jnp.pad(values[..., 0], ((0, 0), (0, -entries % 128)))
+        values = values.reshape(values.shape[0], -1, 1, 128)
+        return jnp.broadcast_to(values, (*values.shape[:2], 8, 128)).reshape(
+            values.shape[0], -1, 128
+        )
+    values = jnp.pad(values, ((0, 0), (0, 16 - entries), (0, 0)))
+    lanes = 128 if shared else columns
+    if shared:
+        values = jnp.broadcast_to(values, (*values.shape[:2], lanes))
+    else:
+        values = jnp.pad(values, ((0, 0), (0, 0), (0, lanes - values.shape[2])))
+    if lookup == "wide":
+        return values
+    bits = jax.lax.bitcast_convert_type(values.astype(jnp.bfloat16), jnp.uint16)
+    if lookup in ("pair", "mixed"):
+        low32 = bits.astype(jnp.uint32)
+        halves = [low32, low32 << np.uint32(16)]
+        both = jnp.concatenate(halves, axis=1)
+        if lookup == "mixed":  # entry i in lane i
+            turned = [
+                jnp.pad(h[:, :, :8].swapaxes(1, 2), ((0, 0), (0, 0), (0, 112))) for h in halves
+            ]
+            both = jnp.concatenate([both, *turned], axis=1)
+        return jax.lax.bitcast_convert_type(both, jnp.int32)
+    low, high = bits & np.uint16(255), bits >> np.uint16(8)
+    both = jnp.concatenate([low, high], axis=1).astype(jnp.uint8)
+    return jax.lax.bitcast_convert_type(both, jnp.int8)

@@ -1,0 +1,117 @@
+"""Every implementation against the float64 oracle over the one list of cases (interpreted here)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import lut_cases
+import numpy as np
+import pytest
+from lut_cases import CASES, TOLERANCE, Case, make, operands, oracle, relative_error
+
+from pallas_kernels.lut_matmul import lut_matmul, mosaic_tpu, reference
+from pallas_kernels.lut_matmul.dispatch import interpret_kernels, reason_against
+
+
+def small_tpu(case: Case, lookup: str | None = None):
+    """The TPU kernel with small tiles (an interpreted tile costs the time to compile it)."""
+    x, words, scales, lut, offsets = operands(make(case))
+    group = 0 if case.group_size >= case.k else case.group_size // case.p
+    config = mosaic_tpu.default_config(
+        case.m,
+        case.bits,
+        codes=-(-case.k // case.p),
+        group=group,
+        n=128,
+        dtype=x.dtype,
+        per_channel=case.tables == "channel",
+        transpose=case.transpose,
+        device_kind=None,
+    )
+    step = mosaic_tpu.unit(case.bits)
+    block_k = mosaic_tpu._block_k(case.bits, group, -(-case.k // case.p), max(step, 128))
+    config = dataclasses.replace(
+        config, block_k=block_k or config.block_k, lookup=lookup or config.lookup
+    )
+    return mosaic_tpu.lut_matmul(
+        x, words, scales, lut, offsets, **case.static, config=config, interpret=True
+    )
+
+
+IMPLEMENTATIONS = {
+    "reference": lambda case: lut_matmul(
+        *operands(make(case)), **case.static, implementation="reference"
+    ),
+    "xla": lambda case: lut_matmul(*operands(make(case)), **case.static, implementation="xla"),
+    "mosaic_tpu": small_tpu,
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """The interpreter unrolls a kernel into a large XLA program that runs once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_matches_the_oracle(name, case):
+    data = make(case)
+    reason = reason_against(name, operands(data), case.static)
+    if reason is not None:
+        with interpret_kernels(), pytest.raises(NotImplementedError, match="cannot run"):
+            lut_matmul(*operands(data), **case.static, implementation=name)
+        return
+    y = IMPLEMENTATIONS[name](case)
+    assert y.dtype == case.dtype
+    assert relative_error(y, oracle(case, data)) <= TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("lookup", ["byte", "mixed", "pair", "lane"])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_tpu_lookups_agree_bit_for_bit(lookup, bits):
+    case = Case(bits=bits, k=256, group_size=32)
+    expected = small_tpu(case, "wide")
+    np.testing.assert_array_equal(small_tpu(case, lookup), expected)
+
+
+@pytest.mark.parametrize("lookup", ["byte", "pair"])
+def test_tpu_byte_and_pair_lookups_take_a_table_per_column(lookup):
+    case = Case(tables="channel", n=256)
+    assert relative_error(small_tpu(case, lookup), oracle(case, make(case))) <= 1.1e-2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("m_rows,offsets", [(64, False), (128, True)])
+def test_identity_reproduces_the_dense_weight_bit_for_bit(dtype, m_rows, offsets):
+    case = Case(m=m_rows, k=m_rows, n=128, group_size=32, dtype=dtype, offsets=offsets)
+    data = make(case)
+    data["x"] = jnp.eye(case.k, dtype=dtype)
+    weight = reference.dequantize(
+        *operands(data)[1:], k=case.k, group_size=case.group_size, dtype=jnp.dtype(dtype)
+    )
+    with interpret_kernels():
+        y = lut_matmul(*operands(data), **case.static, implementation="mosaic_tpu")
+    np.testing.assert_array_equal(y, weight)
+
+
+def test_two_runs_give_equal_bits():
+    case = Case(m=5, k=200, n=72, group_size=96, bits=3)
+    np.testing.assert_array_equal(small_tpu(case), small_tpu(case))
+
+
+def test_a_kernel_of_another_platform_is_refused_with_the_way_out():
+    args = operands(make(Case()))
+    with pytest.raises(NotImplementedError, match=r"kernel for tpu.*interpret_kernels"):
+        lut_matmul(*args, k=256, group_size=64, implementation="mosaic_tpu")
+
+
+def test_the_case_list_is_the_required_one():
+    every = {(c.bits, c.dtype) for c in CASES}
+    assert {b for b, _ in every} == {2, 3, 4, 8}
+    assert {d for _, d in every} == set(lut_cases.TOLERANCE)
+    assert {1, 600} <= {c.m for c in CASES}
