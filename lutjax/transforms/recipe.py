@@ -179,7 +179,8 @@ class Recipe:
         """
         try:
             data = json.loads(text)
-            fields = _known(cls, data)
+            # An allocation plan is a recipe with an account of what it takes.
+            fields = _known(Recipe, {key: data[key] for key in data if key != "plan"})
             rules = tuple(_rule(rule) for rule in fields.pop("rules"))
             if "dense" in fields:
                 fields["dense"] = tuple(fields["dense"])

@@ -1,0 +1,151 @@
+"""Candidate configurations: which there are, what they take, and which are worth trying."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from lutjax.allocate.solvers import pareto
+from lutjax.arrays import DoubleQuant
+from lutjax.codebooks import is_affine
+from lutjax.transforms.recipe import COLUMN, LutConfig
+
+_ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def candidate_grid(
+    bits: Sequence[int] = (2, 3, 4, 8),
+    scale_bits: Sequence[int] = (2, 3, 4, 8),
+    step_dtypes: Sequence[str] = ("bfloat16", "float16", "float32"),
+    group_sizes: Sequence[int] = (16, 32, 64),
+    blocks: Sequence[int] = (16, 64, 256),
+    codebook: str = "nf",
+) -> tuple[LutConfig, ...]:
+    """Every combination of code bits, scale bits, step dtype, group size and block.
+
+    The defaults are the 432 configurations of LQ-LoRA (arXiv 2311.12023, section 3.2), of 184
+    distinct sizes between 2.03 and 8.63 bits a weight.
+
+    >>> len(candidate_grid()), len({nominal_bits(c) for c in candidate_grid()})
+    (432, 184)
+    """
+    combinations = itertools.product(bits, scale_bits, step_dtypes, group_sizes, blocks)
+    return tuple(
+        LutConfig(b, group, codebook, double_quant=DoubleQuant(b0, block, dtype))
+        for b, b0, dtype, group, block in combinations
+    )
+
+
+def nominal_bits(config: LutConfig) -> float:
+    """Bits a weight of a large matrix, ``b + b0 / B0 + b1 / (B0 B1)``, without its table.
+
+    >>> nominal_bits(LutConfig(3, 64, double_quant=DoubleQuant(8, 256, "float32")))
+    3.126953125
+    """
+    if config.group_size == COLUMN:
+        return float(config.bits)
+    group = int(config.group_size)
+    if config.double_quant is None:
+        table = config.table()
+        each = 2 if table is not None and is_affine(table) else 1
+        return config.bits + 8 * each * _ITEMSIZE[config.scale_dtype] / group
+    second = config.double_quant
+    step = 8 * _ITEMSIZE[second.dtype] / second.block
+    return config.bits + (second.bits + step) / group
+
+
+def stored_bytes(k: int, n: int, config: LutConfig) -> int:
+    """Bytes that a quantised ``[K, N]`` matrix takes: codes, scales, table, paddings.
+
+    The same number as ``nbytes`` of the :class:`lutjax.LutArray`, without making one.
+
+    >>> stored_bytes(64, 64, LutConfig(4, 32))
+    2368
+    """
+    group = k if config.group_size == COLUMN else int(config.group_size)
+    groups = -(-k // group)
+    table = config.table()
+    total = -(-k // 8) * config.bits * n + 4 * 2**config.bits
+    if config.double_quant is None:
+        each = 2 if table is not None and is_affine(table) else 1
+        return total + each * groups * n * _ITEMSIZE[config.scale_dtype]
+    second = config.double_quant
+    codes = -(-n // 8) * second.bits * groups
+    steps = groups * -(-n // second.block) * _ITEMSIZE[second.dtype]
+    return total + codes + steps + 4
+
+
+def fits(k: int, config: LutConfig) -> bool:
+    """Whether a matrix with K rows can have this configuration.
+
+    >>> fits(32, LutConfig(4, 64))
+    False
+    """
+    return config.group_size == COLUMN or int(config.group_size) <= k
+
+
+@functools.lru_cache(maxsize=1024)
+def gaussian_error(config: LutConfig) -> float:
+    """Relative mean squared error of quantising independent normal weights, by simulation.
+
+    A stand-in for measured costs where only shapes are known, and a first sieve of candidates.
+
+    >>> 0.03 < gaussian_error(LutConfig(3, 64)) < 0.05
+    True
+    """
+    weights = np.random.default_rng(0).standard_normal((192, 256)).astype(np.float32)
+    table = config.table()
+    if table is None or is_affine(table):
+        raise ValueError(f"codebook {config.codebook!r} is not supported; use one with a sign")
+    group = 192 if config.group_size == COLUMN else min(int(config.group_size), 192)
+    groups = weights.reshape(-1, group, 256)
+    scales = np.abs(groups).max(axis=1)
+    if config.double_quant is not None:
+        second = config.double_quant
+        top = 2**second.bits - 1
+        above = scales - scales.min()
+        block = min(second.block, 256)
+        steps = above.reshape(len(above), -1, block).max(axis=-1) / top
+        steps = np.repeat(steps, block, axis=-1)
+        scales = scales.min() + np.round(above / np.where(steps > 0, steps, 1)) * steps
+    values = np.sort(table)
+    units = groups / np.where(scales > 0, scales, 1)[:, None, :]
+    codes = np.searchsorted((values[1:] + values[:-1]) / 2, units)
+    error = values[codes] * scales[:, None, :] - groups
+    return float((error**2).sum() / (groups**2).sum())
+
+
+def prune(
+    candidates: Sequence[LutConfig], *, most: int | None = None, bits: tuple[float, float] = (0, 9)
+) -> tuple[LutConfig, ...]:
+    """The candidates that no other beats in both size and error on normal weights.
+
+    Args:
+      candidates: Configurations, for example :func:`candidate_grid`.
+      most: Keep at most so many, evenly spaced in bits, always with the smallest and largest.
+      bits: Keep only those between these bits a weight.
+
+    Returns:
+      The remaining ones, smallest first.
+
+    Raises:
+      ValueError: If ``most`` is below 2 or nothing remains.
+
+    >>> [round(nominal_bits(c), 2) for c in prune(candidate_grid(), most=3, bits=(2, 4.5))]
+    [2.03, 3.19, 4.31]
+    """
+    inside = [c for c in candidates if bits[0] <= nominal_bits(c) <= bits[1]]
+    if not inside:
+        raise ValueError(f"no candidate has between {bits[0]} and {bits[1]} bits a weight")
+    sizes = np.array([nominal_bits(c) for c in inside])
+    front = [inside[j] for j in pareto(sizes, np.array([gaussian_error(c) for c in inside]))]
+    if most is None or len(front) <= most:
+        return tuple(front)
+    if most < 2:
+        raise ValueError(f"most={most} must be at least 2")
+    available = np.array([nominal_bits(c) for c in front])
+    wanted = np.linspace(available[0], available[-1], most)
+    return tuple(front[j] for j in sorted({int(np.abs(available - w).argmin()) for w in wanted}))

@@ -1,0 +1,234 @@
+"""What each candidate configuration costs each matrix, measured by decomposing it."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from lutjax.allocate import CostTable, Matrix
+from lutjax.allocate.grid import fits
+from lutjax.calibrate.hashing import content_hash
+from lutjax.paths import named_leaves
+from lutjax.transforms.decompose import Method, decompose_array
+from lutjax.transforms.quantize import match_rules, weight_view
+from lutjax.transforms.recipe import LutConfig, Recipe, Rule
+
+
+def plannable(params: Any, recipe: Recipe | None = None) -> tuple[Matrix, ...]:
+    """The matrices that a recipe reaches, by path and stored shape.
+
+    Args:
+      params: A pytree of parameters, or of ``jax.ShapeDtypeStruct``.
+      recipe: Which paths; by default all matrices but embeddings, head and norms.
+
+    Raises:
+      ValueError: If a rule matches nothing, or no matrix is reached.
+
+    >>> plannable({"kernel": jax.ShapeDtypeStruct((64, 32), "float32")})
+    (Matrix(path='kernel', k=64, n=32, count=1, axis=None, batch_ndim=None),)
+    """
+    rules = match_rules(recipe or _ALL, params)
+    matrices = []
+    for path, leaf in named_leaves(params):
+        if path not in rules:
+            continue
+        rule = rules[path]
+        batch_ndim, view = weight_view(leaf.shape, rule, path)
+        inner = leaf.shape[batch_ndim:]
+        k, n = (math.prod(inner[a] for a in axes) for axes in (view.k_axes, view.n_axes))
+        count = math.prod(leaf.shape[:batch_ndim])
+        matrices.append(Matrix(path, k, n, count, rule.axis, rule.batch_ndim))
+    if not matrices:
+        raise ValueError("the recipe reaches no matrix; see Recipe.rule_for")
+    return tuple(matrices)
+
+
+def measure_costs(
+    params: Any,
+    candidates: Sequence[LutConfig],
+    *,
+    rank: int,
+    method: Method = "lq",
+    key: PRNGKeyArray,
+    fisher: Mapping[str, Any] | None = None,
+    rounds: int | None = None,
+    recipe: Recipe | None = None,
+    cache: str | os.PathLike | None = None,
+    workers: int = 1,
+    progress: bool = False,
+) -> CostTable:
+    """Decomposes every matrix with every candidate and keeps the squared (weighted) errors.
+
+    With a cache file, each result is appended as it comes, under a hash of the weight, its Fisher
+    information and all settings. A call that was stopped goes on where it was, and several
+    processes may write to the same file.
+
+    Args:
+      params: A pytree of dense parameters.
+      candidates: Configurations, for example ``prune(candidate_grid())``.
+      rank: As in :func:`lutjax.decompose`.
+      method: As in :func:`lutjax.decompose`.
+      key: As in :func:`lutjax.decompose`.
+      fisher: As in :func:`lutjax.decompose`.
+      rounds: As in :func:`lutjax.decompose`; a few tell the candidates apart.
+      recipe: Which parameters; by default all matrices but embeddings, head and norms. Its
+        configurations have no meaning here.
+      cache: A file of JSON lines.
+      workers: Threads that decompose at the same time.
+      progress: Show a progress bar.
+
+    Returns:
+      The table for :func:`lutjax.allocate.allocate`.
+
+    Raises:
+      ValueError: If a weight is not finite, no candidate fits a matrix, or the cache has costs of
+        other weights under the same paths; the message names the parameter path.
+
+    Source: LQ-LoRA (arXiv 2311.12023, section 3.2).
+
+    >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 32))}
+    >>> table = measure_costs(params, [LutConfig(2), LutConfig(3)], rank=2, key=jax.random.key(0))
+    >>> bool(table.costs[0, 0] > table.costs[0, 1] > 0)
+    True
+    """
+    if not candidates:
+        raise ValueError("there are no candidates; give at least one configuration")
+    if workers < 1:
+        raise ValueError(f"workers={workers} must be at least 1")
+    matrices = plannable(params, recipe)
+    weights = dict(named_leaves(params))
+    settings = {
+        "rank": rank,
+        "method": method,
+        "rounds": rounds,
+        "key": np.asarray(jax.random.key_data(key)).tolist(),
+    }
+    store = _Cache(cache)
+    costs = np.full((len(matrices), len(candidates)), np.inf)
+    tasks = []
+    for i, matrix in enumerate(matrices):
+        hashes = {
+            "weight": content_hash(weights[matrix.path]) if cache else "",
+            "fisher": content_hash(fisher[matrix.path]) if cache and fisher is not None else "",
+        }
+        store.check(matrix.path, hashes["weight"])
+        for j, config in enumerate(candidates):
+            if not fits(matrix.k, config):
+                continue
+            entry = {
+                "path": matrix.path,
+                **hashes,
+                **settings,
+                "config": dataclasses.asdict(config),
+            }
+            known = store.get(entry)
+            if known is None:
+                tasks.append((i, j, entry))
+            else:
+                costs[i, j] = known
+    # Refuses a matrix that no candidate fits before anything is measured.
+    CostTable(matrices, tuple(candidates), _misfits(matrices, candidates))
+
+    def measure(task: tuple[int, int, dict]) -> tuple[int, int, dict, float]:
+        i, j, entry = task
+        matrix = matrices[i]
+        rule = Rule(matrix.path, candidates[j], matrix.axis, matrix.batch_ndim)
+        result = decompose_array(
+            weights[matrix.path],
+            rule,
+            rank=rank,
+            method=method,
+            key=key,
+            fisher=None if fisher is None else fisher[matrix.path],
+            rounds=rounds,
+            path=matrix.path,
+        )
+        return i, j, entry, float((result.error**2).sum())
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(measure, task) for task in tasks]
+        try:
+            for future in _bar(concurrent.futures.as_completed(futures), len(futures), progress):
+                i, j, entry, cost = future.result()
+                costs[i, j] = cost
+                store.put(entry, cost)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return CostTable(matrices, tuple(candidates), costs)
+
+
+_ALL = Recipe((Rule("*", LutConfig(group_size="column")),))
+
+
+class _Cache:
+    """Costs on disk, one JSON line each; a line that a kill left unfinished is skipped."""
+
+    def __init__(self, path: str | os.PathLike | None):
+        self._path = None if path is None else Path(path)
+        self._costs: dict[str, float] = {}
+        self._weights: dict[str, set[str]] = {}
+        if self._path is None or not self._path.exists():
+            return
+        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+                name, parameter, weight = entry["id"], entry["path"], entry["weight"]
+                self._costs[name] = float(entry["cost"])
+            except (json.JSONDecodeError, KeyError, TypeError):
+                continue
+            self._weights.setdefault(parameter, set()).add(weight)
+
+    def check(self, path: str, weight: str) -> None:
+        """Raises if the file has costs for other weights at this path."""
+        if self._weights.get(path, {weight}) != {weight}:
+            raise ValueError(
+                f"the cache {self._path} was made from other weights: {path!r} differs; name "
+                f"another file or delete it"
+            )
+
+    def get(self, entry: dict) -> float | None:
+        return self._costs.get(_identity(entry))
+
+    def put(self, entry: dict, cost: float) -> None:
+        if self._path is None:
+            return
+        record = {
+            "id": _identity(entry),
+            "path": entry["path"],
+            "weight": entry["weight"],
+            "config": entry["config"],
+            "cost": cost,
+        }
+        # One write of a short line to a file opened for appending is not torn apart by other
+        # writers; the newline in front ends what a killed one may have left.
+        with open(self._path, "ab", buffering=0) as file:
+            file.write(("\n" + json.dumps(record) + "\n").encode())
+
+
+def _identity(entry: dict) -> str:
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
+
+
+def _misfits(matrices: Sequence[Matrix], candidates: Sequence[LutConfig]) -> np.ndarray:
+    """0 where a candidate fits a matrix, inf where not."""
+    return np.array([[0.0 if fits(m.k, c) else math.inf for c in candidates] for m in matrices])
+
+
+def _bar(items: Any, total: int, show: bool) -> Any:
+    if not show:
+        return items
+    from tqdm import tqdm
+
+    return tqdm(items, desc="costs", unit="decomposition", total=total)

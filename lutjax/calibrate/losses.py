@@ -1,0 +1,34 @@
+"""Losses of one sample, for calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def next_token_loss(
+    apply_fn: Callable[..., Any],
+) -> Callable[[Any, Int[Array, " t"]], Float[Array, ""]]:
+    """The mean negative log-likelihood, in nats, of the tokens after the first of one sequence.
+
+    Args:
+      apply_fn: ``Decoder.apply`` or a function with its signature, lifted for compressed params.
+
+    Returns:
+      A function of parameters and token ids ``int[T]``.
+
+    >>> uniform = lambda variables, tokens: jnp.zeros((*tokens.shape, 8))
+    >>> round(float(next_token_loss(uniform)({}, jnp.arange(4))), 3)
+    2.079
+    """
+
+    def loss(params: Any, tokens: Int[Array, " t"]) -> Float[Array, ""]:
+        logits = apply_fn({"params": params}, tokens[None])[0, :-1].astype(jnp.float32)
+        chosen = jnp.take_along_axis(logits, tokens[1:, None], axis=-1)[:, 0]
+        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
+
+    return loss

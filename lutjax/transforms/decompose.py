@@ -1,0 +1,386 @@
+"""Dense parameters to a quantised part plus a low-rank part."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, PRNGKeyArray
+
+from lutjax.arrays import LowRankArray, LutArray, MatrixView, SumArray, is_compressed
+from lutjax.paths import path_string
+from lutjax.transforms.importance import (
+    Importance,
+    check_importance,
+    error_weights,
+    side_weights,
+)
+from lutjax.transforms.quantize import check_finite, match_rules, quantize_array, weight_view
+from lutjax.transforms.recipe import LutConfig, Recipe, Rule
+from lutjax.transforms.svd import SvdMethod, low_rank_factors
+
+Method = Literal["lq", "loftq", "lorc", "svd", "lora"]
+
+ROUNDS: dict[Method, int] = {"lq": 100, "loftq": 5, "lorc": 1, "svd": 1, "lora": 0}
+"""Most rounds of each method; only those of ``lq`` and ``loftq`` can be set."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["array", "error", "history", "rounds"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Decomposition:
+    """A decomposed weight and how it was reached.
+
+    Attributes:
+      array: ``SumArray(LutArray, LowRankArray)``.
+      error: ``float32[*batch]``, the Frobenius norm of ``sqrt(F) * (W - array)``.
+      history: ``float32[*batch, rounds]``, that norm after each round, NaN after the stop.
+      rounds: ``int32[*batch]``, rounds run.
+    """
+
+    array: SumArray
+    error: Float[Array, "*batch"]
+    history: Float[Array, "*batch rounds"]
+    rounds: Int32[Array, "*batch"]
+
+
+def decompose(
+    params: Any,
+    recipe: Recipe,
+    *,
+    rank: int,
+    method: Method = "lq",
+    key: PRNGKeyArray,
+    fisher: Mapping[str, Any] | None = None,
+    rounds: int | None = None,
+    svd: SvdMethod = "randomized",
+    allow_nonfinite: bool = False,
+    progress: bool = False,
+) -> Any:
+    r"""Replaces weight matrices by a quantised part plus a low-rank part, ``W = Q + L1 L2``.
+
+    .. math:: \min_{Q, L_1, L_2} \| \sqrt{F} \circ (W - Q - L_1 L_2) \|_F
+
+    The methods, with SVD the best rank-r approximation (of ``D_row A D_col``, the row and column
+    means of F, if F is given):
+
+    * ``"lq"``: ``L = SVD(W - Q)``, ``Q = quantize(W - L)`` from Q = 0 until the error rises, at
+      most 100 rounds; the best round is kept, its low-rank part fitted once more. LQ-LoRA.
+    * ``"loftq"``: ``Q = quantize(W - L)``, ``L = SVD(W - Q)`` from L = 0, five rounds. LoftQ.
+    * ``"lorc"``: one such round: a low-rank correction of the quantisation error. LoRC.
+    * ``"svd"``: ``L = SVD(W)``, then ``Q = quantize(W - L)``: the largest components stay
+      unquantised. PiSSA.
+    * ``"lora"``: ``Q = quantize(W)``, L1 random and L2 zero. QLoRA.
+
+    Works under ``jit``. Each matrix of stacked layers is decomposed by itself.
+
+    Args:
+      params: A pytree of parameters.
+      recipe: How to quantise which path; an allocation plan is one.
+      rank: Inner size r of the low-rank part, 1 to min(K, N).
+      method: One of the above.
+      key: For the randomised decompositions and random factors. Each matrix uses its own key, made
+        from this one and its path.
+      fisher: For each path, F of the weight's shape or its ``(row means, column means)``, as
+        :func:`lutjax.calibrate.fisher` gives.
+      rounds: Most rounds of ``"lq"``, rounds of ``"loftq"``.
+      svd: ``"randomized"`` (``r + 10`` columns, 2 power iterations) or ``"dense"``.
+      allow_nonfinite: Do not look for NaN and infinity in the weights.
+      progress: Show a progress bar over the matrices.
+
+    Returns:
+      A pytree like ``params`` with ``SumArray(LutArray, LowRankArray)`` where the recipe says so;
+      the factors have the dtype of the weight.
+
+    Raises:
+      ValueError: If a rule matches nothing, the rank does not fit, a weight or its Fisher
+        information is not finite or missing; the message names the parameter path.
+      TypeError: If a rule reaches a leaf that is no floating-point matrix.
+
+    Source: LQ-LoRA (arXiv 2311.12023, section 3), LoftQ (arXiv 2310.08659), LoRC in ZeroQuant-V2
+    (arXiv 2303.08302), PiSSA (arXiv 2404.02948).
+
+    >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 32))}
+    >>> decompose(params, Recipe.uniform(bits=3), rank=4, key=jax.random.key(1))["kernel"]
+    SumArray(LutArray(shape=(64, 32), float32, 3 bits, group_size=column, 864 B),
+             LowRankArray(shape=(64, 32), float32, rank=4, 1.5 kB))
+    """
+    decomposed, _ = decompose_with_history(
+        params,
+        recipe,
+        rank=rank,
+        method=method,
+        key=key,
+        fisher=fisher,
+        rounds=rounds,
+        svd=svd,
+        allow_nonfinite=allow_nonfinite,
+        progress=progress,
+    )
+    return decomposed
+
+
+def decompose_with_history(
+    params: Any,
+    recipe: Recipe,
+    *,
+    rank: int,
+    method: Method = "lq",
+    key: PRNGKeyArray,
+    fisher: Mapping[str, Any] | None = None,
+    rounds: int | None = None,
+    svd: SvdMethod = "randomized",
+    allow_nonfinite: bool = False,
+    progress: bool = False,
+) -> tuple[Any, dict[str, Decomposition]]:
+    """Like :func:`decompose`, and returns the :class:`Decomposition` of each path as well."""
+    plan = match_rules(recipe, params)
+    _check_arguments(method, rounds, svd)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_compressed)
+    named = [(path_string(path), leaf) for path, leaf in leaves]
+    for path, leaf in named:  # everything is checked before anything is computed
+        if path in plan:
+            _check_rank(rank, leaf.shape, plan[path], path)
+            _fisher_of(fisher, path)
+    results: dict[str, Decomposition] = {}
+    done = []
+    for path, leaf in _progress(named, progress):
+        if path in plan:
+            results[path] = decompose_array(
+                leaf,
+                plan[path],
+                rank=rank,
+                method=method,
+                key=key,
+                fisher=_fisher_of(fisher, path),
+                rounds=rounds,
+                svd=svd,
+                path=path,
+                allow_nonfinite=allow_nonfinite,
+            )
+        done.append(results[path].array if path in plan else leaf)
+    return jax.tree.unflatten(treedef, done), results
+
+
+def decompose_array(
+    weight: Float[Array, "..."],
+    rule: Rule,
+    *,
+    rank: int,
+    method: Method = "lq",
+    key: PRNGKeyArray,
+    fisher: Any = None,
+    rounds: int | None = None,
+    svd: SvdMethod = "randomized",
+    path: str = "kernel",
+    allow_nonfinite: bool = False,
+) -> Decomposition:
+    """Decomposes one weight; ``path`` names it in errors and makes its key.
+
+    See :func:`decompose` for the arguments.
+    """
+    _check_arguments(method, rounds, svd)
+    _check_rank(rank, weight.shape, rule, path)
+    batch_ndim, view = weight_view(weight.shape, rule, path)
+    if not allow_nonfinite and not isinstance(weight, jax.core.Tracer):
+        check_finite(weight, path)
+    if fisher is not None:
+        fisher = check_importance(fisher, weight.shape, batch_ndim, view, path)
+    assert rule.config is not None
+    return _decompose(
+        jax.random.fold_in(key, zlib.crc32(path.encode())),
+        jnp.asarray(weight),
+        fisher,
+        config=rule.config,
+        rank=rank,
+        method=method,
+        rounds=ROUNDS[method] if rounds is None else rounds,
+        svd=svd,
+        batch_ndim=batch_ndim,
+        view=view,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """The two half-steps and the error of one matrix."""
+
+    weight: Float[Array, "k n"]
+    error: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    quantize: Callable[[jax.Array], LutArray]
+    factorize: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+    @classmethod
+    def of(
+        cls, weight: jax.Array, fisher: Importance | None, config: LutConfig, rank: int, svd: Any
+    ) -> _Steps:
+        rule = Rule("*", config, axis=-2)
+        rows, columns = side_weights(fisher, *weight.shape)
+        weights = error_weights(fisher)
+
+        def error(dense, left, right):
+            return jnp.linalg.norm(weights * (weight - dense - left @ right))
+
+        def factorize(key, residual):
+            scaled = residual * rows[:, None] * columns[None, :]
+            left, right = low_rank_factors(key, scaled, rank, svd)
+            return left / rows[:, None], right / columns[None, :]
+
+        return cls(weight, error, lambda a: quantize_array(a, rule), factorize)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "rank", "method", "rounds", "svd", "batch_ndim", "view")
+)
+def _decompose(
+    key: PRNGKeyArray,
+    weight: jax.Array,
+    fisher: Importance | None,
+    *,
+    config: LutConfig,
+    rank: int,
+    method: Method,
+    rounds: int,
+    svd: SvdMethod,
+    batch_ndim: int,
+    view: MatrixView,
+) -> Decomposition:
+    matrix = view.to_matrix(weight, batch_ndim).astype(jnp.float32)
+    run = {"lq": _lq, "svd": _svd_first, "lora": _zero}.get(method, _quantized_first)
+
+    def one(arguments):
+        key, matrix, fisher = arguments
+        steps = _Steps.of(matrix, fisher, config, rank, svd)
+        quantized, left, right, error, history, count = run(steps, key, rank, rounds)
+        low_rank = LowRankArray.of(left.astype(weight.dtype), right.astype(weight.dtype))
+        array = SumArray.of(quantized.astype(weight.dtype), low_rank)
+        return Decomposition(array, error, history, count)
+
+    if batch_ndim:  # a scan: a while loop under vmap would run all layers to the slowest one's end
+        batch = weight.shape[:batch_ndim]
+        keys = jax.random.split(key, math.prod(batch))
+        flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[batch_ndim:]), (matrix, fisher))
+        mapped = jax.lax.map(one, (keys, *flat))
+        result = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), mapped)
+    else:
+        result = one((key, matrix, fisher))
+    return dataclasses.replace(result, array=result.array.with_view(view))
+
+
+def _lq(steps: _Steps, key, rank, rounds):
+    def round_(key, dense):
+        left, right = steps.factorize(key, steps.weight - dense)
+        quantized = steps.quantize(steps.weight - left @ right)
+        return quantized, left, right, steps.error(quantized.materialize_matrix(), left, right)
+
+    keys = jax.random.split(key, rounds + 1)
+    first = round_(keys[0], jnp.zeros_like(steps.weight))
+    history = jnp.full(rounds, jnp.nan).at[0].set(first[3])
+
+    def unfinished(state):
+        _, _, count, rising = state
+        return (count < rounds) & ~rising
+
+    def body(state):
+        best, history, count, _ = state
+        new = round_(keys[count], best[0].materialize_matrix())
+        rising = ~(new[3] <= best[3])  # also stops at NaN
+        best = jax.tree.map(functools.partial(jnp.where, rising), best, new)
+        return best, history.at[count].set(new[3]), count + 1, rising
+
+    start = (first, history, jnp.int32(1), jnp.bool_(False))
+    best, history, count, _ = jax.lax.while_loop(unfinished, body, start)
+    quantized, left, right, error = best
+    dense = quantized.materialize_matrix()
+    refit = steps.factorize(keys[rounds], steps.weight - dense)
+    refit_error = steps.error(dense, *refit)
+    better = refit_error < error
+    left, right = jax.tree.map(functools.partial(jnp.where, better), refit, (left, right))
+    return quantized, left, right, jnp.where(better, refit_error, error), history, count
+
+
+def _quantized_first(steps: _Steps, key, rank, rounds):
+    def round_(key, left, right):
+        quantized = steps.quantize(steps.weight - left @ right)
+        dense = quantized.materialize_matrix()
+        left, right = steps.factorize(key, steps.weight - dense)
+        return quantized, left, right, steps.error(dense, left, right)
+
+    k, n = steps.weight.shape
+    keys = jax.random.split(key, rounds)
+    first = round_(keys[0], jnp.zeros((k, rank)), jnp.zeros((rank, n)))
+
+    def body(state, key):
+        new = round_(key, *state[1:3])
+        return new, new[3]
+
+    last, errors = jax.lax.scan(body, first, keys[1:])
+    history = jnp.concatenate([first[3][None], errors])
+    return (*last, history, jnp.int32(rounds))
+
+
+def _svd_first(steps: _Steps, key, rank, rounds):
+    left, right = steps.factorize(key, steps.weight)
+    quantized = steps.quantize(steps.weight - left @ right)
+    error = steps.error(quantized.materialize_matrix(), left, right)
+    return quantized, left, right, error, error[None], jnp.int32(1)
+
+
+def _zero(steps: _Steps, key, rank, rounds):
+    k, n = steps.weight.shape
+    quantized = steps.quantize(steps.weight)
+    left = jax.random.normal(key, (k, rank)) / math.sqrt(k)
+    right = jnp.zeros((rank, n))
+    error = steps.error(quantized.materialize_matrix(), left, right)
+    return quantized, left, right, error, jnp.zeros(0), jnp.int32(0)
+
+
+def _check_arguments(method: str, rounds: int | None, svd: str) -> None:
+    if method not in ROUNDS:
+        raise ValueError(f"method={method!r} is unknown; use one of {', '.join(ROUNDS)}")
+    if svd not in get_args(SvdMethod):
+        raise ValueError(f"svd={svd!r} is unknown; use 'randomized' or 'dense'")
+    if rounds is None:
+        return
+    if method not in ("lq", "loftq"):
+        raise ValueError(f"rounds={rounds} has no meaning for method={method!r}; leave it out")
+    if not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(f"rounds={rounds!r} must be at least 1")
+
+
+def _check_rank(rank: int, shape: tuple[int, ...], rule: Rule, path: str) -> None:
+    batch_ndim, view = weight_view(shape, rule, path)
+    inner = shape[batch_ndim:]
+    k, n = (math.prod(inner[a] for a in axes) for axes in (view.k_axes, view.n_axes))
+    if not isinstance(rank, int) or not 1 <= rank <= min(k, n):
+        raise ValueError(
+            f"rank={rank!r} does not fit {path!r} with K={k} and N={n}; use 1 to {min(k, n)}"
+        )
+
+
+def _fisher_of(fisher: Mapping[str, Any] | None, path: str) -> Any:
+    if fisher is None:
+        return None
+    if path not in fisher:
+        raise ValueError(
+            f"the Fisher information has nothing for {path!r}; calibrate with the same recipe, or "
+            f"exclude that path from the recipe"
+        )
+    return fisher[path]
+
+
+def _progress(items: list, show: bool) -> Any:
+    if not show:
+        return items
+    from tqdm import tqdm
+
+    return tqdm(items, desc="decompose", unit="leaf")
