@@ -1,0 +1,151 @@
+"""``sparse_matmul``: the product that ignores activations below a threshold."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.manual_axes import vary_over, varying_axes
+from pallas_kernels.sparse_matmul import dispatch, reference
+from pallas_kernels.sparse_matmul.checks import check_arguments, matrix_shape
+from pallas_kernels.sparse_matmul.rows import RowCodes
+
+IMPLEMENTATIONS = dispatch.IMPLEMENTATIONS
+
+_Static = tuple[tuple[int, ...], str | None]  # splits, implementation
+
+
+def sparse_matmul(
+    x: Float[Array, "*batch K"],
+    weight: Float[Array, "K N"] | RowCodes,
+    thresholds: Any,
+    *,
+    splits: tuple[int, ...] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "*batch N"]:
+    r"""Multiplies the activations above a threshold by a dense or lookup-table weight.
+
+    .. math:: y_n = \sum_k x_k \, [|x_k| > t_k] \, W_{kn}
+
+    For few rows of ``x`` the rows of W that meet only ignored activations are not read; with
+    several rows of ``x``, a row of W is read if any of them needs it. Several weights that share
+    their input (q, k and v; gate and up) can be one weight side by side, each with its own
+    thresholds. Sums are taken in float32, in an order that does not change between runs.
+
+    The gradients are those of the masked dense product; thresholds have none. Leading axes of the
+    weight are mapped with :func:`jax.vmap`.
+
+    Args:
+      x: ``[..., K]``.
+      weight: ``[K, N]``, or :class:`RowCodes`; or ``[K, N / 128, 128]``, the form of a dense weight
+        in which a TPU can read single rows.
+      thresholds: A number; or ``[S, 1]`` or ``[S, K]`` for S ranges of columns (S = 1 without
+        ``splits``).
+      splits: Numbers of columns of the S ranges.
+      implementation: One of ``IMPLEMENTATIONS``; None picks the best one that supports the
+        arguments on the platform that the program is lowered for.
+
+    Returns:
+      ``[..., N]`` in the dtype of ``x``.
+
+    Raises:
+      ValueError: If shapes do not fit each other or the implementation is unknown.
+      TypeError: If a dtype is wrong.
+      NotImplementedError: If the named implementation cannot run these arguments here.
+
+    Source: TEAL (arXiv 2408.14690).
+
+    >>> x = jnp.array([[0.1, -3.0]])
+    >>> sparse_matmul(x, jnp.array([[1.0, 2.0], [10.0, 20.0]]), 0.5).tolist()
+    [[-30.0, -60.0]]
+    """
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation={implementation!r} is unknown; use None or one of {IMPLEMENTATIONS}"
+        )
+    thresholds = jnp.asarray(thresholds, jnp.float32)
+    check_arguments(x, weight, thresholds, splits)
+    k, n = matrix_shape(weight)
+    if thresholds.ndim == 0:
+        thresholds = jnp.broadcast_to(thresholds, (1 if splits is None else len(splits), 1))
+    rows = x.reshape(-1, k)
+    static = (splits or (n,), implementation)
+    if implementation is not None:
+        reason = dispatch.reason_against(implementation, (rows, weight, thresholds), static[0])
+        if reason is not None:
+            raise NotImplementedError(
+                f"implementation {implementation!r} cannot run this product: {reason}"
+            )
+    axes = varying_axes(*jax.tree.leaves((rows, weight, thresholds)))
+    operands = jax.tree.map(lambda a: vary_over(a, axes), (rows, weight, thresholds))
+    return _product(static, *operands).reshape(*x.shape[:-1], n)
+
+
+def _batched_run(static: _Static, x: Any, weight: Any, thresholds: Any) -> Any:
+    """The product with a batching rule: a batch of activations only is more rows of ``x``.
+
+    A batch of weights is a loop, so that each of its products skips its own rows.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def product(x, weight, thresholds):
+        return _run(static, x, weight, thresholds)
+
+    @product.def_vmap
+    def rule(axis_size, in_batched, x, weight, thresholds):
+        if not any(jax.tree.leaves(in_batched[1:])):
+            y = product(x.reshape(-1, x.shape[-1]), weight, thresholds)
+            return y.reshape(axis_size, -1, y.shape[-1]), True
+        leaves, treedef = jax.tree.flatten((x, weight, thresholds))
+        mapped = jax.tree.leaves(in_batched)
+
+        def one(i):
+            picked = [
+                jax.lax.dynamic_index_in_dim(a, i, keepdims=False) if b else a
+                for a, b in zip(leaves, mapped, strict=True)
+            ]
+            return product(*jax.tree.unflatten(treedef, picked))
+
+        return jax.lax.map(one, jnp.arange(axis_size)), True
+
+    return product(x, weight, thresholds)
+
+
+def _fwd(static: _Static, x: Any, weight: Any, thresholds: Any) -> Any:
+    return _batched_run(static, x, weight, thresholds), (x, weight, thresholds)
+
+
+def _bwd(static: _Static, residuals: tuple, cotangent: Any) -> Any:
+    masked = functools.partial(reference.sparse_matmul, splits=static[0], precision=None)
+    _, pullback = jax.vjp(masked, *residuals)
+    dx, dweight, _ = pullback(cotangent)
+    return dx, dweight, jnp.zeros_like(residuals[2])
+
+
+_product = jax.custom_vjp(_batched_run, nondiff_argnums=(0,))
+_product.defvjp(_fwd, _bwd)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(static: _Static, x: Any, weight: Any, thresholds: Any) -> Any:
+    """Runs one implementation, or lets the platform that is lowered for choose among several."""
+    splits, implementation = static
+    arrays = (x, weight, thresholds)
+    if x.shape[0] == 0:
+        return jnp.zeros((0, sum(splits)), x.dtype)
+
+    def call(name: str) -> Any:
+        module = dispatch.backend(name)
+        return lambda *arrays: module.sparse_matmul(*arrays, splits=splits)
+
+    if implementation is not None:
+        return call(implementation)(*arrays)
+    per_platform, other = dispatch.best_per_platform(arrays, splits)
+    branches = {p: call(name) for p, name in per_platform.items() if name != other}
+    if not branches:
+        return call(other)(*arrays)
+    return jax.lax.platform_dependent(*arrays, default=call(other), **branches)

@@ -1,0 +1,43 @@
+"""Which implementation computes a sparse product, for each platform it may be lowered for."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+IMPLEMENTATIONS = ("reference", "masked", "xla", "pallas_triton", "mosaic_tpu")
+
+# Best first. The last of each list supports everything.
+_PREFERENCE = {
+    "cpu": ("xla", "masked"),
+    "cuda": ("pallas_triton", "masked"),
+    "tpu": ("mosaic_tpu", "masked"),
+}
+_OTHER_PLATFORMS = "masked"
+
+
+def backend(name: str) -> Any:
+    """The backend module, imported on first use, or the reason why it cannot be imported.
+
+    A module offers ``supports(x, weight, thresholds, splits=...)``, which looks at shapes and
+    dtypes and returns None or the reason against, and ``sparse_matmul`` with those arguments.
+    """
+    try:
+        return importlib.import_module(f"pallas_kernels.sparse_matmul.{name}")
+    except (ImportError, AttributeError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def reason_against(name: str, arrays: tuple, splits: tuple[int, ...]) -> str | None:
+    """Why the named implementation cannot compute this product, or None if it can."""
+    module = backend(name)
+    return module if isinstance(module, str) else module.supports(*arrays, splits=splits)
+
+
+def best_per_platform(arrays: tuple, splits: tuple[int, ...]) -> tuple[dict[str, str], str]:
+    """The preferred implementation of every known platform, and the one for all others."""
+
+    def best(names: tuple[str, ...]) -> str:
+        return next(name for name in names if reason_against(name, arrays, splits) is None)
+
+    return {platform: best(names) for platform, names in _PREFERENCE.items()}, _OTHER_PLATFORMS

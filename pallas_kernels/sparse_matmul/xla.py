@@ -1,0 +1,148 @@
+"""The sparse product as a loop over the live rows of the weight: no dead row is read.
+
+Written for XLA on CPU, where a gather of rows followed by a product costs more than the dense
+product: the loop has a dynamic number of steps, each of which slices a few live rows and adds their
+multiples to the result in one fused pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.manual_axes import vary_over, varying_axes
+from pallas_kernels.sparse_matmul.checks import matrix_shape
+from pallas_kernels.sparse_matmul.reference import column_ranges, keep
+from pallas_kernels.sparse_matmul.rows import RowCodes, field_codes
+
+MAX_ROWS = 4
+"""Rows of ``x`` up to which the loop beats a dense product of masked activations on CPU."""
+
+_DENSE_STEP = 8  # rows of the weight a step; each step also reads and writes the result
+_CODES_STEP = 2
+
+
+def supports(x: Any, weight: Any, thresholds: Any, *, splits: tuple[int, ...]) -> str | None:
+    """None if the loop serves these shapes, else the reason why not."""
+    del thresholds, splits
+    if x.shape[0] > MAX_ROWS:
+        return f"{x.shape[0]} rows of x; the loop is for at most {MAX_ROWS}"
+    if isinstance(weight, RowCodes) and weight.lut.shape[0] > 1:
+        return "a table for each column"
+    return None
+
+
+def sparse_matmul(
+    x: jax.Array,
+    weight: jax.Array | RowCodes,
+    thresholds: jax.Array,
+    *,
+    splits: tuple[int, ...],
+) -> jax.Array:
+    """The product for ``x`` of shape ``[M, K]``."""
+    if isinstance(weight, RowCodes):
+        y = _fused_codes(x, weight, thresholds, splits)
+    else:
+        dense = weight.reshape(matrix_shape(weight))
+        parts = [
+            _dense_part(keep(x, t).astype(jnp.float32), dense, start, stop - start)
+            for t, (start, stop) in zip(thresholds, column_ranges(splits), strict=True)
+        ]
+        y = jnp.concatenate(parts, axis=1)
+    return y.astype(x.dtype)
+
+
+def _dense_part(x: jax.Array, weight: jax.Array, start: int, size: int) -> jax.Array:
+    """``x @ weight[:, start : start + size]`` from the rows where ``x`` is not zero."""
+    live, count = _live_rows(x, _DENSE_STEP)
+
+    def body(step, y):
+        for i in range(_DENSE_STEP):
+            k = live[step * _DENSE_STEP + i]
+            row = lax.dynamic_slice(weight, (k, start), (1, size)).astype(jnp.float32)
+            y += _column(x, k, step * _DENSE_STEP + i < count) * row
+        return y
+
+    y = vary_over(jnp.zeros((x.shape[0], size), jnp.float32), varying_axes(x, weight))
+    return lax.fori_loop(0, -(-count // _DENSE_STEP), body, y)
+
+
+def _fused_codes(
+    x: jax.Array, weight: RowCodes, thresholds: jax.Array, splits: tuple[int, ...]
+) -> jax.Array:
+    parts = []
+    for t, (start, stop) in zip(thresholds, column_ranges(splits), strict=True):
+        masked = keep(x, t).astype(jnp.float32)
+        y = _codes_part(masked, weight)[:, start:stop]
+        if weight.offsets is not None:
+            y += add_offsets(masked, weight)[:, start:stop]
+        parts.append(y)
+    return jnp.concatenate(parts, axis=1)
+
+
+def add_offsets(x: jax.Array, weight: RowCodes) -> jax.Array:
+    """What the offsets add to the product: group sums of ``x`` times the offsets."""
+    assert weight.offsets is not None
+    m, k = x.shape
+    padded = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -k % weight.group_size)))
+    sums = padded.reshape(m, -1, weight.group_size).sum(axis=-1)
+    return jnp.matmul(sums, weight.offsets.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+
+
+def _codes_part(x: jax.Array, weight: RowCodes) -> jax.Array:
+    """``x @ weight`` without offsets; sums of a group are scaled once."""
+    (k, n), size, fields = weight.shape, weight.group_size, weight.fields
+    _, blocks, lanes = weight.words.shape
+    groups, m = -(-k // size), x.shape[0]
+    live, _ = _live_rows(x, _CODES_STEP)
+    alive = jnp.pad(jnp.any(x != 0, axis=0), (0, groups * size - k))
+    ends = jnp.cumsum(jnp.sum(alive.reshape(groups, size), axis=1, dtype=jnp.int32))
+    table = weight.lut[0, :, 0].astype(jnp.float32)
+    padded = jnp.pad(weight.scales, ((0, 0), (0, blocks * lanes * fields - n)))
+    scales = padded.reshape(groups, blocks, fields, lanes)
+
+    def group(g, y):
+        first, end = jnp.where(g == 0, 0, ends[g - 1]), ends[g]
+
+        def body(step, sums):
+            for i in range(_CODES_STEP):
+                place = first + step * _CODES_STEP + i
+                row = live[place]
+                words = lax.dynamic_slice(weight.words, (row, 0, 0), (1, blocks, lanes))
+                factor = _column(x, row, place < end)[:, :, None]
+                sums = tuple(
+                    total + factor * _lookup(table, field_codes(words, weight.bits, f))
+                    for f, total in enumerate(sums)
+                )
+            return sums
+
+        # A scan body's outputs, one array a field: stacking them would break vectorisation.
+        sums = lax.fori_loop(0, -(-(end - first) // _CODES_STEP), body, (zero,) * fields)
+        return tuple(
+            total + part * scales[g, None, :, f, :].astype(jnp.float32)
+            for f, (total, part) in enumerate(zip(y, sums, strict=True))
+        )
+
+    axes = varying_axes(x, *jax.tree.leaves(weight))
+    zero = vary_over(jnp.zeros((m, blocks, lanes), jnp.float32), axes)
+    y = lax.fori_loop(0, groups, group, (zero,) * fields)
+    return jnp.stack(y, axis=2).reshape(m, -1)[:, :n]
+
+
+def _lookup(table: jax.Array, codes: jax.Array) -> jax.Array:
+    return table.at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
+
+
+def _live_rows(x: jax.Array, step: int) -> tuple[jax.Array, jax.Array]:
+    """Rows that some activation needs, ascending, padded for a last step; and their number."""
+    alive = jnp.any(x != 0, axis=0)
+    (live,) = jnp.nonzero(alive, size=x.shape[1] + step, fill_value=0)
+    return live.astype(jnp.int32), jnp.sum(alive, dtype=jnp.int32)
+
+
+def _column(x: jax.Array, k: jax.Array, valid: jax.Array) -> jax.Array:
+    column = lax.dynamic_slice(x, (jnp.zeros((), k.dtype), k), (x.shape[0], 1))
+    return jnp.where(valid, column, 0.0)
