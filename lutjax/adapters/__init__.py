@@ -10,6 +10,7 @@ from lutjax.adapters.build import (
     with_trainable,
 )
 from lutjax.adapters.dual import AdapterState, AdapterTraining, dual
+from lutjax.adapters.workers import merge_workers, start_worker
 
 __all__ = [
     "AdapterArray",
@@ -19,7 +20,9 @@ __all__ = [
     "is_adapter",
     "kronecker",
     "merge",
+    "merge_workers",
     "one_sided",
+    "start_worker",
     "trainable",
     "two_sided",
     "with_trainable",

@@ -17,7 +17,8 @@ SECOND_MOMENTS = frozenset({"nu", "nu_max", "sum_of_squares", "v", "v_row", "v_c
 """State fields of optax that are sums of squares."""
 
 
-def _field(key: Any) -> str | None:
+def field_name(key: Any) -> str | None:
+    """The name, if a key of a path is a field of a named tuple or dataclass."""
     return key.name if isinstance(key, jax.tree_util.GetAttrKey) else None
 
 
@@ -39,8 +40,8 @@ def map_moments(
     def visit(key_path: tuple[Any, ...], leaf: Any) -> Any:
         nonlocal found
         for i, key in enumerate(key_path):
-            order: Literal[1, 2] = 1 if _field(key) in FIRST_MOMENTS else 2
-            if order == 2 and _field(key) not in SECOND_MOMENTS:
+            order: Literal[1, 2] = 1 if field_name(key) in FIRST_MOMENTS else 2
+            if order == 2 and field_name(key) not in SECOND_MOMENTS:
                 continue
             path = path_string(key_path[i + 1 :])
             if path in paths:

@@ -1,0 +1,91 @@
+"""Data-parallel training in which every worker has a map of its own, merged from time to time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lutjax.adapters.dual import AdapterState, AdapterTraining
+from lutjax.optim.project import map_projected
+from lutjax.paths import path_string
+
+
+def start_worker(training: AdapterTraining, state: AdapterState, axis_name: Any) -> AdapterState:
+    """Gives this worker its own maps: different random draws of one key.
+
+    Call it inside ``shard_map``, on a state that is the same on all workers. Workers then take
+    local steps with :meth:`AdapterTraining.update`, without any communication, and meet in
+    :func:`merge_workers`. Semi-orthogonal maps of different workers span orthogonal spaces as long
+    as `workers * rank` does not exceed the weight's side.
+
+    Args:
+      training: From :func:`lutjax.adapters.dual`.
+      state: A run in its adapter form.
+      axis_name: The mesh axis of the workers.
+
+    Raises:
+      ValueError: For maps that are not random, which another worker could not regenerate.
+
+    Source: Duality (arXiv 2502.13811, section 5).
+    """
+    _check_random(training)
+    index = jax.lax.axis_index(axis_name)
+    return state._replace(maps={p: m.for_worker(index) for p, m in state.maps.items()})
+
+
+def merge_workers(training: AdapterTraining, state: AdapterState, axis_name: Any) -> AdapterState:
+    """Merges all adapters, `theta <- theta + mean_w S_w^T lambda_w`, and draws new maps.
+
+    Only latents cross the network, `r n` numbers a worker and weight: each worker regenerates the
+    maps of the others from the common key. Parameters without an adapter are averaged. The inner
+    state stays with its worker, carried over to the new map as the training is configured to.
+
+    Call it inside ``shard_map(..., check_vma=False)``; after it the base is the same everywhere.
+
+    Args:
+      training: From :func:`lutjax.adapters.dual`.
+      state: This worker's run.
+      axis_name: The mesh axis of the workers.
+    """
+    _check_random(training)
+    config = training.config
+    index, count = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
+
+    def merged(path: str, latent: jax.Array, base: jax.Array) -> jax.Array:
+        bound = state.maps[path]
+        gathered = jax.lax.all_gather(latent, axis_name)
+
+        def add(total: jax.Array, worker: Any) -> tuple[jax.Array, None]:
+            number, theirs = worker
+            return total + bound.for_worker(number).up(theirs), None
+
+        zero = jnp.zeros_like(base)
+        total, _ = jax.lax.scan(add, zero, (jnp.arange(count), gathered))
+        return base + total / jnp.asarray(count, base.dtype)
+
+    averaged = jax.tree_util.tree_map_with_path(
+        lambda path, latent, base: (
+            merged(path_string(path), latent, base)
+            if path_string(path) in state.maps
+            else jax.lax.pmean(latent, axis_name)
+        ),
+        state.latents,
+        state.base,
+    )
+    key = jax.random.wrap_key_data(state.key_data, impl=jax.random.key_impl(config.key))
+    maps = config.refresh_maps(key, state.count, state.maps, None, averaged)
+    maps = {path: bound.for_worker(index) for path, bound in maps.items()}
+    latents = map_projected(lambda m, w: jnp.zeros_like(m.down(w)), maps, averaged)
+    inner = config.carry_inner(state.inner, latents, state.maps, maps)
+    return state._replace(base=averaged, latents=latents, maps=maps, inner=inner)
+
+
+def _check_random(training: AdapterTraining) -> None:
+    map_ = training.config.map
+    if map_.depends_on != "key":
+        raise ValueError(
+            f"{map_} depends on the {map_.depends_on}, so workers can't regenerate each other's "
+            "maps; use Gaussian, Rademacher or SemiOrthogonal"
+        )

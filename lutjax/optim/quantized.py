@@ -1,0 +1,149 @@
+"""Optimiser state as packed lookup-table codes: 8-bit Adam and lower, around any transformation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from lutjax.arrays import LutArray, MatrixView, is_compressed
+from lutjax.codebooks import nearest_codes
+from lutjax.optim._state import SECOND_MOMENTS, field_name
+from lutjax.packing import BLOCK, pack
+
+
+def dynamic_map(bits: int, *, signed: bool) -> np.ndarray:
+    """Dynamic-exponent table: `10^-e` times an evenly spaced fraction, with more of both near 1.
+
+    Exponent `e` has twice the fractions of exponent `e + 1`, so that the relative error stays about
+    the same over `bits - 1` decades. Zero and one are exact.
+
+    Args:
+      bits: 3 to 8.
+      signed: Whether half of the values are negative.
+
+    Returns:
+      ``float32[2**bits]``, ascending.
+
+    Source: 8-bit optimizers (arXiv 2110.02861, section 1.3).
+
+    >>> dynamic_map(3, signed=False).round(4).tolist()
+    [0.0, 0.0325, 0.0775, 0.2125, 0.4375, 0.6625, 0.8875, 1.0]
+    """
+    if not 3 <= bits <= 8:
+        raise ValueError(f"bits={bits} of a dynamic map must be 3 to 8")
+    values = [0.0, 1.0]
+    for i in range(bits - 1):
+        edges = np.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
+        magnitudes = 10.0 ** (i - (bits - 2)) * (edges[1:] + edges[:-1]) / 2
+        values += [*magnitudes, *(-magnitudes if signed else [])]
+    return np.sort(np.asarray(values, np.float32))
+
+
+def moment_table(bits: int, order: Literal[1, 2]) -> np.ndarray:
+    """The table for first moments (signed) and for second moments (not negative).
+
+    8 bits: dynamic maps. 4 bits: a dynamic map, and evenly spaced values *without zero* for second
+    moments, since what is divided by must not become zero (arXiv 2309.01507, section 4).
+    """
+    if order == 2 and bits < 8:
+        return (np.arange(1, 2**bits + 1) / 2**bits).astype(np.float32)
+    return dynamic_map(bits, signed=order == 1)
+
+
+def _encode(x: Float[Array, "..."], table: np.ndarray, block: int) -> LutArray:
+    """Codes of `x` by blocks along its last axis but one, scaled by their absolute maximum."""
+    matrix = (x[:, None] if x.ndim == 1 else x).astype(jnp.float32)
+    *batch, k, n = matrix.shape
+    block = min(block, k)
+    edge = [(0, 0)] * len(batch) + [(0, -k % block), (0, 0)]
+    groups = jnp.pad(matrix, edge).reshape(*batch, -1, block, n)
+    scales = jnp.abs(groups).max(axis=-2)
+    values = groups / jnp.where(scales > 0, scales, 1)[..., None, :]
+    codes = nearest_codes(values.reshape(*batch, -1, n)[..., :k, :], table)
+    bits = round(math.log2(table.size))
+    return LutArray(
+        words=pack(codes, bits),
+        scales=scales,
+        lut=jnp.broadcast_to(jnp.asarray(table)[None, :, None], (*batch, 1, table.size, 1)),
+        offsets=None,
+        group_size=block,
+        padding=-k % BLOCK,
+        dtype=np.dtype(x.dtype),
+        view=MatrixView.of(x.shape[-2:], (0,)),
+    )
+
+
+def quantized_state(
+    inner: optax.GradientTransformation,
+    bits: Literal[4, 8] = 8,
+    block: int = 256,
+    *,
+    min_size: int = 4096,
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps the state of any gradient transformation in 8 or 4 bits a number.
+
+    Every floating array of the state with at least `min_size` entries is a :class:`lutjax.LutArray`
+    between steps: blocks along its last axis but one, scaled by their absolute maximum. Fields that
+    hold second moments (``nu``, ``v``, ...) have tables without negative values. A step decodes the
+    state, runs `inner`, and encodes again.
+
+    Around :func:`project` it also encodes the stored projections, ``quantized_state(galore(...))``;
+    inside, ``project(quantized_state(...), map)``, it has a dual adapter form.
+
+    Args:
+      inner: Any optax transformation.
+      bits: 8 or 4.
+      block: Numbers that share a scale.
+      min_size: Smaller arrays are left alone, as they cost little and matter much.
+
+    Returns:
+      A transformation with the state of `inner`, its large arrays being compressed.
+
+    Raises:
+      ValueError: For other bits, or a block below 1.
+
+    Source: 8-bit optimizers (arXiv 2110.02861); 4-bit states (arXiv 2309.01507).
+
+    >>> optimizer = quantized_state(optax.scale_by_adam())
+    >>> optimizer.init({"w": jnp.ones((256, 64))}).mu["w"]
+    LutArray(shape=(256, 64), float32, 8 bits, group_size=column, 17.7 kB)
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"bits={bits} must be 8 or 4")
+    if block < 1:
+        raise ValueError(f"block={block} must be at least 1")
+    inner = optax.with_extra_args_support(inner)
+
+    def encode(key_path: tuple[Any, ...], x: Array) -> Any:
+        order: Literal[1, 2] = 1
+        if any(field_name(key) in SECOND_MOMENTS for key in key_path):
+            order = 2
+        return _encode(x, moment_table(bits, order), block)
+
+    def init(params: Any) -> Any:
+        def maybe_encode(key_path: tuple[Any, ...], x: Any) -> Any:
+            large = x.size >= min_size and jnp.issubdtype(x.dtype, jnp.floating)
+            return encode(key_path, x) if large and x.ndim >= 1 else x
+
+        return jax.tree_util.tree_map_with_path(maybe_encode, inner.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        dense = jax.tree.map(
+            lambda x: x.materialize() if is_compressed(x) else x, state, is_leaf=is_compressed
+        )
+        updates, dense = inner.update(updates, dense, params, **extra_args)
+        state = jax.tree_util.tree_map_with_path(
+            lambda key_path, old, new: encode(key_path, new) if is_compressed(old) else new,
+            state,
+            dense,
+            is_leaf=is_compressed,
+        )
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,195 @@
+"""What optax asks of a transformation, for every optimiser of the package."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lutjax import linear_maps as lm
+from lutjax import optim
+
+# Factories of the learning rate, so that it can be a schedule or be injected.
+OPTIMIZERS = {
+    "galore": functools.partial(optim.galore, rank=2, refresh_every=3),
+    "galore_rotate": functools.partial(optim.galore, rank=2, refresh_every=3, on_refresh="rotate"),
+    "flora": functools.partial(optim.flora, rank=2, refresh_every=3),
+    "relora": functools.partial(optim.relora, rank=2, refresh_every=3),
+    "lift": functools.partial(optim.lift, rank=1, budget_rank=1, refresh_every=3),
+    "spam": functools.partial(optim.spam, reset_every=3),
+    "semi_orthogonal": lambda learning_rate: optim.project(
+        optax.lion(learning_rate), lm.SemiOrthogonal(2), refresh_every=None
+    ),
+    "quantized_galore": lambda learning_rate: optim.quantized_state(
+        optim.galore(learning_rate, rank=2, refresh_every=3), min_size=8
+    ),
+    "quantized_4bit_spam": lambda learning_rate: optim.quantized_state(
+        optim.spam(learning_rate), bits=4, min_size=8
+    ),
+    "skip_nonfinite_flora": lambda learning_rate: optim.skip_nonfinite(
+        optim.flora(learning_rate, rank=2)
+    ),
+}
+every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+def params_and_gradients(dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+
+    def tree():
+        return {
+            "matrix": jnp.asarray(rng.normal(size=(4, 6)), dtype),
+            "stack": jnp.asarray(rng.normal(size=(2, 6, 4)), dtype),
+            "bias": jnp.asarray(rng.normal(size=6), dtype),
+        }
+
+    return tree(), tree()
+
+
+def run(optimizer, params, gradients, steps=5, **extra):
+    """A few jitted steps in one loop; the carry checks that shapes and dtypes are stable."""
+
+    @jax.jit
+    def loop(params, gradients):
+        def body(_, carry):
+            params, state = carry
+            updates, state = optimizer.update(gradients, state, params, **extra)
+            return optax.apply_updates(params, updates), state
+
+        return jax.lax.fori_loop(0, steps, body, (params, optimizer.init(params)))
+
+    return loop(params, gradients)
+
+
+@every_optimizer
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_keeps_dtypes_and_accepts_extra_arguments(name, dtype):
+    params, gradients = params_and_gradients(dtype)
+    optimizer = optax.with_extra_args_support(OPTIMIZERS[name](1e-2))
+    after, _ = run(optimizer, params, gradients, unknown_argument=1)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, params)
+    chex.assert_tree_all_finite(after)
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), after, params)))
+
+
+@every_optimizer
+def test_a_second_call_does_not_compile_again(name):
+    params, gradients = params_and_gradients()
+    optimizer = OPTIMIZERS[name](1e-2)
+    traces = []
+
+    @jax.jit
+    def step(params, state):
+        traces.append(None)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = step(params, optimizer.init(params))
+    step(params, state)
+    assert len(traces) == 1
+
+
+@every_optimizer
+def test_learning_rate_can_be_injected_or_scheduled(name):
+    params, gradients = params_and_gradients()
+    plain, _ = run(OPTIMIZERS[name](1e-2), params, gradients)
+    injected = optax.inject_hyperparams(lambda learning_rate: OPTIMIZERS[name](learning_rate))
+    for other in (injected(learning_rate=1e-2), OPTIMIZERS[name](lambda count: 1e-2)):
+        after, _ = run(other, params, gradients)
+        # float32; the learning rate is rounded to float32 before or after it is multiplied.
+        chex.assert_trees_all_close(after, plain, rtol=1e-4, atol=1e-6)
+
+
+@every_optimizer
+def test_partition_and_masked_leave_the_others_alone(name):
+    params, gradients = params_and_gradients()
+    optimizer = OPTIMIZERS[name](1e-2)
+    alone = {"matrix": params["matrix"]}
+    expected, _ = run(optimizer, alone, {"matrix": gradients["matrix"]})
+    labels = {"matrix": "ours", "stack": "frozen", "bias": "frozen"}
+    partitioned = optax.partition({"ours": optimizer, "frozen": optax.set_to_zero()}, labels)
+    mask = {"matrix": True, "stack": False, "bias": False}
+    masked = optax.chain(
+        optax.masked(optimizer, mask),
+        optax.masked(optax.set_to_zero(), jax.tree.map(lambda m: not m, mask)),
+    )
+    for wrapped in (partitioned, masked):
+        after, _ = run(wrapped, params, gradients)
+        # Maps are drawn by path, so the other leaves don't change them.
+        chex.assert_trees_all_close(after["matrix"], expected["matrix"], rtol=1e-5)
+        chex.assert_trees_all_equal(after["stack"], params["stack"])
+
+
+@every_optimizer
+def test_multi_steps_moves_only_at_the_end(name):
+    params, gradients = params_and_gradients()
+    optimizer = optax.MultiSteps(OPTIMIZERS[name](1e-2), 3)
+    after, _ = run(optimizer, params, gradients, steps=2)
+    chex.assert_trees_all_equal(after, params)
+    after, _ = run(optimizer, params, gradients, steps=3)
+    once, _ = run(OPTIMIZERS[name](1e-2), params, gradients, steps=1)
+    chex.assert_trees_all_close(after, once, rtol=1e-4, atol=1e-6)
+
+
+@every_optimizer
+def test_tree_map_params_finds_the_latents(name):
+    params, gradients = params_and_gradients()
+    optimizer = OPTIMIZERS[name](1e-2)
+    _, state = run(optimizer, params, gradients, steps=1)
+    same = optax.tree.map_params(optimizer, lambda x: x, state)
+    chex.assert_trees_all_equal(same, state)
+    counts = optax.tree.map_params(
+        optimizer, lambda x: None, state, transform_non_params=lambda x: x
+    )
+    assert len(jax.tree.leaves(counts)) < len(jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("name", ["galore", "flora", "lift", "spam"])
+def test_sharding_specs_can_be_mapped_onto_the_state(name):
+    params, _ = params_and_gradients()
+    specs = jax.tree.map(lambda x: f"spec of {x.shape}", params)
+    optimizer = OPTIMIZERS[name](1e-2)
+    mapped = optax.tree.map_params(
+        optimizer,
+        lambda _, spec: spec,
+        optimizer.init(params),
+        specs,
+        transform_non_params=lambda _: None,
+    )
+    assert optax.tree.get(mapped, "mu") == specs
+
+
+@every_optimizer
+@pytest.mark.parametrize("empty", [{}, (), [{}]], ids=repr)
+def test_empty_trees(name, empty):
+    optimizer = OPTIMIZERS[name](1e-2)
+    state = optimizer.init(empty)
+    updates, after = optimizer.update(empty, state, empty)
+    assert updates == empty
+    chex.assert_trees_all_equal_structs(after, state)
+
+
+@pytest.mark.parametrize("name", ["galore", "flora", "relora", "lift", "spam", "quantized_galore"])
+def test_converges_on_a_quadratic(name):
+    params, target = params_and_gradients()
+    optimizer = OPTIMIZERS[name](optax.linear_schedule(0.3, 0.0, 600))
+
+    @jax.jit
+    def minimise(params):
+        def body(_, carry):
+            params, state = carry
+            gradients = jax.tree.map(jnp.subtract, params, target)
+            updates, state = optimizer.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+        return jax.lax.fori_loop(0, 600, body, (params, optimizer.init(params)))[0]
+
+    # Entries that LIFT never selects stay where they are; all others come within a few steps.
+    distance = jax.tree.map(lambda a, b: jnp.abs(a - b).mean(), minimise(params), target)
+    start = jax.tree.map(lambda a, b: jnp.abs(a - b).mean(), params, target)
+    bound = 0.6 if name == "lift" else 0.05
+    for path in ("matrix", "stack", "bias"):
+        assert distance[path] < bound * start[path], (name, path, distance[path])
