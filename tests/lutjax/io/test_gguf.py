@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import dataclasses
+import struct
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import random_values
+
+from lutjax.io import open_checkpoint
+from lutjax.io.names import checkpoint_name, is_transposed
+from lutjax.models import DecoderConfig, RopeScaling
+
+Q = gguf.GGMLQuantizationType
+
+
+@pytest.fixture
+def config() -> DecoderConfig:
+    """Row lengths are multiples of the block of 32."""
+    return DecoderConfig(
+        vocab_size=40,
+        hidden_size=64,
+        intermediate_size=96,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        max_position_embeddings=99,
+    )
+
+
+def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's order of q and k rows, as its convert_hf_to_gguf.py writes it."""
+    shape = (heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return weight.reshape(shape).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path, config, values, kind=Q.F32, metadata=(), extra=()):
+    arch = config.model_type
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    for key, value in metadata:
+        writer.add_string(key, value)
+    for name, value in values.items():
+        tensor = value.T if is_transposed(name) else value
+        if arch == "llama" and ("/q_proj/" in name or "/k_proj/" in name):
+            tensor = permuted(tensor, config.num_heads if "/q_" in name else config.num_kv_heads)
+        tensor = np.ascontiguousarray(tensor)
+        quantised = kind if tensor.ndim == 2 else Q.F32
+        writer.add_tensor(
+            checkpoint_name(name, "gguf"), gguf.quantize(tensor, quantised), raw_dtype=quantised
+        )
+    for name, tensor in extra:
+        writer.add_tensor(name, tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"tie_embeddings": True},
+        {"model_type": "qwen2", "qkv_bias": True},
+        {"model_type": "qwen3", "qk_norm": True},
+    ],
+)
+def test_float32_is_read_back_exactly(tmp_path, config, change):
+    config = dataclasses.replace(config, **change)
+    values = random_values(config)
+    write_gguf(tmp_path / "m.gguf", config, values)
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    assert checkpoint.config == config
+    for path, value in checkpoint.parameters():
+        np.testing.assert_array_equal(value, values[path], err_msg=path)
+
+
+# Largest error relative to the largest of a block's values: half a step and the float16 step's own.
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [(Q.F16, 1e-3), (Q.BF16, 1e-2), (Q.Q8_0, 0.01), (Q.Q5_1, 0.05), (Q.Q4_0, 0.15), (Q.Q4_1, 0.1)],
+)
+def test_types_are_dequantised(tmp_path, config, kind, error):
+    values = random_values(config)
+    write_gguf(tmp_path / "m.gguf", config, values, kind)
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    for path in ("layers/1/self_attn/k_proj/kernel", "layers/0/mlp/down_proj/kernel"):
+        found = checkpoint.read(path)
+        assert found.dtype == np.float32
+        assert 0 < np.abs(found - values[path]).max() < error * np.abs(values[path]).max()
+
+
+@pytest.mark.parametrize("kind", [Q.Q4_0, Q.Q4_1, Q.Q8_0])
+@pytest.mark.parametrize(
+    "path", ["layers/1/self_attn/q_proj/kernel", "layers/0/mlp/up_proj/kernel"]
+)
+def test_grids_are_exact(tmp_path, config, kind, path):
+    write_gguf(tmp_path / "m.gguf", config, random_values(config), kind)
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    grid = checkpoint.read_grid(path)
+    dense = grid.levels[grid.codes] * np.repeat(grid.scales, 32, axis=1)
+    if grid.offsets is not None:
+        dense = dense + np.repeat(grid.offsets, 32, axis=1)
+    np.testing.assert_array_equal(dense.T, checkpoint.read(path))
+    assert (grid.offsets is not None) == (kind == Q.Q4_1)
+
+
+def test_other_types_have_no_grid(tmp_path, config):
+    write_gguf(tmp_path / "m.gguf", config, random_values(config), Q.Q5_1)
+    with pytest.raises(ValueError, match=r"blk\.0\.ffn_up\.weight' of type Q5_1.*no uniform grid"):
+        open_checkpoint(tmp_path / "m.gguf").read_grid("layers/0/mlp/up_proj/kernel")
+
+
+def test_rope_factors_come_from_their_tensor(tmp_path, config):
+    factors = np.linspace(1, 8, 8).astype(np.float32)
+    extra = [("rope_freqs.weight", factors)]
+    write_gguf(tmp_path / "m.gguf", config, random_values(config), extra=extra)
+    scaling = open_checkpoint(tmp_path / "m.gguf").config.rope_scaling
+    assert scaling == RopeScaling("factors", factors=tuple(map(float, factors)))
+
+
+def test_nan_is_named(tmp_path, config):
+    values = random_values(config)
+    values["layers/1/mlp/up_proj/kernel"][2, 3] = np.nan
+    write_gguf(tmp_path / "m.gguf", config, values)
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    with pytest.raises(ValueError, match=r"blk\.1\.ffn_up\.weight.*holds 1 NaN"):
+        list(checkpoint.parameters())
+
+
+def test_missing_and_misshapen_tensors(tmp_path, config):
+    values = random_values(config)
+    removed = values.pop("layers/1/mlp/up_proj/kernel")
+    write_gguf(tmp_path / "a.gguf", config, values)
+    with pytest.raises(ValueError, match=r"'blk\.1\.ffn_up\.weight' is missing"):
+        open_checkpoint(tmp_path / "a.gguf")
+    values["layers/1/mlp/up_proj/kernel"] = removed.T
+    write_gguf(tmp_path / "b.gguf", config, values)
+    with pytest.raises(ValueError, match=r"ffn_up\.weight' has shape \[64, 96\].*\[96, 64\]"):
+        open_checkpoint(tmp_path / "b.gguf")
+
+
+def test_unknown_architecture(tmp_path, config):
+    odd = dataclasses.replace(config, model_type="mamba")
+    write_gguf(tmp_path / "m.gguf", odd, random_values(config))
+    with pytest.raises(ValueError, match="'mamba'; supported are llama, mistral, qwen2, qwen3"):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
+def test_type_that_cannot_be_dequantised(tmp_path, config):
+    extra = [("blk.0.odd", np.arange(4, dtype=np.int32))]
+    write_gguf(tmp_path / "m.gguf", config, random_values(config), extra=extra)
+    with pytest.raises(ValueError, match=r"'blk\.0\.odd' has the type I32"):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
+@pytest.fixture
+def sound(tmp_path, config) -> bytes:
+    write_gguf(tmp_path / "sound.gguf", config, random_values(config))
+    return (tmp_path / "sound.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("keep", [0, 3, 10, 23, 24, 40, 500, 3000, -1])
+def test_truncated_anywhere(tmp_path, sound, keep):
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(sound[:keep])
+    with pytest.raises(ValueError, match=r"cut\.gguf"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "message"),
+    [
+        (0, b"GGML", "not a GGUF file"),
+        (4, struct.pack("<I", 9), "version 9"),
+        (8, struct.pack("<Q", 2**60), "1152921504606846976 tensors"),
+        (16, struct.pack("<Q", 2**60), "1152921504606846976 metadata keys"),
+        (24, struct.pack("<Q", 2**62), "truncated"),  # length of the first key
+    ],
+)
+def test_absurd_sizes(tmp_path, sound, offset, value, message):
+    path = tmp_path / "absurd.gguf"
+    path.write_bytes(sound[:offset] + value + sound[offset + len(value) :])
+    with pytest.raises(ValueError, match=rf"absurd\.gguf.*{message}"):
+        open_checkpoint(path)
+
+
+def test_the_demo_model_keeps_its_grid(smollm2):
+    """The 4-bit matrices of the demo model are affine grids, its embedding an 8-bit one."""
+    checkpoint = open_checkpoint(smollm2.path)
+    grid = checkpoint.read_grid("layers/3/self_attn/k_proj/kernel")
+    assert grid.codes.max() == 15
+    assert grid.scales.shape == (192, 18)
+    dense = grid.levels[grid.codes] * np.repeat(grid.scales, 32, axis=1)
+    dense += np.repeat(grid.offsets, 32, axis=1)
+    kernel = smollm2.params["layers"]["3"]["self_attn"]["k_proj"]["kernel"]
+    np.testing.assert_array_equal(dense.T, np.asarray(kernel))
+    assert jax.tree.reduce(lambda n, leaf: n + leaf.size, smollm2.params, 0) == 134_515_008
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(smollm2.params))

@@ -1,0 +1,319 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from checkpoints import hf_tensors, random_values, write_hf
+from safetensors.numpy import load_file, save_file
+
+from lutjax.io import load, load_params, open_checkpoint
+from lutjax.io.configs import SUPPORTED, config_from_hf, config_to_hf
+from lutjax.models import RopeScaling
+
+FAMILIES = {
+    "llama": {},
+    "llama3": {
+        "tie_embeddings": True,
+        "rope_theta": 5e5,
+        "rope_scaling": RopeScaling("llama3", 8.0, 1.0, 4.0, 8192),
+    },
+    "linear": {"rope_scaling": RopeScaling("linear", factor=2.0)},
+    "factors": {"rope_scaling": RopeScaling("factors", factors=(1.0, 2.0, 8.0))},
+    "mistral": {"model_type": "mistral", "sliding_window": 5},
+    "qwen2": {"model_type": "qwen2", "qkv_bias": True},
+    "qwen2-window": {"model_type": "qwen2", "qkv_bias": True, "sliding_window": 7},
+    "qwen3": {"model_type": "qwen3", "qk_norm": True, "tie_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_every_family_is_read_back_exactly(tmp_path, tiny_config, family, shards):
+    config = dataclasses.replace(tiny_config, **FAMILIES[family])
+    values = random_values(config)
+    write_hf(tmp_path / "m", config, hf_tensors(values), shards)
+    checkpoint = open_checkpoint(tmp_path / "m")
+    assert checkpoint.config == config
+    assert {path: value.shape for path, value in values.items()} == dict(checkpoint.shapes)
+    for path, value in checkpoint.parameters():
+        np.testing.assert_array_equal(value, values[path])
+
+
+def test_load_gives_a_model_that_runs(hf_directory, tiny_config):
+    model, params, tokenizer = load(hf_directory)
+    assert model.config == tiny_config
+    assert tokenizer is None
+    logits = jax.jit(model.apply)({"params": params}, jnp.zeros((1, 3), jnp.int32))
+    assert logits.shape == (1, 3, tiny_config.vocab_size)
+
+
+@pytest.mark.parametrize("stored", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("wanted", [jnp.float32, jnp.bfloat16])
+def test_dtypes(tmp_path, tiny_config, stored, wanted):
+    values = {path: value.astype(stored) for path, value in random_values(tiny_config).items()}
+    write_hf(tmp_path / "m", tiny_config, hf_tensors(values))
+    params = load_params(open_checkpoint(tmp_path / "m"), wanted)
+    kernel = params["layers"]["1"]["mlp"]["up_proj"]["kernel"]
+    assert kernel.dtype == wanted
+    expected = values["layers/1/mlp/up_proj/kernel"].astype(wanted)
+    np.testing.assert_array_equal(np.asarray(kernel), expected)
+
+
+def test_hugging_face_defaults():
+    data = {
+        "model_type": "llama",
+        "vocab_size": 10,
+        "hidden_size": 16,
+        "intermediate_size": 20,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    config = config_from_hf(data)
+    assert (config.num_kv_heads, config.head_dim, config.rms_norm_eps) == (4, 4, 1e-6)
+    assert (config.rope_theta, config.tie_embeddings) == (10000.0, False)
+    # transformers 5 writes the base into rope_parameters.
+    newer = data | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    assert config_from_hf(newer).rope_theta == 1e6
+    window = {"sliding_window": 8, "use_sliding_window": False}
+    assert config_from_hf(data | {"model_type": "qwen2"} | window).sliding_window is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mamba"}, "'mamba'; supported are " + ", ".join(SUPPORTED)),
+        ({"model_type": None}, "supported are"),
+        ({"hidden_size": None}, "'hidden_size' is None"),
+        ({"hidden_size": "576"}, "'hidden_size' is '576'"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "lacks 'low_freq_factor'"),
+        ({"num_key_value_heads": 3}, "num_kv_heads=3"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        (
+            {
+                "model_type": "qwen2",
+                "sliding_window": 4,
+                "use_sliding_window": True,
+                "max_window_layers": 1,
+            },
+            "max_window_layers=1",
+        ),
+    ],
+)
+def test_unsupported_configurations(tiny_config, change, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_hf(config_to_hf(tiny_config) | change)
+
+
+def edit_tensors(directory, edit):
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop(UP), f"tensor '{UP}' is missing"),
+        (lambda t: t.update({UP: t[UP].T.copy()}), rf"'{UP}' has shape \[20, 28\].*\[28, 20\]"),
+        (lambda t: t.update({UP: t[UP].astype(np.int32)}), f"'{UP}' has dtype I32"),
+        (lambda t: t.update({"model.extra": t[UP]}), "'model.extra' has no place"),
+        (
+            lambda t: t.update({UP.replace("weight", "bias"): np.zeros(28, np.float32)}),
+            "up_proj.bias' has no place",
+        ),
+    ],
+)
+def test_wrong_tensors_are_named_before_reading(hf_directory, edit, message):
+    edit_tensors(hf_directory, edit)
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(hf_directory)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_nan_and_inf_are_named(hf_directory, bad):
+    def edit(tensors):
+        tensors[UP][3, 4] = bad
+
+    edit_tensors(hf_directory, edit)
+    with pytest.raises(ValueError, match=f"'{UP}'.*holds 1 NaN or infinite"):
+        load(hf_directory)
+    _, params, _ = load(hf_directory, check_finite=False)
+    kernel = np.asarray(params["layers"]["1"]["mlp"]["up_proj"]["kernel"])
+    np.testing.assert_equal(kernel[4, 3], np.float32(bad))
+
+
+def test_tensors_that_say_nothing_are_ignored(hf_directory):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit_tensors(hf_directory, lambda t: t.update({name: np.ones(3, np.float32)}))
+    open_checkpoint(hf_directory)
+
+
+def test_truncated_file(hf_directory):
+    path = hf_directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"model\.safetensors.*truncated"):
+        open_checkpoint(hf_directory)
+
+
+@pytest.mark.parametrize("cut", [0, 4, 8, 20])
+def test_truncated_header(hf_directory, cut):
+    path = hf_directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        open_checkpoint(hf_directory)
+
+
+def header(entries) -> bytes:
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ((2**63).to_bytes(8, "little") + b"{}", "claims a header of 9223372036854775808"),
+        ((2).to_bytes(8, "little") + b"{]", "not valid JSON"),
+        ((2).to_bytes(8, "little") + b"[]", "not a JSON object"),
+        (header({"w": {"dtype": "F32"}}), "describes tensor 'w'"),
+        (header({"w": 3}), "describes tensor 'w'"),
+        (
+            header({"w": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}),
+            "ends at .*truncated",
+        ),
+        (
+            header({"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}) + bytes(8),
+            "does not fit its data_offsets",
+        ),
+        (
+            header({"w": {"dtype": "F32", "shape": [-1], "data_offsets": [4, 0]}}) + bytes(8),
+            "does not fit its data_offsets",
+        ),
+        (
+            header({"w": {"dtype": "F6", "shape": [1], "data_offsets": [0, 1]}}) + bytes(8),
+            "unsupported dtype 'F6'",
+        ),
+    ],
+)
+def test_unsound_headers(hf_directory, content, message):
+    (hf_directory / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(hf_directory)
+
+
+@pytest.fixture
+def sharded(tmp_path, tiny_config):
+    write_hf(tmp_path / "sharded", tiny_config, hf_tensors(random_values(tiny_config)), shards=2)
+    return tmp_path / "sharded"
+
+
+def test_missing_shard(sharded):
+    (sharded / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model-00002-of-00002\.safetensors, which is"):
+        open_checkpoint(sharded)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({UP: "../model.safetensors"}, "not a file name"),
+        ({UP: 3}, "not a file name"),
+        ({"model.ghost": "model-00001-of-00002.safetensors"}, "'model.ghost', but it does not"),
+    ],
+)
+def test_unsound_index(sharded, change, message):
+    path = sharded / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] |= change
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(sharded)
+
+
+def test_index_without_a_map(sharded):
+    (sharded / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="weight_map"):
+        open_checkpoint(sharded)
+
+
+def test_missing_files(tmp_path, hf_directory):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.gguf does not exist"):
+        open_checkpoint(tmp_path / "nothing.gguf")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        open_checkpoint(tmp_path / "a" / "b" / "c")
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        open_checkpoint(tmp_path)
+    (hf_directory / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors"):
+        open_checkpoint(hf_directory)
+
+
+def test_pickles_are_refused(hf_directory):
+    pickled = hf_directory / "pytorch_model.bin"
+    (hf_directory / "model.safetensors").rename(pickled)
+    for path in (hf_directory, pickled):
+        with pytest.raises(ValueError, match=r"pytorch_model\.bin is a pickled checkpoint"):
+            open_checkpoint(path)
+
+
+def test_unknown_kind_of_file(hf_directory):
+    with pytest.raises(ValueError, match="name the directory"):
+        open_checkpoint(hf_directory / "model.safetensors")
+
+
+def test_hub_ids_are_downloaded(monkeypatch, hf_directory, tiny_config):
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot_download(repo_id, allow_patterns):
+        asked.append((repo_id, allow_patterns))
+        return str(hf_directory)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert open_checkpoint("someone/some-model").config == tiny_config
+    ((repo_id, patterns),) = asked
+    assert repo_id == "someone/some-model"
+    assert "*.safetensors" in patterns
+    assert not any("bin" in pattern or "pt" in pattern for pattern in patterns)
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch):
+    import huggingface_hub
+
+    def snapshot_download(repo_id, allow_patterns):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(FileNotFoundError, match=r"'someone/some-model' is neither.*no network"):
+        open_checkpoint("someone/some-model")
+
+
+@pytest.mark.outside
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "factors"])
+def test_transformers_computes_the_same(tmp_path, tiny_config, family):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = dataclasses.replace(tiny_config, **FAMILIES[family])
+    values = {path: 0.3 * value for path, value in random_values(config).items()}
+    write_hf(tmp_path / "m", config, hf_tensors(values))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, 12))
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+    model, params, _ = load(tmp_path / "m")
+    logits = jax.jit(model.apply)({"params": params}, jnp.asarray(tokens, jnp.int32))
+    # float32 on both sides, sums of at most 28 terms.
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)

