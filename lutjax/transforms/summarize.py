@@ -114,6 +114,6 @@ def _leaf(path: str, leaf: Any) -> LeafSummary:
         kind += " (" + rest.partition("), ")[2] if rest else ""
         return LeafSummary(path, leaf.shape, leaf.nbytes, kind, compressed=True)
     shape = tuple(np.shape(leaf))
-    dtype = np.dtype(getattr(leaf, "dtype", np.result_type(leaf)))
+    dtype = np.dtype(leaf.dtype if hasattr(leaf, "dtype") else np.result_type(leaf))
     nbytes = math.prod(shape) * dtype.itemsize
     return LeafSummary(path, shape, nbytes, str(dtype), compressed=False)
