@@ -61,7 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="lutjax",
         description=_DESCRIPTION,
         args=arguments or ["--help"],
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        config=(
+            tyro.conf.OmitArgPrefixes,
+            tyro.conf.FlagCreatePairsOff,
+            tyro.conf.PositionalMetavarFromFieldName,
+        ),
     )
     try:
         command.run()

@@ -1,0 +1,110 @@
+"""Decoding speed of the dense float32 model and of compressed ones, in one run on this machine.
+
+    python benchmarks/decode.py [--variants dense nf4 nf3 gguf] [--rounds 5] [--output FILE]
+
+Batch 1, 64 tokens a round after a short prompt; the variants take turns, so that whatever else the
+machine does hits all of them; the median over rounds counts. Prints JSON with the ratio to dense.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import lutjax
+from lutjax.io import demo_model_path
+from lutjax.models import DecoderConfig, decode_step, greedy, init_cache, prefill
+
+PROMPT = "The capital of France is"
+
+
+def variants(dense: Any) -> dict[str, Callable[[], Any]]:
+    return {
+        "dense": lambda: dense,
+        "nf8": lambda: lutjax.quantize(dense, bits=8),
+        "nf4": lambda: lutjax.quantize(dense, bits=4),
+        "nf3": lambda: lutjax.quantize(dense, bits=3),
+        "gguf": lambda: lutjax.load(demo_model_path(), keep_quantized=True)[1],
+    }
+
+
+def decode_round(
+    apply_fn: Callable, params: Any, config: DecoderConfig, prompt: list[int], tokens: int
+) -> float:
+    """Tokens a second of greedy decoding, the prompt not counted."""
+    cache = init_cache(config, 1, 128, config.dtype)
+    ids = np.zeros((1, 16), np.int32)
+    ids[0, : len(prompt)] = prompt
+    mask = np.arange(16)[None] < len(prompt)
+    logits, cache = prefill(params, ids, mask, cache, apply_fn=apply_fn)
+    chosen = jax.block_until_ready(greedy(logits))
+    start = time.perf_counter()
+    for _ in range(tokens):
+        logits, cache = decode_step(params, chosen, cache, apply_fn=apply_fn)
+        chosen = greedy(logits)
+    jax.block_until_ready(chosen)
+    return tokens / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--variants", nargs="+", default=["dense", "nf4", "nf3"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+
+    from lutjax.cli.models import lifted_if_needed
+
+    model, dense, tokenizer = lutjax.load(demo_model_path())
+    assert tokenizer is not None
+    prompt = tokenizer.encode(PROMPT)
+    runs: dict[str, Callable[[int], float]] = {}
+    for name in arguments.variants:
+        params = variants(dense)[name]()
+        apply_fn = lifted_if_needed(model.apply, params)
+
+        def run(tokens: int, params: Any = params, apply_fn: Callable = apply_fn) -> float:
+            return decode_round(apply_fn, params, model.config, prompt, tokens)
+
+        start = time.perf_counter()
+        run(2)
+        print(f"{name}: compiled in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+        runs[name] = run
+    speeds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(arguments.rounds):
+        for name, run in runs.items():
+            speeds[name].append(run(arguments.tokens))
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    result = {
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "tokens_per_second": medians,
+        "rounds": speeds,
+    }
+    if "dense" in medians:
+        # Ratios are taken within a round, where both met the same conditions.
+        result["ratio_to_dense"] = {
+            name: statistics.median(a / b for a, b in zip(values, speeds["dense"], strict=True))
+            for name, values in speeds.items()
+        }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if arguments.output is not None:
+        arguments.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
