@@ -16,11 +16,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lutjax.arrays import LowRankArray, LutArray, MatrixView, QuantizedScales, SumArray
+from lutjax.arrays import (
+    ConcatArray,
+    DenseArray,
+    GatedArray,
+    LowRankArray,
+    LutArray,
+    MatrixView,
+    QuantizedScales,
+    RowLutArray,
+    SumArray,
+)
 from lutjax.io.safetensors import DTYPES
 
 CLASSES: dict[str, type] = {
-    cls.__name__: cls for cls in (LutArray, LowRankArray, SumArray, QuantizedScales, MatrixView)
+    cls.__name__: cls
+    for cls in (
+        ConcatArray,
+        DenseArray,
+        GatedArray,
+        LowRankArray,
+        LutArray,
+        MatrixView,
+        QuantizedScales,
+        RowLutArray,
+        SumArray,
+    )
 }
 """What can be stored; a new kind of array is one entry here."""
 

@@ -16,7 +16,7 @@ from tiny_checkpoint import assert_same_bits, bfloat16, dense_params, tiny_token
 
 import lutjax
 from lutjax import DoubleQuant, LowRankArray, LutArray, SumArray
-from lutjax.arrays import MatrixView
+from lutjax.arrays import ConcatArray, DenseArray, GatedArray, MatrixView
 from lutjax.codebooks import kmeans
 from lutjax.io import open_compressed, read_params
 from lutjax.io.checkpoint import nest
@@ -82,6 +82,13 @@ ARRAYS = {
     "sum": lambda: SumArray.of(
         quantized(group_size=16, double_quant=DoubleQuant()),
         low_rank(jnp.float32),
+    ),
+    "columns": lambda: ConcatArray(
+        (quantized(group_size=16), quantized(bits=8, group_size=32)), "n"
+    ),
+    "gated": lambda: GatedArray(quantized(group_size=16), jnp.float32(0.5)),
+    "dense part": lambda: SumArray.of(
+        quantized(group_size=16), DenseArray(weight(), np.dtype(np.float32))
     ),
     "dense bfloat16": lambda: weight().astype(jnp.bfloat16),
     "dense scalar": lambda: jnp.float16(3.0),
