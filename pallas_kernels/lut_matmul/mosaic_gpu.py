@@ -1,0 +1,365 @@
+"""The lookup-table product as a Mosaic GPU kernel for Hopper.
+
+The transposed weight is the register operand of ``wgmma`` and is made by lookups in shared memory:
+one byte permute and one load for two 4-bit codes. A producer warpgroup streams words, activations
+and scales through shared memory; each of the other warpgroups takes its own 128 rows of a step for
+128 columns. The scale of a group multiplies the group's sums. The sums of the warpgroups, then of
+the parts that K was split into, are added in a fixed order: the same inputs give the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu
+
+from pallas_kernels.lut_matmul import dispatch, mosaic_gpu_asm
+from pallas_kernels.lut_matmul.epilogue import add_offsets
+from pallas_kernels.lut_matmul.mosaic_gpu_layout import (
+    SLICE_K,
+    TILE_N,
+    emulate,
+    lookup_table,
+    pack_fragments,
+    table_rows,
+    vector_lengths,
+)
+from pallas_kernels.manual_axes import shape_struct
+
+plgpu: Any = mosaic_gpu  # its interface moves with every release; see `mosaic_gpu_asm.available`
+
+_TILES = 2  # tiles of 64 columns of a block; they share the descriptors of the activations
+_BLOCK_N = _TILES * TILE_N
+_MAX_ROWS = 64
+_SHARED_MEMORY = 220 * 1024
+_MEMORY_REGISTERS = 40
+_MULTIPROCESSORS = 132
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Warpgroups that multiply, stages of the pipeline, and parts that K is split into."""
+
+    warpgroups: int
+    stages: int
+    splits: int
+
+    @property
+    def block_k(self) -> int:
+        """Rows of a step of the pipeline."""
+        return self.warpgroups * SLICE_K
+
+
+def supports(
+    x: Any,
+    words: Any,
+    scales: Any,
+    lut: Any,
+    offsets: Any = None,
+    *,
+    k: int,
+    group_size: int,
+    transpose: bool = False,
+) -> str | None:
+    """None if the kernel can run these shapes and dtypes here, else the reason why not."""
+    del offsets
+    bits = words.shape[1]
+    if bits not in (2, 3, 4, 8):
+        return f"{bits}-bit codes; the Hopper kernel has 2, 3, 4 and 8"
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"activations of {x.dtype}; the tensor cores take bfloat16 and float16"
+    if transpose:
+        return "the transposed product; the Hopper kernel contracts over K only"
+    if lut.shape[0] > 1 or lut.shape[2] > 1:
+        return f"lut of shape {lut.shape}; the Hopper kernel takes one table of single values"
+    if scales.shape[0] > 1 and not (group_size in (16, 32, 64) or group_size % SLICE_K == 0):
+        return (
+            f"group_size={group_size}; use 32, 64, a multiple of {SLICE_K} or one group a column"
+            f" (group_size >= {k})"
+        )
+    reason = mosaic_gpu_asm.available()
+    if reason is not None:
+        return reason
+    kind = dispatch.device_kind("cuda")
+    if dispatch.interpreting():
+        if not hasattr(plgpu, "InterpretGPUParams"):
+            return f"jax {jax.__version__} has no interpret mode for Mosaic GPU"
+        return None
+    if kind is None:
+        return "no GPU is compiled for here"
+    if not any(name in kind for name in ("H100", "H200", "H800", "H20", "GH200")):
+        return f"device {kind!r} is not of the Hopper generation (wgmma)"
+    return None
+
+
+def default_config(m: int, bits: int, *, n: int, k: int) -> Config:
+    """Enough blocks for every multiprocessor and as many stages as shared memory holds."""
+    rows = -(-min(m, _MAX_ROWS) // 8) * 8
+    warpgroups = 4 if rows <= 16 and bits <= 4 and k >= 4 * SLICE_K else 2
+    block_k = warpgroups * SLICE_K
+    stage = _BLOCK_N * block_k * bits // 8 + rows * block_k * 2 + 4096
+    fixed = table_rows(bits) * 256 + _BLOCK_N * rows * 4
+    stages = max(2, min(4, (_SHARED_MEMORY - fixed) // stage))
+    steps = -(-k // block_k)
+    blocks = -(-n // _BLOCK_N) * -(-m // _MAX_ROWS)
+    splits = max(1, min(steps // 2, -(-_MULTIPROCESSORS // blocks) if blocks < 100 else 1))
+    return Config(warpgroups, stages, splits)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    bits: int
+    group: int  # rows that share a scale; padded_k for a column
+    m: int
+    block_m: int
+    padded_k: int
+    padded_n: int
+    config: Config
+
+    @property
+    def steps(self) -> int:
+        return self.padded_k // self.config.block_k // self.config.splits
+
+    @property
+    def scale_rows(self) -> int:
+        """Rows of scales in a step."""
+        return max(1, self.config.block_k // self.group)
+
+
+def make_problem(
+    m: int, words: Any, *, k: int, group_size: int, config: Config | None = None
+) -> _Problem:
+    """Pads the sizes of a product to the tiles of ``config`` (None: a heuristic one)."""
+    _, bits, n = words.shape
+    config = config or default_config(m, bits, n=n, k=k)
+    step = config.block_k * config.splits
+    if group_size < k and group_size > config.block_k and group_size % config.block_k:
+        config = dataclasses.replace(config, warpgroups=1 if group_size % 256 else 2)
+        step = config.block_k * config.splits
+    padded_k = -(-k // step) * step
+    return _Problem(
+        bits=bits,
+        group=padded_k if group_size >= k else group_size,
+        m=m,
+        block_m=min(_MAX_ROWS, -(-m // 8) * 8),
+        padded_k=padded_k,
+        padded_n=-(-words.shape[2] // _BLOCK_N) * _BLOCK_N,
+        config=config,
+    )
+
+
+def prepack(words: jax.Array, lut: jax.Array, problem: _Problem, dtype: Any) -> tuple:
+    """Words in fragments, and the table of bytes."""
+    planes = pack_fragments(words, problem.padded_k, problem.padded_n)
+    return planes, lookup_table(lut, problem.bits, dtype)
+
+
+def lut_matmul(
+    x: jax.Array,
+    words: jax.Array,
+    scales: jax.Array,
+    lut: jax.Array,
+    offsets: jax.Array | None = None,
+    *,
+    k: int,
+    group_size: int,
+    transpose: bool = False,
+    config: Config | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """The product for ``x`` of shape ``[M, K]``."""
+    problem = make_problem(x.shape[0], words, k=k, group_size=group_size, config=config)
+    planes, table = prepack(words, lut, problem, x.dtype)
+    y = apply(x, planes, scales, table, problem, interpret=interpret)[:, : words.shape[2]]
+    y = add_offsets(y, x, offsets, k=k, group_size=group_size, transpose=transpose)
+    return y.astype(x.dtype)
+
+
+def apply(
+    x: jax.Array,
+    planes: tuple,
+    scales: jax.Array,
+    table: jax.Array,
+    problem: _Problem,
+    *,
+    interpret: Any = False,
+) -> jax.Array:
+    """Runs the kernel on prepacked operands; ``float32[M, padded N]``."""
+    m, padded_k = x.shape[0], problem.padded_k
+    tiles_m = -(-m // problem.block_m)
+    x = jnp.pad(x, ((0, tiles_m * problem.block_m - m), (0, padded_k - x.shape[1])))
+    x = x.reshape(-1, padded_k // SLICE_K, SLICE_K).swapaxes(0, 1)
+    groups = -(-padded_k // problem.group)
+    scales = jnp.pad(
+        scales, ((0, groups - scales.shape[0]), (0, problem.padded_n - scales.shape[1]))
+    )
+    config, splits = problem.config, problem.config.splits
+    tables = tuple(t[: table_rows(problem.bits)] for t in table)
+    options: dict[str, Any] = {}
+    if interpret:
+        params = plgpu.InterpretGPUParams() if interpret is True else interpret
+        options["interpret"] = params
+    kernel = plgpu.kernel(
+        functools.partial(
+            _kernel, problem=problem, dtype=x.dtype, planes=len(planes), interpret=bool(interpret)
+        ),
+        out_type=shape_struct((splits, tiles_m, problem.padded_n, problem.block_m), jnp.float32, x),
+        scratch_types=[
+            plgpu.SMEM((table_rows(problem.bits), 64), jnp.uint32),
+            plgpu.SMEM((_BLOCK_N, problem.block_m), jnp.float32),
+            plgpu.Barrier(num_arrivals=config.warpgroups),
+            # the interpreter has no register operands
+            *([plgpu.SMEM((config.warpgroups, TILE_N, SLICE_K), x.dtype)] if interpret else []),
+        ],
+        grid=(problem.padded_n // _BLOCK_N, tiles_m, splits),
+        grid_names=("n", "m", "split"),
+        num_threads=config.warpgroups + 1,
+        thread_name="warpgroup",
+        **options,
+    )
+    y = kernel(*planes, x, scales, *tables)
+    y = y[0] if splits == 1 else jnp.sum(y, axis=0)
+    return y.swapaxes(1, 2).reshape(-1, problem.padded_n)[:m]
+
+
+def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
+    plane_refs, refs = refs[:planes], refs[planes:]
+    x_ref, s_ref, t0_ref, t1_ref, o_ref, table, total, barrier, *operand = refs
+    config, bits, block_m = problem.config, problem.bits, problem.block_m
+    layout = plgpu.Layout
+    tile_n, tile_m, split = (lax.axis_index(name) for name in ("n", "m", "split"))
+    warpgroup = lax.axis_index("warpgroup")
+    lengths = vector_lengths(bits)
+    group = min(problem.group, SLICE_K)
+
+    def meet():
+        plgpu.barrier_arrive(barrier)
+        plgpu.barrier_wait(barrier)
+
+    def fill_table():
+        rows = table_rows(bits)
+
+        def copy(start: int, count: int):
+            part = pl.ds(start, count)
+            first, second = (
+                lax.broadcast_in_dim(
+                    plgpu.load(t.at[part], layout=layout.WGMMA.reduce(1), optimized=False),
+                    (count, 64),
+                    (0,),
+                )
+                for t in (t0_ref, t1_ref)
+            )
+            if bits == 2:
+                lane = plgpu.broadcasted_iota(jnp.int32, (count, 64), 1, layout=layout.WGMMA)
+                first = jnp.where(lane % 2 == 0, first, second)
+            table[part, :] = first
+
+        for part in range(rows // 64):
+
+            @pl.when(warpgroup == part % config.warpgroups)
+            def _(part=part):
+                copy(64 * part, 64)
+
+    def multiply(index, *args):
+        del index
+        *word_refs, x_smem, s_smem, totals = args
+        new = []
+        for tile in range(_TILES):
+            words = tuple(
+                plgpu.load(
+                    ref.at[tile, warpgroup],
+                    layout=layout.WG_STRIDED(ref.shape[2:], vec_size=length),
+                    optimized=False,
+                )
+                for ref, length in zip(word_refs, lengths, strict=True)
+            )
+            y = totals[tile]
+            for start in range(0, SLICE_K, group):
+                steps = range(start // 16, (start + group) // 16)
+                weight: Any
+                if interpret:
+                    weight = operand[0].at[warpgroup, :, pl.ds(0, group)]
+                    weight[...] = emulate(words, table[...], bits, steps, dtype)
+                else:
+                    weight = mosaic_gpu_asm.dequantize(
+                        words, table, bits=bits, steps=steps, dtype=dtype
+                    )
+
+                def partial_sums(acc, weight=weight, start=start):
+                    rows = x_smem.at[warpgroup, :, pl.ds(start, group)]
+                    plgpu.wgmma(acc, weight, plgpu.transpose_ref(rows, (1, 0)))
+                    return acc[...]
+
+                sums = pl.run_scoped(partial_sums, plgpu.ACC((TILE_N, block_m), jnp.float32))
+                row: Any = 0
+                if problem.scale_rows > 1:
+                    row = (warpgroup * SLICE_K + start) // problem.group
+                scale = plgpu.load(
+                    s_smem.at[row, pl.ds(tile * TILE_N, TILE_N)],
+                    layout=layout.WGMMA.reduce(1),
+                    optimized=False,
+                ).astype(jnp.float32)
+                scale = lax.broadcast_in_dim(scale, (TILE_N, block_m), (0,))
+                y = y + sums * plgpu.layout_cast(scale, layout.WGMMA)
+            new.append(y)
+        return tuple(new)
+
+    def compute(pipeline):
+        fill_table()
+        meet()
+        zero = plgpu.layout_cast(jnp.zeros((TILE_N, block_m), jnp.float32), layout.WGMMA)
+        sums = pipeline((zero,) * _TILES)
+        for turn in range(config.warpgroups):
+
+            @pl.when(warpgroup == turn)
+            def _(turn=turn):
+                for tile in range(_TILES):
+                    part = pl.ds(tile * TILE_N, TILE_N)
+                    value = sums[tile]
+                    if turn:
+                        value += plgpu.load(total.at[part], layout=layout.WGMMA, optimized=False)
+                    total[part, :] = value
+                if turn == config.warpgroups - 1:
+                    plgpu.commit_smem()
+                    out = o_ref.at[split, tile_m, pl.ds(tile_n * _BLOCK_N, _BLOCK_N)]
+                    plgpu.copy_smem_to_gmem(total, out)
+                    plgpu.wait_smem_to_gmem(0)
+
+            meet()
+
+    first_step = split * problem.steps
+    per_scale = max(1, problem.group // config.block_k)
+    tile_k = min(group, 64)  # a group's rows of x must be whole tiles
+    in_specs = [
+        plgpu.BlockSpec(
+            (_TILES, config.warpgroups, *ref.shape[2:]),
+            lambda k: (tile_n, first_step + k, 0, 0),
+        )
+        for ref in plane_refs
+    ]
+    in_specs += [
+        plgpu.BlockSpec(
+            (config.warpgroups, block_m, SLICE_K),
+            lambda k: (first_step + k, tile_m, 0),
+            transforms=(plgpu.TilingTransform((8, tile_k)), plgpu.SwizzleTransform(2 * tile_k)),
+        ),
+        plgpu.BlockSpec(
+            (problem.scale_rows, _BLOCK_N), lambda k: ((first_step + k) // per_scale, tile_n)
+        ),
+    ]
+    plgpu.emit_pipeline_warp_specialized(
+        multiply,
+        grid=(problem.steps,),
+        memory_registers=_MEMORY_REGISTERS,
+        in_specs=in_specs,
+        max_concurrent_steps=min(config.stages, problem.steps),
+        wg_axis="warpgroup",
+        num_compute_wgs=config.warpgroups,
+        compute_context=compute,
+    )(*plane_refs, x_ref, s_ref)

@@ -1,0 +1,192 @@
+"""How the Hopper kernel wants codes and tables: every byte of a word is one lookup.
+
+The weight is the transposed left operand of ``wgmma`` and lives in registers: a tile of 64 columns
+n and 16 rows k is four registers of two bf16 a thread. Thread ``32 w + 4 g + t`` holds columns
+``16 w + 8 r + g`` and rows ``8 c + 2 t + v`` in register ``2 c + r`` (c, r, v in 0, 1). A thread's
+words are contiguous vectors, so that shared memory is read 16 bytes at a time.
+
+A byte is the index of a table that is copied once for each lane, 256 bytes apart: inserting the
+byte into the lane's own address is one byte permute, and no two lanes share a bank.
+
+===== ================================================================ ===================
+bits  a byte holds                                                     the table's entry
+===== ================================================================ ===================
+2     four codes: both registers c of one r                            two registers
+3     two codes, low bits in a nibble, high bits in a crumb elsewhere  one register
+4     two codes: one register                                          one register
+8     one code                                                         half a register
+===== ================================================================ ===================
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.layout import unpack
+
+TILE_N = 64
+SLICE_K = 128
+"""Rows that a warpgroup works on at a time: whole vectors of words at every bit width."""
+
+_U32 = jnp.uint32
+
+
+def pack_fragments(words: jax.Array, rows: int, columns: int) -> tuple[jax.Array, ...]:
+    """Canonical words to the kernel's words.
+
+    Args:
+      words: ``uint8[blocks, bits, N]``.
+      rows: K padded to a multiple of ``SLICE_K``.
+      columns: N padded to a multiple of ``TILE_N``.
+
+    Returns:
+      One array, or for 3 bits two (of 2 and of 1 bit), of
+      ``uint32[columns / 64, rows / 128, words of a thread, 128]``. Read flat, the words of a
+      thread are in vectors of ``vector_lengths(bits)``, a vector of all threads after the other.
+    """
+    _, bits, n = words.shape
+    codes = unpack(words)[:rows]
+    codes = jnp.pad(codes, ((0, rows - codes.shape[0]), (0, columns - n)))
+    codes = codes.T.reshape(columns // 64, 4, 2, 8, rows // 128, 8, 2, 4, 2)
+    # axes: tile, warp, r, g, slice, step, c, t, v -> tile, slice, thread, step, c, r, v
+    codes = codes.transpose(0, 4, 1, 3, 7, 5, 6, 2, 8)
+    codes = codes.reshape(columns // 64, rows // 128, 128, 8, 2, 2, 2).astype(_U32)
+    if bits == 4:
+        return (_vectors(_join(codes, 4, (-3, -2, -1)), 4),)
+    if bits == 2:  # byte 2 (step % 2) + r
+        codes = codes.swapaxes(-3, -2)
+        codes = codes.reshape(*codes.shape[:3], 4, 2, 2, 2, 2)
+        return (_vectors(_join(codes, 2, (-4, -3, -2, -1)), 4),)
+    if bits == 8:  # a word holds r, v of one c
+        words32 = _join(codes, 8, (-2, -1))
+        return (_vectors(words32.reshape(*words32.shape[:3], 16), 4),)
+    low, high = codes & _U32(3), codes >> _U32(2)
+    low = low.reshape(*low.shape[:3], 4, 2, 2, 2, 2)  # step // 2, step % 2, c, r, v
+    low = jnp.moveaxis(low, 4, 6)  # nibble step % 2 of byte 2 c + r
+    high = high.reshape(*high.shape[:3], 2, 4, 2, 2, 2)
+    high = jnp.moveaxis(high, 4, 6)  # crumb step % 4 of byte 2 c + r
+    return (
+        _vectors(_join(low, 2, (-4, -3, -2, -1)), 4),
+        _vectors(_join(high, 1, (-4, -3, -2, -1)), 2),
+    )
+
+
+def _join(codes: jax.Array, bits: int, axes: tuple[int, ...]) -> jax.Array:
+    """Joins the codes of the trailing ``axes`` into words, the last axis in the lowest bits."""
+    count = len(axes)
+    codes = codes.reshape(*codes.shape[: codes.ndim - count], -1)
+    shifts = jnp.arange(codes.shape[-1], dtype=_U32) * _U32(bits)
+    return jnp.sum(codes << shifts.reshape((1,) * (codes.ndim - 1) + (-1,)), axis=-1, dtype=_U32)
+
+
+def _vectors(words: jax.Array, length: int) -> jax.Array:
+    """``[tile, slice, thread, words]`` to vectors of ``length`` words of all threads in turn."""
+    tiles, slices, threads, count = words.shape
+    words = words.reshape(tiles, slices, threads, count // length, length)
+    return words.swapaxes(2, 3).reshape(tiles, slices, count, threads)
+
+
+def vector_lengths(bits: int) -> tuple[int, ...]:
+    """Words in a vector of each plane."""
+    return (4, 2) if bits == 3 else (4,)
+
+
+def words_of_step(bits: int, step: int) -> list[tuple[int, int]]:
+    """Which words of a thread a step of 16 rows within a slice reads: (plane, word)."""
+    if bits == 4:
+        return [(0, step)]
+    if bits == 2:
+        return [(0, step // 2)]
+    if bits == 3:
+        return [(0, step // 2), (1, step // 4)]
+    return [(0, 2 * step), (0, 2 * step + 1)]
+
+
+def lookup_bytes(words: list[jax.Array], bits: int, step: int) -> list[jax.Array]:
+    """The bytes that the words of a step hold, in order of the registers they become.
+
+    2 bits: r = 0, 1; 3 and 4 bits: registers 0..3; 8 bits: (register, v) in order.
+    """
+
+    def byte(word: jax.Array, index: int) -> jax.Array:
+        return (word >> _U32(8 * index)) & _U32(255)
+
+    if bits == 4:
+        return [byte(words[0], q) for q in range(4)]
+    if bits == 2:
+        return [byte(words[0], 2 * (step % 2) + r) for r in range(2)]
+    if bits == 3:
+        low = (words[0] >> _U32(4 * (step % 2))) & _U32(0x0F0F0F0F)
+        move = 4 - 2 * (step % 4)
+        high = words[1] << _U32(move) if move >= 0 else words[1] >> _U32(-move)
+        return [byte(low | (high & _U32(0x30303030)), q) for q in range(4)]
+    return [byte(words[q // 2], 2 * (q % 2) + v) for q in range(4) for v in range(2)]
+
+
+def emulate(
+    words: tuple[jax.Array, ...],
+    table: jax.Array,
+    bits: int,
+    steps: range,
+    dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+    """What the inline PTX computes, in jax.numpy: ``dtype[64, 16 * len(steps)]``.
+
+    Args:
+      words: The words of a slice, ``uint32[words of a thread, 128]`` for each plane.
+      table: ``uint32[rows, 64]`` as in shared memory.
+      bits: Bits a code.
+      steps: The steps of 16 rows within the slice.
+      dtype: bfloat16 or float16.
+    """
+    vectors = [w.reshape(-1, 128, n) for w, n in zip(words, vector_lengths(bits), strict=True)]
+    blocks = []
+    for step in steps:
+        used = []
+        for plane, word in words_of_step(bits, step):
+            row, column = divmod(word, vectors[plane].shape[-1])
+            used.append(vectors[plane][row, :, column])
+        entries = [b.astype(jnp.int32) for b in lookup_bytes(used, bits, step)]
+        if bits == 2:
+            registers = [table[entries[r], c] for c in range(2) for r in range(2)]
+        elif bits == 8:
+            first, second = ([table[entries[2 * q + v], 0] for q in range(4)] for v in range(2))
+            registers = [a | b << _U32(16) for a, b in zip(first, second, strict=True)]
+        else:
+            registers = [table[e, 0] for e in entries]
+        both = jnp.stack([jnp.stack([r & _U32(0xFFFF), r >> _U32(16)]) for r in registers])
+        values = jax.lax.bitcast_convert_type(both.astype(jnp.uint16), dtype)
+        values = values.reshape(2, 2, 2, 4, 8, 4)  # c, r, v, warp, g, t
+        blocks.append(values.transpose(3, 1, 4, 0, 5, 2).reshape(64, 16))
+    return jnp.concatenate(blocks, axis=1)
+
+
+def lookup_table(lut: jax.Array, bits: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """The entries of every byte, ``uint32[2, 256]``: the (first, second) register.
+
+    Args:
+      lut: ``float[1, 2**bits, 1]``.
+      bits: Bits a code.
+      dtype: bfloat16 or float16, of the weights.
+    """
+    values = lut[0, :, 0].astype(dtype)
+    half = jax.lax.bitcast_convert_type(values, jnp.uint16).astype(_U32)
+    byte = np.arange(256)
+    if bits == 8:
+        return jnp.stack([half, half])
+    if bits == 3:
+        first = (byte & 3) | ((byte >> 4) & 1) << 2
+        second = ((byte >> 2) & 3) | ((byte >> 5) & 1) << 2
+        pair = half[first] | half[second] << _U32(16)
+        return jnp.stack([pair, pair])
+    mask = 2**bits - 1
+    code = [(byte >> (bits * i)) & mask for i in range(8 // bits)]
+    pairs = [half[code[i]] | half[code[i + 1]] << _U32(16) for i in range(0, len(code), 2)]
+    return jnp.stack([pairs[0], pairs[-1]])
+
+
+def table_rows(bits: int) -> int:
+    """Rows of the table in shared memory."""
+    return 64 if bits == 3 else 256
