@@ -16,6 +16,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from lutjax.cli.allocate import Allocate
+from lutjax.cli.decompose import Decompose
 from lutjax.cli.demo import Demo
 from lutjax.cli.evaluate import Eval
 from lutjax.cli.generate import Generate
@@ -24,6 +26,8 @@ from lutjax.cli.quantize import Quantize
 
 COMMANDS: dict[str, type] = {
     "quantize": Quantize,
+    "decompose": Decompose,
+    "allocate": Allocate,
     "eval": Eval,
     "generate": Generate,
     "inspect": Inspect,
@@ -56,17 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"lutjax {__version__}")
         return 0
-    command = tyro.cli(
-        _command_type(),
-        prog="lutjax",
-        description=_DESCRIPTION,
-        args=arguments or ["--help"],
-        config=(
-            tyro.conf.OmitArgPrefixes,
-            tyro.conf.FlagCreatePairsOff,
-            tyro.conf.PositionalMetavarFromFieldName,
-        ),
-    )
+    command = _parse(arguments)
     try:
         command.run()
         sys.stdout.flush()
@@ -82,12 +76,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _command_type() -> Any:
-    parts = [
-        Annotated[command, tyro.conf.subcommand(name, prefix_name=False)]
+def _parse(arguments: Sequence[str]) -> Any:
+    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalMetavarFromFieldName)
+    if arguments and arguments[0] in COMMANDS:
+        name, *rest = arguments
+        return tyro.cli(COMMANDS[name], prog=f"lutjax {name}", args=rest, config=config)
+    # Anything else is a call for the overview, or an error that names the commands.
+    described = [
+        Annotated[command, tyro.conf.subcommand(name, description=_summary(command))]
         for name, command in COMMANDS.items()
     ]
-    return functools.reduce(operator.or_, parts)
+    overview: Any = functools.reduce(operator.or_, described)
+    return tyro.cli(
+        overview,
+        prog="lutjax",
+        description=_DESCRIPTION,
+        args=arguments or ["--help"],
+        config=config,
+    )
+
+
+def _summary(command: type) -> str:
+    return (command.__doc__ or "").splitlines()[0]
 
 
 def _one_line(error: Exception) -> str:

@@ -1,0 +1,186 @@
+"""`lutjax allocate`: which configuration for which matrix under a budget."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from lutjax.cli.decompose import single_threaded_lapack
+
+if TYPE_CHECKING:
+    from lutjax import LutConfig
+    from lutjax.allocate import Budget, CostTable, Matrix, ModelShapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Allocate:
+    """Plan which matrix gets how many bits, so that the whole keeps a budget.
+
+    Each matrix is decomposed with each candidate to see what that costs; an integer program then
+    picks. With --shapes, nothing is measured: the plan is for normal weights of those shapes.
+
+    For example:
+
+    lutjax allocate ./model --budget 2.75 --rank 64 -o plan.json --plot plan.png
+
+    lutjax allocate --shapes llama-2-70b --budget 2.75
+    """
+
+    model: tyro.conf.Positional[str | None] = None
+    """Directory, .gguf file or hub id of the dense model."""
+    shapes: str | None = None
+    """Instead of a model: llama-2-7b, llama-2-70b, ..., or a config.json."""
+    budget: float | None = None
+    """Bits a weight."""
+    budget_mb: float | None = None
+    """Instead: megabytes (10^6 bytes)."""
+    count_adapters: bool = False
+    """Count the low-rank parts towards the budget."""
+    count_embeddings: bool = False
+    """Count embeddings, head and norms towards the budget."""
+    solver: Literal["ilp", "dp", "greedy", "uniform"] = "ilp"
+    """ilp: integer programming; uniform: one configuration for all."""
+    rank: int = 64
+    """Inner size of the low-rank parts."""
+    rounds: int = 5
+    """Most rounds of each measured decomposition."""
+    candidates: int = 12
+    """How many configurations to measure, of those that no other beats."""
+    fisher: Path | None = None
+    """File with Fisher information; made from --text if it does not exist."""
+    text: Path | None = None
+    """UTF-8 text file to calibrate on."""
+    samples: int = 128
+    """Windows of the text to calibrate on."""
+    window: int = 256
+    """Tokens in each of them."""
+    cache: Path | None = None
+    """File that keeps measured costs; a stopped run goes on where it was."""
+    workers: int = 1
+    """Decompositions at the same time."""
+    seed: int = 0
+    """Of the randomised decompositions."""
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """JSON file to write the plan to; `lutjax decompose --plan` and `quantize --recipe` read it."""
+    plot: Path | None = None
+    """Picture to write: bits of each matrix over depth."""
+    full: bool = False
+    """Print a line for each matrix instead of each kind."""
+
+    def run(self) -> None:
+        """Plans, prints the plan and its sizes, and writes the files."""
+        single_threaded_lapack()
+        from lutjax.allocate import allocate, plot_plan
+        from lutjax.arrays import format_bytes
+
+        if (self.model is None) == (self.shapes is None):
+            raise ValueError("name either a MODEL or --shapes")
+        if (self.budget is None) == (self.budget_mb is None):
+            raise ValueError("give either --budget or --budget-mb")
+        for file in (self.output, self.plot):
+            if file is not None and not file.absolute().parent.is_dir():
+                raise FileNotFoundError(f"the directory of {file} does not exist")
+        # Sizes first: a budget that cannot be kept is found before anything is measured.
+        table, others = self._from_shapes() if self.model is None else self._from_model()
+        adapters = sum(m.adapter_bytes(self.rank) for m in table.matrices)
+        plan = allocate(table, self._budget(adapters, *others), solver=self.solver)
+        print(plan if self.full else plan.by_kind())
+        total = plan.nbytes + others[0] + adapters
+        print(
+            f"quantised {format_bytes(plan.nbytes)} + embeddings, head, norms "
+            f"{format_bytes(others[0])} + low-rank parts of rank {self.rank} in bfloat16 "
+            f"{format_bytes(adapters)} = {format_bytes(total)}"
+        )
+        if self.output is not None:
+            plan.save(self.output)
+            print(f"plan: {self.output}")
+        if self.plot is not None:
+            plot_plan(plan, self.plot)
+            print(f"plot: {self.plot}")
+
+    def _budget(self, adapters: int, other_bytes: int, other_weights: int) -> Budget:
+        from lutjax.allocate import Budget
+
+        return Budget(
+            bits_per_weight=self.budget,
+            nbytes=None if self.budget_mb is None else int(self.budget_mb * 1e6),
+            fixed_bytes=adapters * self.count_adapters + other_bytes * self.count_embeddings,
+            fixed_weights=other_weights * self.count_embeddings,
+        )
+
+    def _from_shapes(self) -> tuple[CostTable, tuple[int, int]]:
+        from lutjax.allocate import CostTable, candidate_grid, prune
+
+        assert self.shapes is not None
+        shapes = _read_shapes(self.shapes)
+        others = shapes.embedding_weights + shapes.norm_weights
+        table = CostTable.of_shapes(shapes.matrices(), prune(candidate_grid()))
+        return table, (2 * others, others)  # in bfloat16
+
+    def _from_model(self) -> tuple[CostTable, tuple[int, int]]:
+        import jax
+
+        from lutjax import load, summarize
+        from lutjax.allocate import candidate_grid, prune
+        from lutjax.calibrate import measure_costs, plannable
+        from lutjax.cli.calibration import fisher_for
+
+        assert self.model is not None
+        _, params, _ = load(self.model)
+        matrices = plannable(params)
+        candidates = prune(candidate_grid(), most=self.candidates)
+        summary = summarize(params)
+        planned = {matrix.path for matrix in matrices}
+        others = [leaf for leaf in summary.leaves if leaf.path not in planned]
+        sizes = (sum(leaf.nbytes for leaf in others), sum(leaf.size for leaf in others))
+        self._check_feasible(matrices, candidates, sizes)
+        table = measure_costs(
+            params,
+            candidates,
+            rank=self.rank,
+            key=jax.random.key(self.seed),
+            fisher=fisher_for(self.model, self.fisher, self.text, self.samples, self.window),
+            rounds=self.rounds,
+            cache=self.cache,
+            workers=self.workers,
+            progress=True,
+        )
+        return table, sizes
+
+    def _check_feasible(
+        self,
+        matrices: tuple[Matrix, ...],
+        candidates: tuple[LutConfig, ...],
+        others: tuple[int, int],
+    ) -> None:
+        from lutjax.allocate import CostTable, allocate
+
+        adapters = sum(m.adapter_bytes(self.rank) for m in matrices)
+        table = CostTable.of_shapes(matrices, candidates)
+        solver = "uniform" if self.solver == "uniform" else "greedy"
+        allocate(table, self._budget(adapters, *others), solver=solver)
+
+
+def _read_shapes(name: str) -> ModelShapes:
+    from lutjax.allocate import ModelShapes, model_shapes
+
+    if not name.endswith(".json"):
+        return model_shapes(name)
+    import json
+
+    from lutjax.io.configs import config_from_hf
+
+    config = config_from_hf(json.loads(Path(name).read_text(encoding="utf-8")), name)
+    return ModelShapes(
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_layers,
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_dim,
+        config.vocab_size,
+        config.tie_embeddings,
+    )

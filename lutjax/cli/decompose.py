@@ -1,0 +1,121 @@
+"""`lutjax decompose`: a dense checkpoint to quantised plus low-rank weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from lutjax import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Decompose:
+    """Split every weight matrix into a quantised part and a low-rank part.
+
+    The low-rank part takes up what quantisation loses, and is what finetuning trains. With Fisher
+    information, made from a text, errors count by how much they matter.
+
+    For example:
+
+    lutjax decompose ./model -o model-lq --bits 3 --rank 64
+
+    lutjax decompose ./model -o model-lq --plan plan.json --rank 64 --text book.txt
+    """
+
+    model: tyro.conf.Positional[str]
+    """Directory, .gguf file or hub id of the dense model."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Directory to make; it must not exist."""
+    rank: int = 64
+    """Inner size of the low-rank part."""
+    method: Literal["lq", "loftq", "lorc", "svd", "lora"] = "lq"
+    """lq: alternate until the error rises; loftq: five rounds; lorc: correct the quantisation error
+    once; svd: take the largest components out first; lora: quantise and start from zero."""
+    rounds: int | None = None
+    """Most rounds of lq (100) or rounds of loftq (5)."""
+    svd: Literal["randomized", "dense"] = "randomized"
+    """How singular vectors are found."""
+    bits: int = 4
+    """Bits of a code, 1 to 8."""
+    group_size: int | Literal["column"] = 64
+    """Weights that share a scale, at least 16, or 'column' for one scale a column."""
+    codebook: str = "nf"
+    """Table of values: nf (NormalFloat), int, affine, fp4, nf_flute, kmeans."""
+    double_quant: bool = False
+    """Quantise the scales too, to 8 bits."""
+    plan: Path | None = None
+    """Plan of `lutjax allocate`, or another recipe, instead of the four options above."""
+    fisher: Path | None = None
+    """File with Fisher information; made from --text if it does not exist."""
+    text: Path | None = None
+    """UTF-8 text file to calibrate on."""
+    samples: int = 128
+    """Windows of the text to calibrate on."""
+    window: int = 256
+    """Tokens in each of them."""
+    seed: int = 0
+    """Of the randomised decompositions."""
+
+    def run(self) -> None:
+        """Decomposes, and prints the result's size and error."""
+        single_threaded_lapack()
+        import jax
+        import numpy as np
+
+        from lutjax.arrays import format_bytes
+        from lutjax.cli.calibration import fisher_for
+        from lutjax.cli.inspect import summary_of
+        from lutjax.io.decompose import decompose_checkpoint
+        from lutjax.io.new_directory import check_destination
+
+        recipe = self._recipe()
+        check_destination(self.output)
+        errors = decompose_checkpoint(
+            self.model,
+            self.output,
+            recipe,
+            rank=self.rank,
+            method=self.method,
+            key=jax.random.key(self.seed),
+            fisher=fisher_for(self.model, self.fisher, self.text, self.samples, self.window),
+            rounds=self.rounds,
+            svd=self.svd,
+            progress=True,
+        )
+        summary = summary_of(str(self.output))
+        total = float(np.linalg.norm(list(errors.values())))
+        print(
+            f"{self.output}: {format_bytes(summary.nbytes)}, "
+            f"{summary.compressed.bits_per_weight:.3f} bits a weight with the low-rank parts in "
+            f"{len(errors)} matrices, error {total:.4g}"
+        )
+
+    def _recipe(self) -> Recipe:
+        from lutjax import DoubleQuant, Recipe
+
+        if self.plan is None:
+            second = DoubleQuant() if self.double_quant else None
+            return Recipe.uniform(self.bits, self.group_size, self.codebook, double_quant=second)
+        for field in dataclasses.fields(self):
+            if field.name in ("bits", "group_size", "codebook", "double_quant") and (
+                getattr(self, field.name) != field.default
+            ):
+                flag = "--" + field.name.replace("_", "-")
+                raise ValueError(f"give either --plan or {flag}, not both")
+        try:
+            return Recipe.load(self.plan)
+        except ValueError as error:
+            raise ValueError(f"{self.plan}: {error}") from error
+
+
+def single_threaded_lapack() -> None:
+    """Keeps LAPACK's threads from waiting for each other; before jax is first imported.
+
+    On thin matrices, one thread is many times faster than several on busy cores.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
