@@ -1,0 +1,127 @@
+"""``lut_matmul`` in C++ for CPUs, called through XLA's foreign function interface.
+
+A few rows of activations: the table stays in registers (``vpermps`` on AVX-512 and AVX2, ``tbl`` on
+NEON) and codes are looked up as they stream by. More rows: a cache-sized panel of the weight is
+dequantised once and multiplied with all of them. Columns are split over XLA's own threads, so the
+result does not depend on their number. The instruction set is chosen when the call runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.layout import BLOCK
+from pallas_kernels.lut_matmul import native_library
+from pallas_kernels.manual_axes import shape_struct
+
+BITS = (2, 3, 4, 8)
+
+_TARGET = "pallas_kernels_lut_matmul"
+
+
+def availability() -> str | None:
+    """None if the compiled library is at hand on this machine, else the reason why not."""
+    return _load()[1]
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """The instruction sets that this machine has kernels for, the best one first.
+
+    Raises:
+      RuntimeError: If the library is not available.
+    """
+    library, reason = _load()
+    if library is None:
+        raise RuntimeError(reason)
+    return tuple(library.LutMatmulInstructions().decode().split(","))
+
+
+def supports(
+    x: Any,
+    words: Any,
+    scales: Any,
+    lut: Any,
+    offsets: Any,
+    *,
+    k: int,
+    group_size: int,
+    transpose: bool = False,
+) -> str | None:
+    """None if the product can run, else the reason why not."""
+    bits, p = words.shape[-2], lut.shape[-1]
+    if bits not in BITS:
+        return f"{bits}-bit codes; it has kernels for {BITS} bits"
+    if p != 1:
+        return f"tables of vectors (p={p})"
+    if group_size % BLOCK and group_size < k:
+        return f"group_size={group_size} is not a multiple of {BLOCK}"
+    return availability()
+
+
+def lut_matmul(
+    x: jax.Array,
+    words: jax.Array,
+    scales: jax.Array,
+    lut: jax.Array,
+    offsets: jax.Array | None = None,
+    *,
+    k: int,
+    group_size: int,
+    transpose: bool = False,
+    instructions: str = "",
+) -> jax.Array:
+    """``x @ W`` or ``x @ W.T``; arguments and meaning as in the reference.
+
+    The weight stays in float32 where the reference rounds it to ``x.dtype``. ``instructions``
+    names one of :func:`instruction_sets`; empty for the best.
+    """
+    reason = availability()
+    if reason is not None:
+        raise NotImplementedError(f"implementation 'cpu_native' cannot run: {reason}")
+    blocks, _, n = words.shape
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    if not transpose and blocks * BLOCK != k:
+        rows = jnp.pad(rows, [(0, 0), (0, blocks * BLOCK - k)])
+    if scales.dtype not in (jnp.float32, jnp.bfloat16) or (
+        offsets is not None and offsets.dtype != scales.dtype
+    ):
+        scales = scales.astype(jnp.float32)
+        offsets = None if offsets is None else offsets.astype(jnp.float32)
+    columns = k if transpose else n
+    call = jax.ffi.ffi_call(
+        _TARGET,
+        shape_struct((rows.shape[0], columns), jnp.float32, like=rows),
+        vmap_method="sequential",
+    )
+    y = call(
+        rows,
+        words,
+        scales,
+        lut.astype(jnp.float32).reshape(lut.shape[:2]),
+        jnp.zeros((0, n), scales.dtype) if offsets is None else offsets,
+        k=k,
+        group_size=blocks * BLOCK if group_size >= k else group_size,
+        transpose=transpose,
+        instructions=instructions,
+    )
+    return y.astype(x.dtype).reshape(*x.shape[:-1], columns)
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, registered with XLA, or the reason why there is none."""
+    try:
+        library = ctypes.CDLL(str(native_library.find_or_build()))
+    except (native_library.BuildError, OSError) as error:
+        logging.getLogger(__name__).warning("CPU products run through XLA: %s", error)
+        return None, str(error)
+    library.LutMatmulInstructions.restype = ctypes.c_char_p
+    handler = jax.ffi.pycapsule(library.LutMatmul)
+    jax.ffi.register_ffi_target(_TARGET, handler, platform="cpu")
+    return library, None

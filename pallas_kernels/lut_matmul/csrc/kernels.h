@@ -1,0 +1,43 @@
+// The interface between the XLA handler and the kernels, which are compiled once an instruction set.
+#ifndef PALLAS_KERNELS_LUT_MATMUL_KERNELS_H_
+#define PALLAS_KERNELS_LUT_MATMUL_KERNELS_H_
+
+#include <cstdint>
+
+namespace lut {
+
+// One product with a packed weight [k, n]; k counts the padded rows, 8 * blocks.
+struct Problem {
+  const float* x;        // [m, k], or [m, n] transposed
+  const uint8_t* words;  // [k / 8, bits, n]
+  const void* scales;    // [groups, n], float32 or bfloat16
+  const void* offsets;   // like scales, or null
+  const float* lut;      // [tables, 2**bits], tables is 1 or n
+  float* y;              // [m, n], or [m, rows] transposed
+  const float* sums;     // [m, groups]: sums of x over each group; null without offsets
+  int64_t m, k, n, rows;  // rows: those of the weight without padding
+  int64_t group;          // rows that share a scale, a multiple of 8
+  int64_t tables;
+  int bits;
+  bool bfloat16_scales;
+};
+
+// The unit of work is a tile of columns, or a block of 8 rows for the transposed product; what a
+// unit computes does not depend on the range it is in.
+struct Kernels {
+  const char* name;
+  int64_t columns;  // of a tile
+  int64_t (*scratch)(const Problem&, bool transpose);  // floats a range needs
+  void (*product)(const Problem&, int64_t first, int64_t last, float* scratch);
+  void (*transposed)(const Problem&, int64_t first, int64_t last, float* scratch);
+};
+
+// Null where the compiler does not target the instruction set.
+const Kernels* Avx512Kernels();
+const Kernels* Avx2Kernels();
+const Kernels* NeonKernels();
+const Kernels* PortableKernels();
+
+}  // namespace lut
+
+#endif  // PALLAS_KERNELS_LUT_MATMUL_KERNELS_H_
