@@ -125,7 +125,8 @@ def prune(
 
     Args:
       candidates: Configurations, for example :func:`candidate_grid`.
-      most: Keep at most so many, evenly spaced in bits, always with the smallest and largest.
+      most: Keep at most so many: those that are dropped improve least, relatively, on the next
+        smaller one that is kept. The smallest always stays.
       bits: Keep only those between these bits a weight.
 
     Returns:
@@ -134,18 +135,17 @@ def prune(
     Raises:
       ValueError: If ``most`` is below 2 or nothing remains.
 
-    >>> [round(nominal_bits(c), 2) for c in prune(candidate_grid(), most=3, bits=(2, 4.5))]
-    [2.03, 3.19, 4.31]
+    >>> [round(nominal_bits(c), 2) for c in prune(candidate_grid(), most=4, bits=(2, 4.5))]
+    [2.03, 2.13, 3.03, 4.03]
     """
+    if most is not None and most < 2:
+        raise ValueError(f"most={most} must be at least 2")
     inside = [c for c in candidates if bits[0] <= nominal_bits(c) <= bits[1]]
     if not inside:
         raise ValueError(f"no candidate has between {bits[0]} and {bits[1]} bits a weight")
     sizes = np.array([nominal_bits(c) for c in inside])
     front = [inside[j] for j in pareto(sizes, np.array([gaussian_error(c) for c in inside]))]
-    if most is None or len(front) <= most:
-        return tuple(front)
-    if most < 2:
-        raise ValueError(f"most={most} must be at least 2")
-    available = np.array([nominal_bits(c) for c in front])
-    wanted = np.linspace(available[0], available[-1], most)
-    return tuple(front[j] for j in sorted({int(np.abs(available - w).argmin()) for w in wanted}))
+    while most is not None and len(front) > most:
+        errors = np.array([gaussian_error(c) for c in front])
+        del front[1 + int(np.argmin(errors[:-1] / errors[1:]))]
+    return tuple(front)

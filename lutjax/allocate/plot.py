@@ -2,52 +2,52 @@
 
 from __future__ import annotations
 
-import collections
 import os
 import re
 
-from lutjax.allocate.plan import Plan, kind_of
+import numpy as np
 
-_COLORS = ("#4c566a", "#5e81ac", "#88c0d0", "#2a9d8f", "#e9c46a", "#e76f51", "#b48ead")
+from lutjax.allocate.plan import Plan, kind_of
 
 
 def plot_plan(plan: Plan, path: str | os.PathLike, title: str = "") -> None:
-    """Draws bits a weight of each matrix over its layer, a line for each kind (needs matplotlib).
+    """Draws bits a weight as colours: a row for each kind of matrix, a column for each layer.
 
     Args:
       plan: The plan.
-      path: The PNG, PDF or SVG file to write.
+      path: The PNG, PDF or SVG file to write (needs matplotlib).
       title: Stands above.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lines: dict[str, list[tuple[int, float]]] = collections.defaultdict(list)
-    for place, choice in enumerate(plan.choices):
-        layer = re.search(r"/(\d+)/", f"/{choice.matrix.path}/")
-        depth = int(layer[1]) if layer else place
-        lines[kind_of(choice.matrix.path)].append((depth, choice.bits_per_weight))
-    figure = Figure(figsize=(9, 4.2), dpi=160, layout="constrained")
+    kinds = list(dict.fromkeys(kind_of(choice.matrix.path) for choice in plan.choices))
+    places = [_layer(choice.matrix.path) for choice in plan.choices]
+    layers = sorted(set(places))
+    bits = np.full((len(kinds), len(layers)), np.nan)
+    for choice, place in zip(plan.choices, places, strict=True):
+        row, column = kinds.index(kind_of(choice.matrix.path)), layers.index(place)
+        bits[row, column] = choice.bits_per_weight
+    figure = Figure(
+        figsize=(3 + max(5.0, 0.11 * len(layers)), 1.4 + 0.32 * len(kinds)),
+        dpi=160,
+        layout="constrained",
+    )
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for i, (kind, points) in enumerate(lines.items()):
-        depths, bits = zip(*sorted(points), strict=True)
-        offset = 0.012 * (i - len(lines) / 2)  # so that equal lines stay visible
-        axes.plot(
-            depths,
-            [b + offset for b in bits],
-            marker="o",
-            markersize=3.5,
-            linewidth=1.2,
-            color=_COLORS[i % len(_COLORS)],
-            label=kind,
-        )
-    axes.axhline(plan.bits_per_weight, color="#c0c5ce", linestyle="--", linewidth=1, zorder=0)
+    image = axes.imshow(bits, aspect="auto", cmap="viridis_r", interpolation="nearest")
+    axes.set_yticks(range(len(kinds)), kinds)
+    step = max(1, len(layers) // 16)
+    axes.set_xticks(range(0, len(layers), step), [str(i) for i in layers[::step]])
     axes.set_xlabel("layer")
-    axes.set_ylabel("bits a weight")
     axes.set_title(title or f"{plan.bits_per_weight:.3f} bits a weight ({plan.solver})", loc="left")
-    axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left", bbox_to_anchor=(1, 1))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e5e9f0")
-    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label="bits a weight", pad=0.01)
     figure.savefig(path)
+
+
+def _layer(path: str) -> int:
+    """The first number in a path; 0 if it has none."""
+    found = re.search(r"/(\d+)/", f"/{path}/")
+    return int(found[1]) if found else 0

@@ -144,13 +144,16 @@ def decompose_with_history(
 ) -> tuple[Any, dict[str, Decomposition]]:
     """Like :func:`decompose`, and returns the :class:`Decomposition` of each path as well."""
     plan = match_rules(recipe, params)
-    _check_arguments(method, rounds, svd)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_compressed)
     named = [(path_string(path), leaf) for path, leaf in leaves]
-    for path, leaf in named:  # everything is checked before anything is computed
-        if path in plan:
-            _check_rank(rank, leaf.shape, plan[path], path)
-            _fisher_of(fisher, path)
+    check_decomposition(
+        {path: (leaf.shape, plan[path]) for path, leaf in named if path in plan},
+        rank=rank,
+        method=method,
+        rounds=rounds,
+        svd=svd,
+        fisher=fisher,
+    )
     results: dict[str, Decomposition] = {}
     done = []
     for path, leaf in _progress(named, progress):
@@ -161,7 +164,7 @@ def decompose_with_history(
                 rank=rank,
                 method=method,
                 key=key,
-                fisher=_fisher_of(fisher, path),
+                fisher=None if fisher is None else fisher[path],
                 rounds=rounds,
                 svd=svd,
                 path=path,
@@ -169,6 +172,38 @@ def decompose_with_history(
             )
         done.append(results[path].array if path in plan else leaf)
     return jax.tree.unflatten(treedef, done), results
+
+
+def check_decomposition(
+    weights: Mapping[str, tuple[tuple[int, ...], Rule]],
+    *,
+    rank: int,
+    method: str,
+    rounds: int | None,
+    svd: str,
+    fisher: Mapping[str, Any] | None,
+) -> None:
+    """Checks all that can be known before anything is computed.
+
+    Args:
+      weights: Logical shape and rule of each path.
+      rank: As in :func:`decompose`.
+      method: As in :func:`decompose`.
+      rounds: As in :func:`decompose`.
+      svd: As in :func:`decompose`.
+      fisher: As in :func:`decompose`.
+
+    Raises:
+      ValueError: Names what does not fit.
+    """
+    _check_arguments(method, rounds, svd)
+    for path, (shape, rule) in weights.items():
+        _check_rank(rank, shape, rule, path)
+        if fisher is not None and path not in fisher:
+            raise ValueError(
+                f"the Fisher information has nothing for {path!r}; calibrate with the same recipe, "
+                f"or exclude that path from the recipe"
+            )
 
 
 def decompose_array(
@@ -365,17 +400,6 @@ def _check_rank(rank: int, shape: tuple[int, ...], rule: Rule, path: str) -> Non
         raise ValueError(
             f"rank={rank!r} does not fit {path!r} with K={k} and N={n}; use 1 to {min(k, n)}"
         )
-
-
-def _fisher_of(fisher: Mapping[str, Any] | None, path: str) -> Any:
-    if fisher is None:
-        return None
-    if path not in fisher:
-        raise ValueError(
-            f"the Fisher information has nothing for {path!r}; calibrate with the same recipe, or "
-            f"exclude that path from the recipe"
-        )
-    return fisher[path]
 
 
 def _progress(items: list, show: bool) -> Any:

@@ -49,8 +49,10 @@ def randomized_svd(
     basis = _orthonormal(a @ jax.random.normal(key, (n, columns), a.dtype))
     for _ in range(power_iterations):
         basis = _orthonormal(a @ _orthonormal(a.T @ basis))
-    u, s, vt = jnp.linalg.svd(basis.T @ a, full_matrices=False)
-    return basis @ u[:, :rank], s[:rank], vt[:rank]
+    # Reducing to a small square first: LAPACK's SVD of a long matrix costs many times as much.
+    other, small = jnp.linalg.qr(a.T @ basis, mode="reduced")
+    u, s, vt = jnp.linalg.svd(small.T, full_matrices=False)
+    return basis @ u[:, :rank], s[:rank], vt[:rank] @ other.T
 
 
 def truncated_svd(

@@ -1,0 +1,122 @@
+"""Decomposing a checkpoint from disk to disk, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
+
+from lutjax.io.checkpoint import nest
+from lutjax.io.compress import stored_dtype
+from lutjax.io.compressed import write_checkpoint
+from lutjax.io.load import load_tokenizer, open_checkpoint
+from lutjax.io.new_directory import check_destination
+from lutjax.transforms.decompose import Method, check_decomposition, decompose_array
+from lutjax.transforms.quantize import match_rules
+from lutjax.transforms.recipe import Recipe
+from lutjax.transforms.svd import SvdMethod
+
+
+def decompose_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    recipe: Recipe,
+    *,
+    rank: int,
+    method: Method = "lq",
+    key: PRNGKeyArray,
+    fisher: Mapping[str, Any] | None = None,
+    rounds: int | None = None,
+    svd: SvdMethod = "randomized",
+    progress: bool = False,
+) -> dict[str, float]:
+    """Decomposes a checkpoint into a directory that `lutjax.load` reads.
+
+    Like `lutjax.decompose`, but tensors are read, decomposed and written one at a time. Everything
+    that can be known from names and shapes is checked before the first weight is read.
+
+    Args:
+      source: a directory with config.json and safetensors, a GGUF file, or a hub id.
+      destination: the directory to make; nothing may be there.
+      recipe: how to quantise which parameter; an allocation plan is one.
+      rank: as in `lutjax.decompose`.
+      method: as in `lutjax.decompose`.
+      key: as in `lutjax.decompose`.
+      fisher: as in `lutjax.decompose`.
+      rounds: as in `lutjax.decompose`.
+      svd: as in `lutjax.decompose`.
+      progress: whether to show a progress bar on standard error.
+
+    Returns:
+      The (weighted) Frobenius error of each decomposed parameter.
+
+    Raises:
+      FileExistsError: if something is at `destination`.
+      FileNotFoundError: if a file of the source is missing.
+      ValueError: if the source is not sound, the recipe or rank does not fit it, or a weight is
+        not finite. In all cases nothing is left at `destination`.
+    """
+    check_destination(destination)
+    checkpoint = open_checkpoint(source)
+    tokenizer = load_tokenizer(checkpoint)
+    dense = {
+        path: jax.ShapeDtypeStruct(shape, stored_dtype(checkpoint, path))
+        for path, shape in checkpoint.shapes.items()
+    }
+    plan = match_rules(recipe, nest(dense))
+    check_decomposition(
+        {path: (dense[path].shape, rule) for path, rule in plan.items()},
+        rank=rank,
+        method=method,
+        rounds=rounds,
+        svd=svd,
+        fisher=fisher,
+    )
+    errors: dict[str, float] = {}
+
+    def decomposed(path: str, weight: Any, fisher: Any) -> Any:
+        return decompose_array(
+            weight,
+            plan[path],
+            rank=rank,
+            method=method,
+            key=key,
+            fisher=fisher,
+            rounds=rounds,
+            svd=svd,
+            path=path,
+            allow_nonfinite=True,  # reading a weight looks for NaN already
+        )
+
+    def convert(path: str) -> Any:
+        value = checkpoint.read(path).astype(dense[path].dtype, copy=False)
+        if path not in plan:
+            return value
+        result = decomposed(path, jnp.asarray(value), None if fisher is None else fisher[path])
+        errors[path] = float(jnp.linalg.norm(result.error))
+        return result.array
+
+    def spec(path: str) -> Any:
+        if path not in plan:
+            return dense[path]
+        return jax.eval_shape(functools.partial(decomposed, path, fisher=None), dense[path]).array
+
+    def bar(paths: Iterable[str]) -> Iterable[str]:
+        from tqdm import tqdm
+
+        return tqdm(paths, desc="decompose", unit="tensor", total=len(checkpoint.shapes))
+
+    write_checkpoint(
+        destination,
+        {path: spec(path) for path in checkpoint.shapes},
+        convert,
+        config=checkpoint.config,
+        tokenizer=tokenizer,
+        wrap=bar if progress else lambda paths: paths,
+    )
+    return errors
