@@ -8,9 +8,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lutjax.arrays import DoubleQuant, LowRankArray, LutArray, SumArray, is_compressed
+from lutjax.arrays import (
+    DoubleQuant,
+    LowRankArray,
+    LutArray,
+    SumArray,
+    is_compressed,
+    shardings_like,
+)
 from lutjax.lift import LiftReport, MaterializationError, MaterializationWarning, lift
-from lutjax.transforms import LutConfig, Recipe, Rule, materialize, quantize, summarize
+from lutjax.transforms import (
+    LutConfig,
+    Recipe,
+    Rule,
+    combine,
+    materialize,
+    partition,
+    quantize,
+    summarize,
+)
 
 if TYPE_CHECKING:
     from lutjax.io.compress import compress_checkpoint
@@ -30,13 +46,16 @@ __all__ = [
     "Recipe",
     "Rule",
     "SumArray",
+    "combine",
     "compress_checkpoint",
     "is_compressed",
     "lift",
     "load",
     "materialize",
+    "partition",
     "quantize",
     "save",
+    "shardings_like",
     "summarize",
 ]
 

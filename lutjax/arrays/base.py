@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,9 @@ class CompressedArray(abc.ABC):
 
     dtype: np.dtype
     """The dtype of the weight that this array stands for."""
+
+    trains: ClassVar[bool] = False
+    """Whether :func:`lutjax.partition` lets its floating-point arrays learn by default."""
 
     @property
     @abc.abstractmethod

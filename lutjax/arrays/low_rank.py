@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ class LowRankArray(CompressedArray):
     right: Float[Array, "*batch r n"]
     dtype: np.dtype
     view: MatrixView = MATRIX
+    trains: ClassVar[bool] = True
 
     @classmethod
     def of(

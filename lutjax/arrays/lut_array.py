@@ -137,7 +137,8 @@ class LutArray(CompressedArray):
             )
             return part.materialize_matrix().T
         place, within = indices // self.vector_size, indices % self.vector_size
-        codes = unpack(jnp.take(self.words, place // BLOCK, axis=0, mode="clip"))
+        blocks = jnp.take(self.words, place // BLOCK, axis=0, mode="clip")
+        codes = unpack(blocks[:, None])  # [indices, 8, N]
         codes = jnp.take_along_axis(codes, (place % BLOCK)[:, None, None], axis=-2)[:, 0]
         table = jnp.broadcast_to(self.lut, (self.words.shape[-1], *self.lut.shape[1:]))
         column = jnp.arange(self.words.shape[-1])[None, :]

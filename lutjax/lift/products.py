@@ -137,28 +137,43 @@ def _gather(params: dict, weight: Any, indices: Any) -> Any:
         return NEEDS_DENSE
     numbers, sizes = params["dimension_numbers"], tuple(params["slice_sizes"])
     batched = tuple(numbers.operand_batching_dims)
-    if len(numbers.start_index_map) != 1 or numbers.collapsed_slice_dims != numbers.start_index_map:
+    mode = jax.lax.GatherScatterMode.from_any(params["mode"])
+    fills = mode == jax.lax.GatherScatterMode.FILL_OR_DROP
+    # A start along an axis that is taken whole can only be zero, unless it asks for filling.
+    places = [
+        i
+        for i, axis in enumerate(numbers.start_index_map)
+        if fills or sizes[axis] != weight.shape[axis]
+    ]
+    if len(places) != 1:
         return NEEDS_DENSE
-    (axis,) = numbers.start_index_map
+    (place,) = places
+    axis = numbers.start_index_map[place]
+    # The axis itself may stay in the result with size one, as vmapped dynamic slices have it.
+    stays = tuple(numbers.collapsed_slice_dims) == ()
+    if not stays and tuple(numbers.collapsed_slice_dims) != (axis,):
+        return NEEDS_DENSE
     whole = all(
         size == (1 if i == axis or i in batched else weight.shape[i])
         for i, size in enumerate(sizes)
     )
     if not whole:
         return NEEDS_DENSE
-    index, limit = indices[..., 0], weight.shape[axis]
+    index, limit = indices[..., place], weight.shape[axis]
     inside = (index >= 0) & (index < limit)
     index = jnp.clip(index, 0, limit - 1)
-    fills = jax.lax.GatherScatterMode.from_any(params["mode"]) == (
-        jax.lax.GatherScatterMode.FILL_OR_DROP
-    )
     if axis < len(weight.batch_shape):
         if fills or batched or axis:  # a compressed weight cannot be filled with NaN
             return NEEDS_DENSE
         lead = tuple(range(index.ndim))
         if any(place in lead for place in numbers.offset_dims):
             return NEEDS_DENSE
-        return jax.tree.map(lambda a: jnp.take(a, index, axis=0, mode="clip"), weight)
+
+        def choose(a: jax.Array) -> jax.Array:
+            chosen = jnp.take(a, index, axis=0, mode="clip")
+            return jnp.expand_dims(chosen, index.ndim) if stays else chosen
+
+        return jax.tree.map(choose, weight)
     if batched != tuple(range(len(weight.batch_shape))) or batched != tuple(
         numbers.start_indices_batching_dims
     ):
@@ -171,6 +186,8 @@ def _gather(params: dict, weight: Any, indices: Any) -> Any:
         fill = jnp.asarray(jnp.nan if fill is None else fill, slices.dtype)
         inside = inside.reshape(inside.shape + (1,) * (slices.ndim - inside.ndim))
         slices = jnp.where(inside, slices, fill)
+    if stays:
+        slices = jnp.expand_dims(slices, index.ndim + axis - len(batched))
     # The axes of the indices come first in ``slices``; gather spreads them around offset_dims.
     rest = [i for i in range(slices.ndim) if i not in numbers.offset_dims]
     return jnp.moveaxis(slices, range(len(rest)), rest)

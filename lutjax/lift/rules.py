@@ -184,18 +184,26 @@ def _concatenate(params: dict, *operands: Any) -> Any:
         sizes = {w.shape[axis] for w in operands}
         if found is not None and sizes != {1}:
             return ConcatArray.of(*operands, axis=found[0])
-    return _stack(operands, axis)
-
-
-def _stack(operands: tuple, axis: int) -> Any:
-    """Weights joined along a leading axis, or along a new one as ``jnp.stack`` makes it."""
     if axis:
         return NEEDS_DENSE
-    if not operands[0].batch_shape:  # a leading axis of size one becomes a batch axis
-        operands = tuple(w.reshape(w.shape[1:]) for w in operands)
-        if any(w is None for w in operands):
-            return NEEDS_DENSE
-        operands = tuple(jax.tree.map(lambda a: a[None], w) for w in operands)
+    if first.batch_shape:
+        return _join(operands)
+    # As jnp.stack used to do: a leading axis of size one becomes a batch axis.
+    inner = [w.reshape(w.shape[1:]) for w in operands]
+    if any(w is None for w in inner):
+        return NEEDS_DENSE
+    return _join([jax.tree.map(lambda a: a[None], w) for w in inner])
+
+
+@rule("stack")
+def _stack(params: dict, *operands: Any) -> Any:
+    if not all(map(is_compressed, operands)) or params["axis"]:
+        return NEEDS_DENSE
+    return _join([jax.tree.map(lambda a: a[None], w) for w in operands])
+
+
+def _join(operands: Sequence[CompressedArray]) -> Any:
+    """Weights joined along their first batch axis."""
     kinds = {
         (jax.tree.structure(w), *((a.shape[1:], a.dtype) for a in jax.tree.leaves(w)))
         for w in operands

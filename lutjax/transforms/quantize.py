@@ -58,7 +58,7 @@ def quantize(
         raise TypeError(f"give either a recipe or {', '.join(uniform)}, not both")
     if is_compressed(params) or jax.tree_util.all_leaves([params]):
         return quantize_array(
-            params, recipe.rules[0], path="weight", allow_nonfinite=allow_nonfinite
+            params, recipe.rules[0], path="array", allow_nonfinite=allow_nonfinite
         )
     plan = match_rules(recipe, params)
 
@@ -110,7 +110,7 @@ def check_fit(shape: tuple[int, ...], rule: Rule, path: str) -> None:
     if isinstance(group_size, int) and group_size > k:
         raise ValueError(
             f"group_size={group_size} is larger than K={k} of {path!r} {shape}; use a smaller "
-            f"group or 'column'"
+            f"group or 'column', or say with axis= in a rule which axes are summed over"
         )
 
 
@@ -123,15 +123,16 @@ def weight_view(shape: tuple[int, ...], rule: Rule, path: str) -> tuple[int, Mat
     ndim = len(shape)
     axis = rule.axis
     if axis is None:
-        axis = -1 if path.rsplit("/", 1)[-1] in ("weight", "embedding") else -2
-    several = isinstance(axis, tuple)
+        # Flax NNX ends its paths with the field that holds the array.
+        name = path.removesuffix("/value").rsplit("/", 1)[-1]
+        axis = -1 if name in ("weight", "embedding") else -2
     axes = axis if isinstance(axis, tuple) else (axis,)
     if not axes or any(not -ndim <= a < ndim for a in axes):
         raise ValueError(f"axis={rule.axis} does not exist in {path!r} of shape {shape}")
     axes = tuple(a % ndim for a in axes)
     batch_ndim = rule.batch_ndim
     if batch_ndim is None:
-        batch_ndim = 0 if several or axes[0] < ndim - 2 else ndim - 2
+        batch_ndim = max(min(min(axes), ndim - len(axes) - 1), 0)
     if not 0 <= batch_ndim <= min(axes) or batch_ndim + len(axes) >= ndim:
         raise ValueError(
             f"batch_ndim={batch_ndim} and axis={rule.axis} leave no matrix in {path!r} of shape "
@@ -145,7 +146,7 @@ def quantize_array(
     weight: Float[Array, "..."],
     rule: Rule,
     *,
-    path: str = "weight",
+    path: str = "array",
     allow_nonfinite: bool = False,
 ) -> LutArray:
     """Quantises one weight; ``path`` names it in errors.

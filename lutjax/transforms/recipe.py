@@ -93,8 +93,9 @@ class Rule:
       config: What to do with the paths that match; None leaves them dense.
       axis: The contraction axis or axes. By default -1 for leaves called ``weight`` or
         ``embedding`` and -2 for all others.
-      batch_ndim: Leading axes of stacked weights; by default all before the matrix, that is
-        ``ndim - 2``, or 0 where ``axis`` is given as several axes or not among the last two.
+      batch_ndim: Leading axes of stacked weights; by default all before the first contraction
+        axis, as long as one axis is left for N. So a Flax ``DenseGeneral`` to heads ``[D, H, d]``
+        takes ``axis=-3`` and one from heads ``[H, d, D]`` takes ``axis=(-3, -2)``, scanned or not.
     """
 
     pattern: str
