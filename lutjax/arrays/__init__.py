@@ -6,6 +6,7 @@ from lutjax.arrays.dense_array import DenseArray
 from lutjax.arrays.gated import GatedArray
 from lutjax.arrays.low_rank import LowRankArray
 from lutjax.arrays.lut_array import LutArray
+from lutjax.arrays.product_array import ProductArray
 from lutjax.arrays.row_lut_array import RowLutArray
 from lutjax.arrays.scales import DoubleQuant, QuantizedScales, quantize_scales
 from lutjax.arrays.sharding import shardings_like
@@ -21,6 +22,7 @@ __all__ = [
     "LowRankArray",
     "LutArray",
     "MatrixView",
+    "ProductArray",
     "QuantizedScales",
     "RowLutArray",
     "SumArray",

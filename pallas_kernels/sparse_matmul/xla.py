@@ -7,10 +7,13 @@ multiples to the result in one fused pass.
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.manual_axes import vary_over, varying_axes
@@ -97,10 +100,13 @@ def _codes_part(x: jax.Array, weight: RowCodes) -> jax.Array:
     (k, n), size, fields = weight.shape, weight.group_size, weight.fields
     _, blocks, lanes = weight.words.shape
     groups, m = -(-k // size), x.shape[0]
-    live, _ = _live_rows(x, _CODES_STEP)
+    together = 8 // weight.bits  # live rows whose codes make one index into a table of sums
+    live, _ = _live_rows(x, _CODES_STEP * together)
     alive = jnp.pad(jnp.any(x != 0, axis=0), (0, groups * size - k))
     ends = jnp.cumsum(jnp.sum(alive.reshape(groups, size), axis=1, dtype=jnp.int32))
     table = weight.lut[0, :, 0].astype(jnp.float32)
+    entries = np.arange(2 ** (weight.bits * together))
+    digits = [(entries >> (weight.bits * i)) % 2**weight.bits for i in range(together)]
     padded = jnp.pad(weight.scales, ((0, 0), (0, blocks * lanes * fields - n)))
     scales = padded.reshape(groups, blocks, fields, lanes)
 
@@ -109,18 +115,26 @@ def _codes_part(x: jax.Array, weight: RowCodes) -> jax.Array:
 
         def body(step, sums):
             for i in range(_CODES_STEP):
-                place = first + step * _CODES_STEP + i
-                row = live[place]
-                words = lax.dynamic_slice(weight.words, (row, 0, 0), (1, blocks, lanes))
-                factor = _column(x, row, place < end)[:, :, None]
+                place = first + (step * _CODES_STEP + i) * together
+                rows = [live[place + j] for j in range(together)]
+                words = [
+                    lax.dynamic_slice(weight.words, (row, 0, 0), (1, blocks, lanes))[0]
+                    for row in rows
+                ]
+                folded = sum(
+                    _column(x, row, place + j < end) * table[None, digits[j]]
+                    for j, row in enumerate(rows)
+                )
                 sums = tuple(
-                    total + factor * _lookup(table, field_codes(words, weight.bits, f))
-                    for f, total in enumerate(sums)
+                    total + jnp.stack([_lookup(folded[i], index) for i in range(m)])
+                    for total, index in zip(sums, _joint_codes(words, weight.bits), strict=True)
                 )
             return sums
 
-        # A scan body's outputs, one array a field: stacking them would break vectorisation.
-        sums = lax.fori_loop(0, -(-(end - first) // _CODES_STEP), body, (zero,) * fields)
+        # The carry is one array a field: stacked in one array they would not be vectorised.
+        sums = lax.fori_loop(
+            0, -(-(end - first) // (_CODES_STEP * together)), body, (zero,) * fields
+        )
         return tuple(
             total + part * scales[g, None, :, f, :].astype(jnp.float32)
             for f, (total, part) in enumerate(zip(y, sums, strict=True))
@@ -130,6 +144,17 @@ def _codes_part(x: jax.Array, weight: RowCodes) -> jax.Array:
     zero = vary_over(jnp.zeros((m, blocks, lanes), jnp.float32), axes)
     y = lax.fori_loop(0, groups, group, (zero,) * fields)
     return jnp.stack(y, axis=2).reshape(m, -1)[:, :n]
+
+
+def _joint_codes(words: list[jax.Array], bits: int) -> list[jax.Array]:
+    """For every field, the codes of several rows as the digits of one index."""
+    return [
+        functools.reduce(
+            operator.or_,
+            [field_codes(w, bits, f) << np.uint32(bits * i) for i, w in enumerate(words)],
+        )
+        for f in range(32 // bits)
+    ]
 
 
 def _lookup(table: jax.Array, codes: jax.Array) -> jax.Array:

@@ -1,0 +1,104 @@
+"""A dense weight in the clothes of a compressed one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lutjax.arrays.base import CompressedArray, format_bytes
+from lutjax.arrays.split import Split, typed_entries
+from lutjax.arrays.view import MATRIX, MatrixView
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["matrix"], meta_fields=["dtype", "view"]
+)
+@dataclasses.dataclass(frozen=True)
+class DenseArray(CompressedArray):
+    """A matrix ``W`` as it is, so that wrappers such as :class:`GatedArray` can hold one.
+
+    A weight ``[K, N]`` is not copied: the wrapper shares its buffer.
+
+    Attributes:
+      matrix: ``[*batch, K, N]``.
+      dtype: Dtype of the weight this stands for.
+      view: How the logical axes map onto ``[K, N]``.
+
+    >>> DenseArray.of(jnp.eye(2)).matmul(jnp.ones((1, 2))).tolist()
+    [[1.0, 1.0]]
+    """
+
+    matrix: Float[Array, "*batch k n"]
+    dtype: np.dtype
+    view: MatrixView = MATRIX
+
+    @classmethod
+    def of(
+        cls, weight: Float[Array, "..."], batch_ndim: int = 0, view: MatrixView = MATRIX
+    ) -> Self:
+        """A logical weight ``[*batch, *axes]`` whose axes ``view`` maps onto ``[K, N]``."""
+        matrix = weight if view == MATRIX else view.to_matrix(weight, batch_ndim)
+        return cls(matrix, np.dtype(weight.dtype), view)
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The leading axes."""
+        return tuple(self.matrix.shape[:-2])
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """K and N."""
+        return self.matrix.shape[-2], self.matrix.shape[-1]
+
+    def materialize_matrix(self) -> Float[Array, "*batch k n"]:
+        """The matrix, in :attr:`dtype`."""
+        return self.matrix.astype(self.dtype)
+
+    def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
+        """``x @ W`` in the dtype of ``x``."""
+        return x @ self.matrix.astype(x.dtype)
+
+    def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
+        """``x @ W.T`` in the dtype of ``x``."""
+        return x @ jnp.swapaxes(self.matrix, -1, -2).astype(x.dtype)
+
+    def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array:
+        """Rows or columns."""
+        matrix = self.matrix if axis == "k" else self.matrix.T
+        return jnp.take(matrix, indices, axis=0, mode="clip").astype(self.dtype)
+
+    def slice_matrix(self, axis: str, start: int, size: int) -> Self:
+        """Any rows or columns."""
+        place = self.matrix.ndim - (2 if axis == "k" else 1)
+        cut = jax.lax.slice_in_dim(self.matrix, start, start + size, axis=place)
+        return dataclasses.replace(self, matrix=cut)
+
+    def split_specs(self, split: Split) -> Any:
+        """Split like the matrix."""
+        return dataclasses.replace(self, matrix=split.spec(split.k, split.n))
+
+    def typed_spec(self) -> tuple[tuple[Any, ...], Any, Any]:
+        """The explicit mesh axes over which batch axes, K and N are split."""
+        *batch, k, n = typed_entries(self.matrix)
+        return tuple(batch), k, n
+
+    def with_view(self, view: MatrixView) -> Self:
+        """The same matrix under another view."""
+        return dataclasses.replace(self, view=view)
+
+    def astype(self, dtype: Any) -> Self:
+        """The same matrix standing for a weight of another dtype."""
+        return dataclasses.replace(self, dtype=np.dtype(dtype))
+
+    def __repr__(self) -> str:
+        """Shape, dtype and bytes; never the array."""
+        try:
+            return f"DenseArray(shape={self.shape}, {self.dtype}, {format_bytes(self.nbytes)})"
+        except (AttributeError, IndexError, TypeError):  # a placeholder instead of an array
+            return f"DenseArray(matrix={self.matrix!r})"

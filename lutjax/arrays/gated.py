@@ -1,0 +1,186 @@
+"""A weight that ignores small activations."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from lutjax.arrays.base import CompressedArray
+from lutjax.arrays.dense_array import DenseArray
+from lutjax.arrays.row_lut_array import RowLutArray
+from lutjax.arrays.split import Split
+from lutjax.arrays.sum_array import SumArray
+from lutjax.arrays.view import MatrixView
+from pallas_kernels.sparse_matmul import sparse_matmul
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["inner", "threshold", "row_norms"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class GatedArray(CompressedArray):
+    """``x @ W`` becomes ``(x * [|x| > t]) @ W``, or ``(x * [|x| * norms > t]) @ W``.
+
+    The threshold is data: another one needs no compilation. With few rows of ``x`` (decoding), and
+    a dense or row-packed weight, the rows of ``W`` that meet only zeros are not read.
+
+    The gate belongs to the product over K. The dense form (:meth:`materialize`), the transposed
+    product and lookups are those of the weight inside. The gradient of ``x`` is zero where ``x``
+    was ignored.
+
+    Attributes:
+      inner: The weight, dense (:class:`DenseArray`) or compressed.
+      threshold: ``float32[*batch]``; 0 ignores nothing but zeros.
+      row_norms: ``float32[*batch, K]`` that scale ``|x|`` before the comparison, or None.
+
+    Source: TEAL (arXiv 2408.14690); with row norms, WINA (arXiv 2505.19427).
+
+    >>> gated = GatedArray.of(DenseArray.of(jnp.eye(3)), 0.5)
+    >>> gated.matmul(jnp.array([[0.4, -1.0, 2.0]])).tolist()
+    [[0.0, -1.0, 2.0]]
+    """
+
+    inner: CompressedArray
+    threshold: Float[Array, "*batch"]
+    row_norms: Float[Array, "*batch k"] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        inner: CompressedArray,
+        threshold: Any,
+        row_norms: Float[Array, "*batch k"] | None = None,
+    ) -> Self:
+        """Gates a weight.
+
+        Args:
+          inner: The weight, without a gate.
+          threshold: A number, or one for each of the weight's batch entries.
+          row_norms: ``[*batch, K]`` or None.
+
+        Raises:
+          ValueError: If shapes do not fit, or a threshold is negative or NaN.
+          TypeError: If ``inner`` is gated already.
+        """
+        if isinstance(inner, cls):
+            raise TypeError(f"{inner!r} is gated already; gate the weight inside it")
+        values = np.asarray(threshold, np.float32)
+        if not (values >= 0).all():
+            raise ValueError(f"threshold={threshold} must be 0 or positive")
+        if values.shape not in ((), inner.batch_shape):
+            raise ValueError(f"threshold of shape {values.shape} does not fit {inner!r}")
+        expected = (*inner.batch_shape, inner.matrix_shape[0])
+        if row_norms is not None and row_norms.shape != expected:
+            raise ValueError(f"row_norms of shape {row_norms.shape} must have shape {expected}")
+        return cls(inner, jnp.asarray(np.broadcast_to(values, inner.batch_shape)), row_norms)
+
+    @property
+    def view(self) -> MatrixView:  # type: ignore[override]
+        """The view of the weight inside."""
+        return self.inner.view
+
+    @property
+    def dtype(self) -> np.dtype:  # type: ignore[override]
+        """Dtype of the weight this stands for."""
+        return self.inner.dtype
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The leading axes."""
+        return self.inner.batch_shape
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """K and N of the stored matrix."""
+        return self.inner.matrix_shape
+
+    def row_thresholds(self) -> Float[Array, "*batch k_or_1"]:
+        """What ``|x|`` is compared with: one number, or one for each row."""
+        threshold = self.threshold[..., None]
+        if self.row_norms is None:
+            return threshold
+        safe = jnp.where(self.row_norms > 0, self.row_norms, 1)
+        return jnp.where(self.row_norms > 0, threshold / safe, jnp.inf)
+
+    def ignored(self, x: Float[Array, "*batch m k"]) -> Bool[Array, "*batch m k"]:
+        """Which activations the product takes as zero; NaN is never among them."""
+        return jnp.abs(x).astype(jnp.float32) <= self.row_thresholds()[..., None, :]
+
+    def materialize_matrix(self) -> Float[Array, "*batch k n"]:
+        """The dense matrix of the weight inside; the gate is not part of it."""
+        return self.inner.materialize_matrix()
+
+    def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
+        """``(x * [|x| > t]) @ W`` in the dtype of ``x``."""
+        if self.batch_shape:
+            return jax.vmap(lambda w, x: w.matmul(x))(self, x)
+        lead = x.shape[:-2]
+        y = _product(self.inner, x.reshape(-1, x.shape[-1]), self.row_thresholds()[None, :])
+        return y.reshape(*lead, -1, y.shape[-1])
+
+    def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
+        """``x @ W.T``: the gate belongs to the product over K, so there is none here."""
+        return self.inner.matmul_transposed(x)
+
+    def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array | None:
+        """Rows or columns of the weight inside."""
+        return self.inner.take_matrix(axis, indices)
+
+    def slice_matrix(self, axis: str, start: int, size: int) -> Self | None:
+        """A slice of the weight inside, under the same gate."""
+        inner = self.inner.slice_matrix(axis, start, size)
+        if inner is None:
+            return None
+        norms = self.row_norms
+        if norms is not None and axis == "k":
+            norms = jax.lax.slice_in_dim(norms, start, start + size, axis=norms.ndim - 1)
+        return dataclasses.replace(self, inner=inner, row_norms=norms)
+
+    def split_specs(self, split: Split) -> Any:
+        """The weight as it would be split; row norms with its rows."""
+        norms = None if self.row_norms is None else split.spec(split.k)
+        return type(self)(self.inner.split_specs(split), split.spec(), norms)
+
+    def typed_spec(self) -> tuple[tuple[Any, ...], Any, Any]:
+        """The explicit mesh axes over which the weight is split."""
+        return self.inner.typed_spec()
+
+    def with_view(self, view: MatrixView) -> Self:
+        """The same data under another view."""
+        return dataclasses.replace(self, inner=self.inner.with_view(view))
+
+    def astype(self, dtype: Any) -> Self:
+        """The same data standing for a weight of another dtype."""
+        return dataclasses.replace(self, inner=self.inner.astype(dtype))
+
+    def __repr__(self) -> str:
+        """Shape, kind of gate, and the weight inside; never the arrays."""
+        try:
+            gate = "|x|" if self.row_norms is None else "|x|·norm"
+            return f"GatedArray(shape={self.shape}, {gate} > t, {self.inner!r})"
+        except (AttributeError, IndexError, TypeError):  # placeholders instead of arrays
+            return f"GatedArray(inner={self.inner!r}, threshold={self.threshold!r})"
+
+
+def _product(inner: CompressedArray, x: jax.Array, thresholds: jax.Array) -> jax.Array:
+    match inner:
+        case DenseArray():
+            return sparse_matmul(x, inner.matrix, thresholds)
+        case RowLutArray():
+            return sparse_matmul(x, inner.row_codes(), thresholds)
+        case SumArray():
+            return functools.reduce(
+                operator.add, [_product(part, x, thresholds) for part in inner.parts]
+            )
+        case _:
+            small = jnp.abs(x).astype(jnp.float32) <= thresholds
+            return inner.matmul(jnp.where(small, jnp.zeros((), x.dtype), x))

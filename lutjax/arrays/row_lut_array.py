@@ -1,0 +1,151 @@
+"""Lookup-table codes in the layout that activation sparsity needs: every row on its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt32
+
+from lutjax.arrays.base import CompressedArray, format_bytes
+from lutjax.arrays.lut_array import LutArray
+from lutjax.arrays.split import Split, typed_entries
+from lutjax.arrays.view import MATRIX, MatrixView
+from pallas_kernels.sparse_matmul import RowCodes, dequantize_rows, pack_rows
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["words", "scales", "lut", "offsets"],
+    meta_fields=["group_size", "dtype", "view"],
+)
+@dataclasses.dataclass(frozen=True)
+class RowLutArray(CompressedArray):
+    """The weight of a :class:`LutArray`, packed along N instead of K.
+
+    A layout for the running program, made at load time by :func:`lutjax.sparsity.prepack`; it is
+    not meant for checkpoints. Inside a :class:`GatedArray`, its product reads live rows only.
+
+    Attributes:
+      words: ``uint32[*batch, K, blocks, L]``, see :func:`pallas_kernels.sparse_matmul.pack_rows`.
+      scales: ``[*batch, ceil(K / G), N]``.
+      lut: ``float32[*batch, T, 2**bits, 1]``, T = 1 or N.
+      offsets: Like ``scales``, or None.
+      group_size: G, rows that share a scale; the last group may be shorter.
+      dtype: Dtype of the weight this stands for.
+      view: How the logical axes map onto ``[K, N]``.
+
+    >>> import lutjax
+    >>> w = lutjax.quantize(jnp.eye(64), bits=4, group_size=32)
+    >>> bool((RowLutArray.of(w).materialize() == w.materialize()).all())
+    True
+    """
+
+    words: UInt32[Array, "..."]
+    scales: Float[Array, "..."]
+    lut: Float[Array, "..."]
+    offsets: Float[Array, "..."] | None
+    group_size: int
+    dtype: np.dtype
+    view: MatrixView = MATRIX
+
+    @classmethod
+    def of(cls, array: LutArray, lanes: int | None = None) -> Self:
+        """Repacks a canonical array.
+
+        Args:
+          array: With scalar tables.
+          lanes: Words in a block of a row; None for whole rows (CPU). 32 suits GPUs, 128 TPUs.
+
+        Raises:
+          ValueError: If one code stands for several rows.
+        """
+        if array.vector_size > 1:
+            raise ValueError(
+                f"{array!r}: a code stands for {array.vector_size} rows, which cannot be read alone"
+            )
+        return cls(
+            pack_rows(array.codes(), array.bits, lanes),
+            array.expanded_scales(),
+            array.lut,
+            array.offsets,
+            array.group_size,
+            array.dtype,
+            array.view,
+        )
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The leading axes that all data fields share."""
+        return tuple(self.words.shape[:-3])
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """K and N of the stored matrix."""
+        return self.words.shape[-3], self.scales.shape[-1]
+
+    def row_codes(self) -> RowCodes:
+        """What the kernels take; without batch axes."""
+        return RowCodes(self.words, self.scales, self.lut, self.offsets, self.group_size)
+
+    def materialize_matrix(self) -> Float[Array, "*batch k n"]:
+        """The dense stored matrix, in :attr:`dtype`."""
+        if self.batch_shape:
+            return jax.vmap(lambda w: w.materialize_matrix())(self)
+        return dequantize_rows(self.row_codes(), self.dtype)
+
+    def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
+        """``x @ W`` on the dense matrix, in the dtype of ``x``."""
+        return x @ self.astype(x.dtype).materialize_matrix()
+
+    def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
+        """``x @ W.T`` on the dense matrix, in the dtype of ``x``."""
+        return x @ jnp.swapaxes(self.astype(x.dtype).materialize_matrix(), -1, -2)
+
+    def split_specs(self, split: Split) -> Any:
+        """Split by rows at whole groups; columns are not split, a block holds distant ones."""
+        k, _ = self.matrix_shape
+        if split.shards(split.n) > 1:
+            raise ValueError("its columns are packed together; shard K, or the canonical LutArray")
+        rows = k // split.shards(split.k)
+        if k % split.shards(split.k):
+            raise ValueError(f"its K={k} rows do not split into {split.shards(split.k)}")
+        groups = split.k if rows % self.group_size == 0 else None
+        if groups is None and split.shards(split.k) > 1:
+            raise ValueError(f"shards of {rows} rows cut groups of {self.group_size}")
+        scales = split.spec(groups, None)
+        return dataclasses.replace(
+            self,
+            words=split.spec(split.k, None, None),
+            scales=scales,
+            lut=split.spec(None, None, None),
+            offsets=None if self.offsets is None else scales,
+        )
+
+    def typed_spec(self) -> tuple[tuple[Any, ...], Any, Any]:
+        """The explicit mesh axes over which batch axes and K are split."""
+        *batch, k, _, _ = typed_entries(self.words)
+        return tuple(batch), k, None
+
+    def with_view(self, view: MatrixView) -> Self:
+        """The same data under another view."""
+        return dataclasses.replace(self, view=view)
+
+    def astype(self, dtype: Any) -> Self:
+        """The same codes standing for a weight of another dtype."""
+        return dataclasses.replace(self, dtype=np.dtype(dtype))
+
+    def __repr__(self) -> str:
+        """Shape, dtype, bits, group size and bytes; never the arrays."""
+        try:
+            bits = self.lut.shape[-2].bit_length() - 1
+            return (
+                f"RowLutArray(shape={self.shape}, {self.dtype}, {bits} bits, "
+                f"group_size={self.group_size}, {format_bytes(self.nbytes)})"
+            )
+        except (AttributeError, IndexError, TypeError):  # placeholders instead of arrays
+            return f"RowLutArray(words={self.words!r}, scales={self.scales!r}, lut={self.lut!r})"
