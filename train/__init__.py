@@ -1,0 +1,1 @@
+"""Training programs: run them as ``python -m train.<name>``."""

@@ -1,0 +1,113 @@
+"""Cyclic precision training: weights and activations at a bit width that goes up and down."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def cyclic_bits(
+    step: Array | int, *, low: int, high: int, steps: int, cycles: int = 32
+) -> Float[Array, ""]:
+    """Bits at a step: `rint(low + (high - low) (1 - cos(pi (t mod T) / T)) / 2)`.
+
+    `T = steps / cycles` is the length of a cycle.
+
+    Args:
+      step: `t`; may be traced, so that a change of precision compiles nothing.
+      low: Bits at the start of a cycle.
+      high: Bits at its end.
+      steps: Length of the training.
+      cycles: How many cycles it has.
+
+    Source: CPT (arXiv 2101.09868, equation 1).
+
+    >>> [int(cyclic_bits(t, low=3, high=8, steps=100, cycles=10)) for t in (0, 5, 9, 10)]
+    [3, 6, 8, 3]
+    """
+    period = steps / cycles
+    phase = jnp.mod(jnp.asarray(step, jnp.float32), period) / period
+    return jnp.rint(low + (high - low) * (1 - jnp.cos(jnp.pi * phase)) / 2)
+
+
+def fake_quantize(
+    x: Float[Array, "..."], bits: Float[Array, ""], axes: Sequence[int] | None = None
+) -> Float[Array, "..."]:
+    """Rounds to `2^bits` evenly spaced values from min to max, with a straight-through gradient.
+
+    Args:
+      x: What is rounded.
+      bits: May be traced.
+      axes: The range is taken over these; over all of them by default.
+
+    >>> fake_quantize(jnp.array([0.0, 0.4, 1.0]), jnp.asarray(1.0)).tolist()
+    [0.0, 0.0, 1.0]
+    """
+    wide = x.astype(jnp.float32)
+    low = wide.min(axis=axes, keepdims=True)
+    step = (wide.max(axis=axes, keepdims=True) - low) / (2.0**bits - 1)
+    safe = jnp.where(step > 0, step, 1.0)
+    rounded = (jnp.rint((wide - low) / safe) * safe + low).astype(x.dtype)
+    return x + jax.lax.stop_gradient(rounded - x)
+
+
+def quantize_kernels(params: Any, bits: Float[Array, ""]) -> Any:
+    """Fake-quantises every ``kernel`` of the blocks per output channel; the rest stays."""
+
+    def visit(path: Any, leaf: Any) -> Any:
+        names = [getattr(key, "key", None) for key in path]
+        if "layers" in names and names[-1] == "kernel":
+            return fake_quantize(leaf, bits, axes=(-2,))
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(visit, params)
+
+
+@contextlib.contextmanager
+def quantized_activations(bits: Float[Array, ""]) -> Iterator[None]:
+    """Within it, the input of every Flax dense layer of a block is fake-quantised per tensor."""
+
+    def intercept(
+        call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+    ) -> Any:
+        in_block = "layers" in context.module.path
+        if isinstance(context.module, nn.Dense) and context.method_name == "__call__" and in_block:
+            args = (fake_quantize(args[0], bits), *args[1:])
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(intercept):
+        yield
+
+
+def precision_range_test(gain_at: Callable[[int], float], threshold: float, high: int = 8) -> int:
+    """The lowest bits that training makes progress with: `b_min` of :func:`cyclic_bits`.
+
+    Args:
+      gain_at: Trains for a while at so many bits and returns the averaged gain (how much the loss
+        fell, or the accuracy rose).
+      threshold: A gain that counts as progress.
+      high: Highest bits to try.
+
+    Returns:
+      The first of 2, 3, ... whose gain passes the threshold.
+
+    Raises:
+      ValueError: When none does.
+
+    Source: CPT (arXiv 2101.09868, section 3.3).
+
+    >>> precision_range_test(lambda bits: 0.1 * bits, threshold=0.35)
+    4
+    """
+    gains = {}
+    for bits in range(2, high + 1):
+        gains[bits] = gain_at(bits)
+        if gains[bits] > threshold:
+            return bits
+    raise ValueError(f"no precision gains more than threshold={threshold}: {gains}; lower it")

@@ -1,0 +1,419 @@
+"""Pretraining of Llama-style decoders from scratch: ``python -m train.pretrain --help``."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+
+from lutjax import lift
+from lutjax.adapters import dual
+from lutjax.models import Decoder
+from lutjax.optim import first_nonfinite, leaf_name
+from lutjax.optim.project import ProjectedTransformation
+from lutjax.paths import path_string
+from train.cyclic_precision import cyclic_bits, quantize_kernels, quantized_activations
+from train.llama_configs import LLAMA
+from train.methods import MethodOptions, make_method
+from train.text import Corpus, byte_tokens, read_text
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """One run. Two runs with the same configuration give the same bits.
+
+    Attributes:
+      text: Plain-text files, or one ``dataset:config:split`` of the Hugging Face hub.
+      model: Name of a Llama configuration (train/llama_configs.py).
+      method: Name of a method (train/methods.py).
+      steps: Updates.
+      batch_size: Sequences in an update.
+      accumulate: Parts that a batch is cut into, one after the other on the device. Gradients of
+        adapters accumulate in the latent space.
+      sequence_length: Tokens of a sequence.
+      learning_rate: Peak; linear warm-up over a tenth of the steps, then cosine decay to a tenth.
+      rank: Rank of projections and adapters.
+      refresh_every: Steps between new projections, merges or resets.
+      scale: Factor on projected updates; the method's own default if None.
+      seed: Of the weights, the batches and the random maps.
+      characters: Characters of the text to read at most.
+      tokenizer: A ``tokenizer.json``; bytes are the tokens without one.
+      cyclic_bits: Lowest and highest bits of cyclic precision training; none if None.
+      cycles: Cycles of precision.
+      skip_nonfinite: At a step whose gradients have NaN leave the run as it is; stop otherwise.
+      eval_every: Steps between evaluations; only at the end if None.
+      output: Directory of the checkpoints and the log; nothing is written if None.
+      checkpoint_every: Steps between checkpoints.
+    """
+
+    text: tuple[str, ...]
+    model: str = "1m"
+    method: str = "galore"
+    steps: int = 1000
+    batch_size: int = 16
+    accumulate: int = 1
+    sequence_length: int = 128
+    learning_rate: float = 3e-3
+    rank: int = 32
+    refresh_every: int = 200
+    scale: float | None = None
+    seed: int = 0
+    characters: int | None = None
+    tokenizer: str | None = None
+    cyclic_bits: tuple[int, int] | None = None
+    cycles: int = 32
+    skip_nonfinite: bool = False
+    eval_every: int | None = None
+    output: str | None = None
+    checkpoint_every: int = 500
+
+    def __post_init__(self) -> None:
+        """Checks values that would fail late or silently."""
+        if self.model not in LLAMA:
+            raise ValueError(f"unknown model {self.model!r}; use one of {', '.join(LLAMA)}")
+        if self.steps < 1 or self.checkpoint_every < 1:
+            raise ValueError("steps and checkpoint_every must be at least 1")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}"
+            )
+        if self.cyclic_bits is not None and not 2 <= self.cyclic_bits[0] <= self.cyclic_bits[1]:
+            raise ValueError(f"cyclic_bits={self.cyclic_bits} must be (low, high), low >= 2")
+
+    def schedule(self) -> optax.Schedule:
+        """The learning rate by step."""
+        return optax.warmup_cosine_decay_schedule(
+            0.0,
+            self.learning_rate,
+            max(1, self.steps // 10),
+            max(2, self.steps),
+            self.learning_rate / 10,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """The pure functions of a run.
+
+    Attributes:
+      init: Key -> state, a pytree of arrays.
+      step: State, step number and batch -> state and metrics.
+      weights: State -> dense weights.
+      evaluate: State and batches -> mean loss.
+    """
+
+    init: Callable[..., Any]
+    step: Callable[..., Any]
+    weights: Callable[[Any], Any]
+    evaluate: Callable[..., Any]
+
+
+def next_token_loss(apply: Callable[..., Any], params: Any, tokens: jax.Array) -> jax.Array:
+    """Mean cross-entropy of `tokens[:, 1:]` given what comes before, in nats."""
+    logits = apply({"params": params}, tokens[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+
+def build(config: PretrainConfig) -> Training:
+    """The functions of a run: of the weights, or of adapters for a method that trains those."""
+    model = Decoder(LLAMA[config.model])
+    options = MethodOptions(
+        config.schedule(), config.rank, config.refresh_every, config.scale, config.seed
+    )
+    method = make_method(config.method, options)
+    dummy = jnp.zeros((1, 8), jnp.int32)
+
+    def loss_of(apply: Callable[..., Any], params: Any, tokens: jax.Array, step: Any) -> jax.Array:
+        if config.cyclic_bits is None:
+            return next_token_loss(apply, params, tokens)
+        low, high = config.cyclic_bits
+        bits = cyclic_bits(step, low=low, high=high, steps=config.steps, cycles=config.cycles)
+        with quantized_activations(bits):
+            return next_token_loss(apply, quantize_kernels(params, bits), tokens)
+
+    def gradients_of(loss: Callable[..., Any], trained: Any, tokens: jax.Array) -> Any:
+        """Loss and gradient, averaged over the parts of the batch."""
+        if config.accumulate == 1:
+            return jax.value_and_grad(loss)(trained, tokens)
+        parts = tokens.reshape(config.accumulate, -1, tokens.shape[-1])
+
+        def add(total: Any, part: jax.Array) -> Any:
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(trained, part)), None
+
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
+        total, _ = jax.lax.scan(add, zero, parts)
+        return jax.tree.map(lambda x: x / config.accumulate, total)
+
+    def guarded(gradients: Any, state: Any, update: Callable[[], Any]) -> tuple[Any, jax.Array]:
+        bad = first_nonfinite(gradients)
+        if config.skip_nonfinite:
+            return jax.lax.cond(bad >= 0, lambda: state, update), bad
+        return update(), bad
+
+    def init_params(key: jax.Array) -> Any:
+        return model.init(key, dummy)["params"]
+
+    if method.adapters:
+        assert isinstance(method.optimizer, ProjectedTransformation)
+        training = dual(method.optimizer)
+
+        def init(key: jax.Array) -> Any:
+            return training.init(init_params(key))
+
+        # Cyclic precision rounds whole weights, so they are formed; else lift keeps them apart.
+        apply = model.apply if config.cyclic_bits is not None else lift(model.apply, strict=True)
+        form = training.weights if config.cyclic_bits is not None else training.adapted
+
+        def step(state: Any, number: jax.Array, tokens: jax.Array) -> Any:
+            def full_gradients(state: Any) -> Any:
+                weights = training.weights(state)
+                return jax.grad(lambda p: loss_of(model.apply, p, tokens, number))(weights)
+
+            def refresh(state: Any) -> Any:
+                from_gradient = training.config.map.depends_on == "gradient"
+                return training.refresh(state, full_gradients(state) if from_gradient else None)
+
+            state = jax.lax.cond(training.is_due(state), refresh, lambda state: state, state)
+            loss, gradients = gradients_of(
+                lambda latents, part: loss_of(apply, form(state, latents), part, number),
+                state.latents,
+                tokens,
+            )
+            state, bad = guarded(gradients, state, lambda: training.update(gradients, state))
+            return state, {"loss": loss, "nonfinite": bad}
+
+        def weights(state: Any) -> Any:
+            return training.weights(state)
+
+    else:
+
+        def init(key: jax.Array) -> Any:
+            params = init_params(key)
+            return params, method.optimizer.init(params)
+
+        def step(state: Any, number: jax.Array, tokens: jax.Array) -> Any:
+            params, optimizer_state = state
+            loss, gradients = gradients_of(
+                lambda p, part: loss_of(model.apply, p, part, number), params, tokens
+            )
+
+            def update() -> Any:
+                updates, new_state = method.optimizer.update(gradients, optimizer_state, params)
+                return optax.apply_updates(params, updates), new_state
+
+            state, bad = guarded(gradients, state, update)
+            return state, {"loss": loss, "nonfinite": bad}
+
+        def weights(state: Any) -> Any:
+            return state[0]
+
+    def evaluate(state: Any, batches: jax.Array) -> jax.Array:
+        params = weights(state)
+        losses = jax.lax.map(lambda tokens: next_token_loss(model.apply, params, tokens), batches)
+        return losses.mean()
+
+    return Training(init, step, weights, evaluate)
+
+
+def load_corpus(config: PretrainConfig) -> Corpus:
+    """The tokens of the configuration's text.
+
+    Raises:
+      ValueError: For tokens that the model has no embedding of.
+    """
+    encode = byte_tokens
+    if config.tokenizer is not None:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(config.tokenizer)
+
+        def encode(text: str) -> Any:
+            return tokenizer.encode(text).ids
+
+    corpus = Corpus.of(read_text(config.text, config.characters), encode)
+    vocab = LLAMA[config.model].vocab_size
+    if corpus.train.max() >= vocab:
+        raise ValueError(
+            f"token {corpus.train.max()} is outside the vocabulary of {vocab} of {config.model!r}; "
+            "use another model or tokenizer"
+        )
+    return corpus
+
+
+class Checkpoints:
+    """Orbax checkpoints of a run's state, with the configuration that they belong to."""
+
+    def __init__(self, directory: Path, identity: dict[str, Any], every: int) -> None:
+        self._identity = identity
+        self._manager = ocp.CheckpointManager(
+            directory.resolve(),
+            options=ocp.CheckpointManagerOptions(
+                save_interval_steps=every, max_to_keep=2, enable_async_checkpointing=False
+            ),
+        )
+
+    def restore(self, state: Any) -> tuple[Any, int]:
+        """The latest state and its step; the given state and 0 when there is none.
+
+        Raises:
+          ValueError: When the checkpoint is of another configuration, naming what differs.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return state, 0
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+        found = dict(meta["meta"])
+        if found != self._identity:
+            keys = sorted(found.keys() | self._identity.keys())
+            differing = [
+                f"{k}: {found.get(k)!r} in the checkpoint, {self._identity.get(k)!r} asked for"
+                for k in keys
+                if found.get(k) != self._identity.get(k)
+            ]
+            raise ValueError(
+                f"cannot resume the checkpoint of step {step}: {'; '.join(differing)}; "
+                "use another output directory"
+            )
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _flat(state))
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        )
+        return _unflat(state, restored["state"]), step
+
+    def save(self, step: int, state: Any, force: bool = False) -> None:
+        """Saves if the step is due."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_flat(state)),
+                meta=ocp.args.JsonSave(self._identity),
+            ),
+            force=force,
+        )
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._manager.close()
+
+
+def _flat(state: Any) -> dict[str, Any]:
+    """The arrays of a state by path: a form that doesn't depend on Python classes."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {path_string(path).replace("/", "."): leaf for path, leaf in leaves}
+
+
+def _unflat(like: Any, flat: dict[str, Any]) -> Any:
+    leaves = [flat[name] for name in _flat(like)]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def identity_of(config: PretrainConfig, corpus: Corpus) -> dict[str, Any]:
+    """What must be equal for a run to be resumed, in terms of JSON."""
+    ignored = ("output", "checkpoint_every", "eval_every", "text", "skip_nonfinite")
+    values = {k: v for k, v in dataclasses.asdict(config).items() if k not in ignored}
+    return json.loads(json.dumps(values | {"text": corpus.fingerprint}))
+
+
+def pretrain(
+    config: PretrainConfig, corpus: Corpus | None = None, stop_at: int | None = None
+) -> dict[str, Any]:
+    """Trains, resuming from the output directory's checkpoint if there is one.
+
+    Args:
+      config: The run.
+      corpus: Its tokens; read from ``config.text`` by default.
+      stop_at: Stop early at this step, as if interrupted (after a checkpoint).
+
+    Returns:
+      ``losses`` (by step since the start or resumption), ``evaluations`` ((step, loss) pairs),
+      ``state``, ``weights`` and ``seconds``.
+
+    Raises:
+      FloatingPointError: At a gradient with NaN or infinity, naming the parameter.
+      ValueError: For a configuration that does not fit the text or the checkpoint.
+    """
+    corpus = load_corpus(config) if corpus is None else corpus
+    training = build(config)
+    length = config.sequence_length
+    validation = jnp.asarray(corpus.validation_batches(config.batch_size, length, 8))
+    init = jax.jit(training.init)
+    evaluate = jax.jit(training.evaluate)
+    step = jax.jit(training.step, donate_argnums=0)
+    state, start = init(jax.random.key(config.seed)), 0
+    checkpoints = None
+    if config.output is not None:
+        directory = Path(config.output)
+        directory.mkdir(parents=True, exist_ok=True)
+        checkpoints = Checkpoints(
+            directory / "checkpoints", identity_of(config, corpus), config.checkpoint_every
+        )
+        state, start = checkpoints.restore(state)
+    trained_like = jax.eval_shape(training.weights, state)
+    losses: list[float] = []
+    evaluations: list[tuple[int, float]] = []
+    began = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        log = None
+        if config.output is not None:
+            log = stack.enter_context((Path(config.output) / "log.jsonl").open("a"))
+        for number in range(start, config.steps if stop_at is None else stop_at):
+            tokens = corpus.batch(config.seed, number, config.batch_size, length)
+            state, metrics = step(state, jnp.asarray(number), jnp.asarray(tokens))
+            losses.append(float(metrics["loss"]))
+            done = number + 1
+            record: dict[str, Any] = {"step": done, "loss": losses[-1]}
+            bad = int(metrics["nonfinite"])
+            if bad >= 0:
+                name = leaf_name(trained_like, bad)
+                if not config.skip_nonfinite:
+                    raise FloatingPointError(
+                        f"step {number}: the gradient of {name!r} has NaN or infinite entries; "
+                        "lower the learning rate or pass skip_nonfinite"
+                    )
+                record["skipped"] = name
+            due = config.eval_every is not None and done % config.eval_every == 0
+            if due or done == config.steps:
+                evaluations.append((done, float(evaluate(state, validation))))
+                record["validation_loss"] = evaluations[-1][1]
+            if log is not None:
+                log.write(json.dumps(record) + "\n")
+            if checkpoints is not None:
+                checkpoints.save(done, state, force=done in (config.steps, stop_at))
+    if checkpoints is not None:
+        checkpoints.close()
+    return {
+        "losses": losses,
+        "evaluations": evaluations,
+        "state": state,
+        "weights": training.weights(state),
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def main() -> None:
+    """The command line."""
+    import tyro
+
+    config = tyro.cli(PretrainConfig, description=__doc__)
+    result = pretrain(config)
+    final = result["evaluations"][-1][1] if result["evaluations"] else math.nan
+    tokens = len(result["losses"]) * config.batch_size * config.sequence_length
+    print(
+        f"{config.method} on {config.model}: validation loss {final:.4f}, "
+        f"perplexity {np.exp(final):.2f}, {tokens / result['seconds']:.0f} tokens/s"
+    )
+
+
+if __name__ == "__main__":
+    main()
