@@ -71,7 +71,8 @@ def lut_matmul(
       group_size: The number G of consecutive rows that share a scale; K for one group a column.
       transpose: Multiplies by the transposed weight.
       implementation: One of ``IMPLEMENTATIONS``; None picks the best one that supports the
-        arguments on the platform that the program is lowered for.
+        arguments on the platform that the program is lowered for. To lower for an absent device,
+        trace under a ``jax.sharding.AbstractMesh`` with its ``AbstractDevice``.
 
     Returns:
       ``[..., N]``, or ``[..., K]`` when transposed.

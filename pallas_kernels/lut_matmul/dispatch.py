@@ -105,10 +105,15 @@ def reason_against_here(name: str, arrays: tuple, static: dict) -> str | None:
 
 
 def best_per_platform(arrays: tuple, static: dict) -> tuple[dict[str, str], str]:
-    """The preferred implementation of every known platform, and the one for all others."""
+    """The preferred implementation of every known platform, and the one for all others.
+
+    Tracing a kernel takes seconds, so only the platform that programs are compiled for here gets
+    its kernels; a program lowered for another one without an abstract device falls back to XLA.
+    """
 
     def best(names: tuple[str, ...]) -> str:
-        return next(name for name in names if reason_against(name, arrays, static) is None)
+        check = reason_against_here
+        return next(name for name in names if check(name, arrays, static) is None)
 
     return {platform: best(names) for platform, names in _PREFERENCE.items()}, best(
         _OTHER_PLATFORMS

@@ -174,6 +174,9 @@ def lut_matmul(
     interpret: Any = False,
 ) -> jax.Array:
     """The product for ``x`` of shape ``[M, K]``."""
+    if interpret and config is None:
+        # An interpreted thread may block a core for good, and small machines have two.
+        config = Config(warpgroups=2, stages=2, splits=1)
     problem = make_problem(x.shape[0], words, k=k, group_size=group_size, config=config)
     planes, table = prepack(words, lut, problem, x.dtype)
     y = apply(x, planes, scales, table, problem, interpret=interpret)[:, : words.shape[2]]
@@ -249,7 +252,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
             part = pl.ds(start, count)
             first, second = (
                 lax.broadcast_in_dim(
-                    plgpu.load(t.at[part], layout=layout.WGMMA.reduce(1), optimized=False),
+                    plgpu.load(t.at[part], (), layout=layout.WGMMA.reduce(1), optimized=False),
                     (count, 64),
                     (0,),
                 )
@@ -274,6 +277,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
             words = tuple(
                 plgpu.load(
                     ref.at[tile, warpgroup],
+                    (),
                     layout=layout.WG_STRIDED(ref.shape[2:], vec_size=length),
                     optimized=False,
                 )
@@ -302,6 +306,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
                     row = (warpgroup * SLICE_K + start) // problem.group
                 scale = plgpu.load(
                     s_smem.at[row, pl.ds(tile * TILE_N, TILE_N)],
+                    (),
                     layout=layout.WGMMA.reduce(1),
                     optimized=False,
                 ).astype(jnp.float32)
@@ -323,7 +328,9 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
                     part = pl.ds(tile * TILE_N, TILE_N)
                     value = sums[tile]
                     if turn:
-                        value += plgpu.load(total.at[part], layout=layout.WGMMA, optimized=False)
+                        value += plgpu.load(
+                            total.at[part], (), layout=layout.WGMMA, optimized=False
+                        )
                     total[part, :] = value
                 if turn == config.warpgroups - 1:
                     plgpu.commit_smem()

@@ -56,10 +56,10 @@ def _step_asm(bits: int, step: int) -> tuple[str, int]:
             lines += [_address(q, "$4", f"a{q}"), f"ld.shared.b32 ${q}, [a{q}];"]
     elif bits == 2:
         words = 1
-        for r in range(2):
+        for c in range(2):
             lines += [
-                _address(2 * (step % 2) + r, "$4", f"a{r}"),
-                f"ld.shared.v2.b32 {{${r}, ${2 + r}}}, [a{r}];",
+                _address(2 * (step % 2) + c, "$4", f"a{c}"),
+                f"ld.shared.v2.b32 {{${2 * c}, ${2 * c + 1}}}, [a{c}];",
             ]
     elif bits == 3:
         words = 2

@@ -11,7 +11,7 @@ byte into the lane's own address is one byte permute, and no two lanes share a b
 ===== ================================================================ ===================
 bits  a byte holds                                                     the table's entry
 ===== ================================================================ ===================
-2     four codes: both registers c of one r                            two registers
+2     four codes: both registers r of one c                            two registers
 3     two codes, low bits in a nibble, high bits in a crumb elsewhere  one register
 4     two codes: one register                                          one register
 8     one code                                                         half a register
@@ -55,8 +55,7 @@ def pack_fragments(words: jax.Array, rows: int, columns: int) -> tuple[jax.Array
     codes = codes.reshape(columns // 64, rows // 128, 128, 8, 2, 2, 2).astype(_U32)
     if bits == 4:
         return (_vectors(_join(codes, 4, (-3, -2, -1)), 4),)
-    if bits == 2:  # byte 2 (step % 2) + r
-        codes = codes.swapaxes(-3, -2)
+    if bits == 2:  # byte 2 (step % 2) + c
         codes = codes.reshape(*codes.shape[:3], 4, 2, 2, 2, 2)
         return (_vectors(_join(codes, 2, (-4, -3, -2, -1)), 4),)
     if bits == 8:  # a word holds r, v of one c
@@ -107,7 +106,7 @@ def words_of_step(bits: int, step: int) -> list[tuple[int, int]]:
 def lookup_bytes(words: list[jax.Array], bits: int, step: int) -> list[jax.Array]:
     """The bytes that the words of a step hold, in order of the registers they become.
 
-    2 bits: r = 0, 1; 3 and 4 bits: registers 0..3; 8 bits: (register, v) in order.
+    2 bits: c = 0, 1; 3 and 4 bits: registers 0..3; 8 bits: (register, v) in order.
     """
 
     def byte(word: jax.Array, index: int) -> jax.Array:
@@ -116,7 +115,7 @@ def lookup_bytes(words: list[jax.Array], bits: int, step: int) -> list[jax.Array
     if bits == 4:
         return [byte(words[0], q) for q in range(4)]
     if bits == 2:
-        return [byte(words[0], 2 * (step % 2) + r) for r in range(2)]
+        return [byte(words[0], 2 * (step % 2) + c) for c in range(2)]
     if bits == 3:
         low = (words[0] >> _U32(4 * (step % 2))) & _U32(0x0F0F0F0F)
         move = 4 - 2 * (step % 4)
@@ -150,7 +149,7 @@ def emulate(
             used.append(vectors[plane][row, :, column])
         entries = [b.astype(jnp.int32) for b in lookup_bytes(used, bits, step)]
         if bits == 2:
-            registers = [table[entries[r], c] for c in range(2) for r in range(2)]
+            registers = [table[entries[c], r] for c in range(2) for r in range(2)]
         elif bits == 8:
             first, second = ([table[entries[2 * q + v], 0] for q in range(4)] for v in range(2))
             registers = [a | b << _U32(16) for a, b in zip(first, second, strict=True)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,25 +48,21 @@ def _shift(words: jax.Array, amount: int) -> jax.Array:
     return lax.shift_right_logical(words, jnp.full_like(words, amount)) if amount else words
 
 
-def _field(
-    plane_refs: tuple, bits: int, row: int, lanes: slice, byte: int | None, whole: bool = False
-) -> jax.Array:
+def _field(words: tuple, bits: int, row: int, byte: int | None, whole: bool = False) -> jax.Array:
     """Codes ``row .. row + 31``: masked bytes of an int32 vreg, or one byte of each (``byte``).
 
     With ``whole`` the bits above the code are left in place.
     """
     total, low = None, 0
-    for b, ref in zip(PLANES[bits], plane_refs, strict=True):
-        unit, within = divmod(row, ROWS * 8 // b)
-        words = ref[8 * unit : 8 * unit + 8, lanes]
-        at = b * (within // ROWS)
+    for b, plane in zip(PLANES[bits], words, strict=True):
+        at = b * (row % (ROWS * 8 // b) // ROWS)
         mask = (2**b - 1) << low
         if byte is None:
             mask *= 0x01010101
             mask -= 2**32 if mask >= 2**31 else 0
         else:
             at += 8 * byte
-        moved = _shift(words, at - low) if at >= low else words << (low - at)
+        moved = _shift(plane, at - low) if at >= low else plane << (low - at)
         part = moved if whole or (b == 8 and byte == 3) else moved & mask
         total = part if total is None else total | part
         low += b
@@ -96,13 +94,24 @@ def lookup_rows(
     Returns:
       Two ``bf16[16, 128]``, or four ``float32[8, 128]`` for ``wide`` and ``lane``.
     """
+    units = [row // (ROWS * 8 // b) for b in PLANES[bits]]
+    words = tuple(ref[8 * u : 8 * u + 8, lanes] for ref, u in zip(plane_refs, units, strict=True))
+    period = ROWS * 8 // min(PLANES[bits])
+    return _lookup(words, table, constants, bits=bits, row=row % period, lookup=lookup)
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "row", "lookup"))
+def _lookup(
+    words: tuple, table: jax.Array, constants: tuple, *, bits: int, row: int, lookup: Lookup
+) -> list[jax.Array]:
+    """:func:`lookup_rows` on registers; jitted so that a large kernel is traced once a pattern."""
     if lookup == "byte":
-        packed = pltpu.bitcast(_field(plane_refs, bits, row, lanes, None), jnp.int8)
+        packed = pltpu.bitcast(_field(words, bits, row, None), jnp.int8)
         *halves, plane = constants
         indices = [gather(packed, half, 0) | plane for half in halves]
         return [pltpu.bitcast(gather(table, index, 0), jnp.bfloat16) for index in indices]
     whole = bits == 4  # the gathers mask the bits they use themselves
-    codes = [_field(plane_refs, bits, row, lanes, byte, whole) for byte in range(4)]
+    codes = [_field(words, bits, row, byte, whole) for byte in range(4)]
     if lookup in ("pair", "mixed"):
         values: list[jax.Array] = []
         for byte, code in enumerate(codes):

@@ -1,0 +1,136 @@
+"""The Hopper kernel's layout and its PTX, emulated instruction by instruction."""
+
+from __future__ import annotations
+
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.layout import pack
+from pallas_kernels.lut_matmul import mosaic_gpu_asm
+from pallas_kernels.lut_matmul.mosaic_gpu_layout import (
+    emulate,
+    lookup_bytes,
+    lookup_table,
+    pack_fragments,
+    table_rows,
+    vector_lengths,
+    words_of_step,
+)
+
+BITS = [2, 3, 4, 8]
+BASE = 4096
+
+
+def shared_memory(bits: int, table: np.ndarray) -> np.ndarray:
+    """The table as the kernel fills it: one copy a lane, 256 bytes an entry."""
+    rows = table_rows(bits)
+    shared = np.repeat(table[0][:rows, None], 64, axis=1)
+    if bits == 2:
+        shared[:, 1::2] = table[1][:rows, None]
+    return shared
+
+
+def prmt(a: int, b: int, selector: int) -> int:
+    pool = [a >> 8 * i & 255 for i in range(4)] + [b >> 8 * i & 255 for i in range(4)]
+    picked = [pool[selector >> 4 * i & 7] for i in range(4)]
+    assert not any(selector >> 4 * i & 8 for i in range(4)), "sign replication is not meant here"
+    return sum(byte << 8 * i for i, byte in enumerate(picked))
+
+
+def run_ptx(asm: str, operands: list[int], shared: np.ndarray) -> list[int]:
+    """Runs the few instructions of the inline PTX on one thread."""
+    state: dict[str, int] = {f"${4 + i}": value for i, value in enumerate(operands)}
+
+    def value(name: str) -> int:
+        name = name.strip()
+        return state[name] if name in state else int(name, 0)
+
+    def load(register: str, offset: int = 0) -> int:
+        address = value(register) - BASE + offset
+        assert address % 4 == 0
+        return int(shared.flat[address // 4])
+
+    for statement in asm.replace("{\n", "").split(";"):
+        statement = statement.strip()
+        if not statement or statement.startswith(".reg") or statement == "}":
+            continue
+        op, rest = statement.split(" ", 1)
+        if op == "ld.shared.v2.b32":
+            first, second, address = re.findall(r"\$\d|[ap]\d", rest)
+            state[first], state[second] = load(address), load(address, 4)
+            continue
+        target, *sources = (part.strip() for part in rest.split(","))
+        if op == "ld.shared.b32":
+            state[target] = load(sources[0].strip("[]"))
+            continue
+        a, *others = (value(s) for s in sources)
+        match op:
+            case "prmt.b32":
+                state[target] = prmt(a, *others)
+            case "add.u32":
+                state[target] = a + others[0]
+            case "shr.u32":
+                state[target] = a >> others[0]
+            case "shl.b32":
+                state[target] = (a << others[0]) & 0xFFFFFFFF
+            case "and.b32":
+                state[target] = a & others[0]
+            case "lop3.b32":
+                assert others[2] == 0xEA  # (a & b) | c
+                state[target] = (a & others[0]) | others[1]
+            case _:
+                raise AssertionError(f"unknown instruction {op}")
+    return [state[f"${i}"] for i in range(4)]
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_ptx_does_what_the_emulation_says(bits):
+    rng = np.random.default_rng(bits)
+    lut = rng.standard_normal((1, 2**bits, 1)).astype(np.float32)
+    table = np.asarray(lookup_table(jnp.asarray(lut), bits, jnp.bfloat16))
+    shared = shared_memory(bits, table)
+    for step in range(8):
+        asm, count = mosaic_gpu_asm._step_asm(bits, step)
+        assert count == len(words_of_step(bits, step))
+        for _ in range(20):
+            words = [int(w) for w in rng.integers(0, 2**32, count)]
+            lane = int(rng.integers(32))
+            got = run_ptx(asm, [*words, lane * (8 if bits == 2 else 4), BASE], shared)
+            arrays = [jnp.asarray([w], jnp.uint32) for w in words]
+            entries = [int(b[0]) for b in lookup_bytes(arrays, bits, step)]
+            if bits == 2:
+                expected = [table[r, entries[c]] for c in range(2) for r in range(2)]
+            elif bits == 8:
+                expected = [
+                    table[0, entries[2 * q]] | table[0, entries[2 * q + 1]] << 16 for q in range(4)
+                ]
+            else:
+                expected = [table[0, e] for e in entries]
+            assert got == [int(e) for e in expected]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("bits", BITS)
+def test_fragments_hold_the_transposed_weight(bits, dtype):
+    rng = np.random.default_rng(bits)
+    codes = rng.integers(0, 2**bits, (200, 100)).astype(np.uint8)
+    lut = rng.standard_normal((1, 2**bits, 1)).astype(np.float32)
+    planes = pack_fragments(pack(jnp.asarray(codes), bits), 256, 128)
+    lengths = vector_lengths(bits)
+    assert sum(p.nbytes for p in planes) == 256 * 128 * bits // 8
+    assert len(lengths) == len(planes)
+    shared = jnp.asarray(
+        shared_memory(bits, np.asarray(lookup_table(jnp.asarray(lut), bits, dtype)))
+    )
+    dense = np.zeros((256, 128), np.float32)
+    dense[:200, :100] = np.asarray(jnp.asarray(lut, dtype), np.float32)[0, codes, 0]
+    for tile in range(2):
+        for part in range(2):
+            words = tuple(plane[tile, part] for plane in planes)
+            weight = np.asarray(emulate(words, shared, bits, range(8), dtype), np.float32)
+            expected = dense[128 * part : 128 * part + 128, 64 * tile : 64 * tile + 64].T
+            used_n, used_k = max(0, min(64, 100 - 64 * tile)), max(0, min(128, 200 - 128 * part))
+            np.testing.assert_array_equal(weight[:used_n, :used_k], expected[:used_n, :used_k])
