@@ -1,5 +1,6 @@
 """Adapters: weights `W_0 + S^T lambda`, built from the maps that optimisers project with."""
 
+from lutjax.adapters import lora
 from lutjax.adapters.array import AdapterArray, is_adapter
 from lutjax.adapters.build import (
     kronecker,
@@ -19,6 +20,7 @@ __all__ = [
     "dual",
     "is_adapter",
     "kronecker",
+    "lora",
     "merge",
     "merge_workers",
     "one_sided",

@@ -5,6 +5,7 @@ from lutjax.io.compress import compress_checkpoint
 from lutjax.io.compressed import CompressedCheckpoint, open_compressed, read_params, save
 from lutjax.io.demo import demo_model_path
 from lutjax.io.load import load, load_params, load_tokenizer, open_checkpoint
+from lutjax.io.peft import load_peft, save_peft
 from lutjax.io.tokenizer import TextStream, Tokenizer
 
 __all__ = [
@@ -16,9 +17,11 @@ __all__ = [
     "demo_model_path",
     "load",
     "load_params",
+    "load_peft",
     "load_tokenizer",
     "open_checkpoint",
     "open_compressed",
     "read_params",
     "save",
+    "save_peft",
 ]

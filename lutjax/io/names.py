@@ -55,6 +55,11 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
 
 _NAMES = {path: {"hf": hf, "gguf": gguf} for path, hf, gguf in _TABLE}
 
+_PATHS: dict[str, dict[str, str]] = {
+    fmt: {names[fmt]: path for path, names in _NAMES.items()} for fmt in ("hf", "gguf")
+}
+_LAYER_PREFIX = {"hf": "model.layers.", "gguf": "blk."}
+
 # Tensors that say nothing the configuration does not say.
 _IGNORED = re.compile(r".*rotary_emb\.inv_freq|rope_freqs\.weight")
 
@@ -72,6 +77,21 @@ def checkpoint_name(path: str, fmt: CheckpointFormat) -> str:
     if match is None:
         return _NAMES[path][fmt]
     return _NAMES["layers/{i}/" + match[2]][fmt].format(i=match[1])
+
+
+def parameter_path(name: str, fmt: CheckpointFormat) -> str:
+    """The inverse of `checkpoint_name`.
+
+    Raises:
+      KeyError: if the decoder has no parameter of that name.
+
+    >>> parameter_path("blk.7.ffn_up.weight", "gguf")
+    'layers/7/mlp/up_proj/kernel'
+    """
+    match = re.fullmatch(re.escape(_LAYER_PREFIX[fmt]) + r"(\d+)\.(.*)", name)
+    if match is None:
+        return _PATHS[fmt][name]
+    return _PATHS[fmt][f"{_LAYER_PREFIX[fmt]}{{i}}.{match[2]}"].format(i=match[1])
 
 
 def is_transposed(path: str) -> bool:
