@@ -29,7 +29,7 @@ LLAMA = {
     "1b": _llama(2048, 5461, 24, 32, 32000),
     "7b": _llama(4096, 11008, 32, 32, 32000),
 }
-"""By name. ``tiny``, ``1m`` and ``7m`` read bytes; the others are from arXiv 2403.03507, table 5."""
+"""By name. ``tiny``, ``1m``, ``7m`` read bytes; the others are from arXiv 2403.03507, table 5."""
 
 GALORE_RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 1024}
 """The ranks that the GaLore paper trains these with."""

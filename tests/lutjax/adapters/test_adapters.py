@@ -1,0 +1,192 @@
+"""Adapters as weights: products, gradients, what is trained, memory of the backward pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lutjax
+from lutjax import linear_maps as lm
+from lutjax.adapters import (
+    AdapterArray,
+    dual,
+    kronecker,
+    merge,
+    one_sided,
+    trainable,
+    two_sided,
+    with_trainable,
+)
+from lutjax.optim import project
+
+MAPS = {
+    "gaussian": lm.Gaussian(3),
+    "right": lm.SemiOrthogonal(3, side="right"),
+    "kronecker": lm.Kronecker(lm.Gaussian(2, side="left"), lm.Gaussian(3, side="right")),
+    "krona": lm.KronA((2, 4)),
+    "principal": lm.PrincipalWeights(2, 1),
+}
+
+
+def randomised(adapted, seed=0):
+    """The same adapters with latents that are not zero."""
+    rng = np.random.default_rng(seed)
+    values = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), trainable(adapted)
+    )
+    return with_trainable(adapted, values)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_products_and_gradients_are_those_of_the_dense_weight(name):
+    base = jnp.asarray(np.random.default_rng(1).normal(size=(6, 8)), jnp.float32)
+    adapted = randomised(one_sided({"w": base}, MAPS[name], jax.random.key(0)))
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(5, 6)), jnp.float32)
+
+    def f(params, x):
+        return jnp.tanh(x @ params["w"]) @ params["w"].T
+
+    @jax.jit
+    def values(adapted):
+        def lifted(t):
+            return jnp.sum(lutjax.lift(f, strict=True)(with_trainable(adapted, t), x) ** 2)
+
+        def dense(t):
+            return jnp.sum(f(merge(with_trainable(adapted, t)), x) ** 2)
+
+        t = trainable(adapted)
+        return jax.value_and_grad(lifted)(t), jax.value_and_grad(dense)(t)
+
+    lifted, dense = values(adapted)
+    # float32; thin products sum in another order.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-3), lifted, dense)
+    assert adapted["w"].shape == (6, 8)
+    np.testing.assert_allclose(
+        merge(adapted)["w"], base + adapted["w"].map.up(adapted["w"].latent), rtol=1e-6
+    )
+
+
+def test_compressed_bases_stay_compressed():
+    base = lutjax.quantize(jnp.asarray(np.random.default_rng(1).normal(size=(64, 32))), bits=4)
+    adapted = randomised(one_sided({"w": base}, lm.Gaussian(3), jax.random.key(0)))
+    x = jnp.ones((2, 64))
+    actual = jax.jit(lutjax.lift(lambda p, x: x @ p["w"], strict=True))(adapted, x)
+    expected = x @ merge(adapted)["w"].astype(x.dtype)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+    assert adapted["w"].base is base
+    assert "base=LutArray" in repr(adapted["w"])
+
+
+def test_stacked_weights_have_an_adapter_for_each_layer():
+    params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(3, 4, 4)), jnp.float32)}
+    adapted = randomised(one_sided(params, lm.Gaussian(2), jax.random.key(0)))
+
+    def f(params, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
+
+    x = jnp.ones((2, 4))
+    actual = jax.jit(lutjax.lift(f, strict=True))(adapted, x)
+    np.testing.assert_allclose(actual, jax.jit(f)(merge(adapted), x), rtol=1e-4, atol=1e-5)
+
+
+def test_nd_weights_by_dimension_numbers():
+    params = {"heads": jnp.asarray(np.random.default_rng(0).normal(size=(6, 2, 4)), jnp.float32)}
+    numbers = {"heads": lm.DimensionNumbers(0, (1, 2))}
+    adapted = randomised(
+        one_sided(params, lm.Gaussian(2), jax.random.key(0), weight_dimension_numbers=numbers)
+    )
+    assert adapted["heads"].shape == (6, 2, 4)
+
+    def f(params, x):
+        return jnp.einsum("bd,dnh->bnh", x, params["heads"])
+
+    x = jnp.ones((3, 6))
+    actual = jax.jit(lutjax.lift(f, strict=True))(adapted, x)
+    np.testing.assert_allclose(actual, f(merge(adapted), x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "shapes"),
+    [
+        (lambda p, k: two_sided(p, 2, k), {"factor": (6, 2), "latent": (2, 8)}),
+        (lambda p, k: kronecker(p, (2, 4), k), {"factor": (2, 4), "latent": (3, 2)}),
+        (lambda p, k: one_sided(p, lm.Gaussian(2), k), (2, 8)),
+    ],
+    ids=["two_sided", "kronecker", "one_sided"],
+)
+def test_adapters_start_at_the_base_and_train(make, shapes):
+    params = {"w": jnp.ones((6, 8)), "b": jnp.zeros(8)}
+    adapted = make(params, jax.random.key(0))
+    np.testing.assert_array_equal(merge(adapted)["w"], params["w"])
+    picked = trainable(adapted)
+    assert picked["b"] is None
+    assert jax.tree.map(jnp.shape, picked["w"]) == shapes
+    assert trainable(adapted, others=True)["b"] is params["b"]
+
+    target = jnp.asarray(np.random.default_rng(0).normal(size=(6, 8)), jnp.float32)
+    optimizer = optax.adam(0.05)
+
+    @jax.jit
+    def fit(t):
+        def loss(t):
+            return jnp.mean((merge(with_trainable(adapted, t))["w"] - target) ** 2)
+
+        def body(_, carry):
+            t, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(t), state, t)
+            return optax.apply_updates(t, updates), state
+
+        after, _ = jax.lax.fori_loop(0, 100, body, (t, optimizer.init(t)))
+        return loss(t), loss(after)
+
+    before, after = fit(picked)
+    assert after < 0.95 * before
+
+
+def test_the_backward_pass_never_forms_a_whole_gradient():
+    # Two layers of K x K, rank 4, batch 8: a gradient of a weight would be 1 MB.
+    jax.config.update("jax_disable_most_optimizations", False)
+    k = 512
+    weight = k * k * 4
+    params = {"up": jnp.ones((k, k)), "down": jnp.ones((k, k))}
+    optimizer = project(optax.adam(1e-3), lm.Gaussian(4), refresh_every=None)
+    training = dual(optimizer)
+    x = jnp.ones((8, k))
+
+    def f(params, x):
+        return jnp.mean(jnp.tanh(x @ params["up"]) @ params["down"])
+
+    def adapter_step(state, x):
+        def loss(latents):
+            return lutjax.lift(f, strict=True)(training.adapted(state, latents), x)
+
+        return training.update(jax.grad(loss)(state.latents), state)
+
+    def weight_step(params, state, x):
+        return optimizer.update(jax.grad(f)(params, x), state, params)[1]
+
+    def temporary(function, *args):
+        return jax.jit(function).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+    state = jax.eval_shape(training.init, params)
+    adapter = temporary(adapter_step, state, x)
+    whole = temporary(weight_step, params, jax.eval_shape(optimizer.init, params), x)
+    assert adapter < weight / 4
+    assert whole >= weight
+    # The program has no array of a gradient's shape besides the two frozen weights, its inputs.
+    text = jax.jit(adapter_step).lower(state, x).as_text()
+    made = [line for line in text.splitlines() if f"-> tensor<{k}x{k}xf32>" in line]
+    assert not [line for line in made if "dot_general" in line]
+
+
+def test_a_base_with_another_view_is_refused():
+    base = lutjax.quantize(jnp.ones((64, 32)), bits=4).T
+    bound = lm.Gaussian(2).init(jax.random.key(0), (32, 64))
+    with pytest.raises(ValueError, match="the map is for the view"):
+        AdapterArray.of(base, bound)
+
+
+def test_errors_name_the_parameter():
+    with pytest.raises(ValueError, match="'block/w': rank=5"):
+        one_sided({"block": {"w": jnp.ones((4, 4))}}, lm.Gaussian(5), jax.random.key(0))

@@ -1,0 +1,209 @@
+"""What `project` does beyond the duality: refreshes, state, accumulation, bad input."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lutjax import linear_maps as lm
+from lutjax.optim import flora, galore, project, relora
+
+
+def gradient(step, shape=(6, 8)):
+    return {"w": jnp.asarray(np.random.default_rng(step).normal(size=shape), jnp.float32)}
+
+
+def states(optimizer, steps, shape=(6, 8)):
+    """The state before the first and after every step."""
+    params = gradient(-1 % 1000, shape)
+    update = jax.jit(lambda g, s: optimizer.update(g, s, params))
+    found = [jax.jit(optimizer.init)(params)]
+    for step in range(steps):
+        found.append(update(gradient(step, shape), found[-1])[1])
+    return found
+
+
+def basis_of(state):
+    return np.asarray(jax.jit(lambda m: m.basis)(state.maps["w"]))
+
+
+def test_galore_is_adam_on_the_projected_gradient():
+    rank, refresh, scale, rate = 2, 3, 0.25, 0.1
+    optimizer = galore(rate, rank, refresh, scale, exact_svd=True)
+    params = gradient(99)
+    update = jax.jit(optimizer.update)
+    state = jax.jit(optimizer.init)(params)
+    m = v = np.zeros((rank, 8))
+    for step in range(7):
+        g = np.asarray(gradient(step)["w"], np.float64)
+        if step % refresh == 0:
+            p = np.linalg.svd(g)[0][:, :rank]
+            p = p * np.sign(p[np.abs(p).argmax(0), range(rank)])
+        r = p.T @ g
+        m, v = 0.9 * m + 0.1 * r, 0.999 * v + 0.001 * r * r
+        hat = (m / (1 - 0.9 ** (step + 1))) / (np.sqrt(v / (1 - 0.999 ** (step + 1))) + 1e-8)
+        updates, state = update(gradient(step), state, params)
+        # float32 against float64; singular vectors of a 6 x 8 matrix with clear gaps.
+        np.testing.assert_allclose(updates["w"], -rate * scale * p @ hat, rtol=2e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize("map_", [lm.SVD(2), lm.Gaussian(2)], ids=repr)
+def test_maps_change_every_so_many_steps_and_never_in_between(map_):
+    bases = [basis_of(s) for s in states(project(optax.adam(0.1), map_, refresh_every=3), 7)]
+    changed = [not np.array_equal(a, b) for a, b in itertools.pairwise(bases)]
+    first = map_.depends_on == "gradient"  # random maps are drawn by init
+    assert changed == [first, False, False, True, False, False, True]
+
+
+def test_refresh_every_none_draws_once():
+    bases = [
+        basis_of(s) for s in states(project(optax.adam(0.1), lm.SVD(2), refresh_every=None), 3)
+    ]
+    assert not np.array_equal(bases[0], bases[1])
+    np.testing.assert_array_equal(bases[1], bases[3])
+
+
+@pytest.mark.parametrize("on_refresh", ["keep", "reset", "rotate"])
+def test_moments_at_a_refresh(on_refresh):
+    optimizer = project(
+        optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(lambda count: 1.0)),
+        lm.Gaussian(2),
+        refresh_every=3,
+        on_refresh=on_refresh,
+    )
+    before, after = states(optimizer, 4)[3:5]
+
+    def adam(state):
+        inner = state.inner
+        if on_refresh == "reset":
+            inner = inner.inner_states["projected"].inner_state
+        return inner[0], int(inner[1].count)
+
+    (old, _), (new, schedule) = adam(before), adam(after)
+    r = basis_of(after).T @ np.asarray(gradient(3)["w"])
+    carried = {
+        "keep": np.asarray(old.mu["w"]),
+        "reset": np.zeros((2, 8)),
+        "rotate": basis_of(after).T @ basis_of(before) @ np.asarray(old.mu["w"]),
+    }[on_refresh]
+    np.testing.assert_allclose(new.mu["w"], 0.9 * carried + 0.1 * r, rtol=1e-4, atol=1e-6)
+    assert int(new.count) == (1 if on_refresh == "reset" else 4)
+    assert schedule == 4  # the learning rate's schedule goes on
+
+
+def test_a_reset_leaves_parameters_that_are_not_projected_alone():
+    params = {"w": jnp.ones((4, 6)), "b": jnp.ones(6)}
+    gradients = {"w": jnp.ones((4, 6)), "b": jnp.arange(1.0, 7.0)}
+
+    def steps(optimizer):
+        def body(_, carry):
+            params, state = carry
+            updates, state = optimizer.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+        return jax.jit(lambda p: jax.lax.fori_loop(0, 5, body, (p, optimizer.init(p)))[0])(params)
+
+    reset = steps(relora(0.1, 2, refresh_every=2))
+    adam = steps(optax.adam(0.1))
+    np.testing.assert_allclose(reset["b"], adam["b"], rtol=1e-6)
+
+
+def test_gradients_accumulate_in_the_latent_space():
+    shape, parts = (64, 96), 4
+    multi = optax.MultiSteps(optax.adam(0.1), parts).gradient_transformation()
+    accumulating = project(multi, lm.Gaussian(3), refresh_every=2 * parts)
+    params = gradient(7, shape)
+    state = jax.eval_shape(accumulating.init, params)
+    # Nothing of the size of the weight is ever held between steps.
+    assert max(leaf.size for leaf in jax.tree.leaves(state)) == 3 * 96
+    whole = project(optax.adam(0.1), lm.Gaussian(3), refresh_every=None)
+    mean = jax.tree.map(lambda *g: sum(g) / parts, *[gradient(i, shape) for i in range(parts)])
+    expected, _ = jax.jit(whole.update)(mean, jax.jit(whole.init)(params), params)
+    update, state = jax.jit(accumulating.update), jax.jit(accumulating.init)(params)
+    for i in range(parts):
+        updates, state = update(gradient(i, shape), state, params)
+        if i < parts - 1:
+            assert not np.asarray(updates["w"]).any()
+    np.testing.assert_allclose(updates["w"], expected["w"], rtol=1e-4, atol=1e-6)
+
+
+def test_nd_weights_and_batch_axes():
+    params = {"heads": jnp.ones((2, 6, 3, 4)), "plain": jnp.ones((6, 4)), "bias": jnp.ones(5)}
+    numbers = {"heads": lm.DimensionNumbers(1, (2, 3)), "plain": None}
+    optimizer = project(optax.adam(0.1), lm.SVD(2), weight_dimension_numbers=numbers)
+    state = jax.eval_shape(optimizer.init, params)
+    mu = optax.tree.get(state.inner, "mu")
+    assert mu["heads"].shape == (2, 2, 12)
+    assert mu["plain"].shape == (6, 4)
+    updates, _ = jax.eval_shape(optimizer.update, params, state, params)
+    assert updates["heads"].shape == (2, 6, 3, 4)
+    # Optax's own type of dimension numbers will do.
+    theirs = optax.contrib.GaLoreDimensionNumbers(0, 1)
+    optimizer = project(optax.adam(0.1), lm.SVD(2), weight_dimension_numbers={"plain": theirs})
+    assert list(jax.eval_shape(optimizer.init, params).maps) == ["plain"]
+
+
+def test_the_state_does_not_depend_on_other_parameters_or_their_order():
+    optimizer = flora(0.1, rank=2)
+    alone = optimizer.init({"w": jnp.ones((4, 6))})
+    among = optimizer.init({"a": jnp.ones((4, 6)), "w": jnp.ones((4, 6))})
+    np.testing.assert_array_equal(basis_of(alone), basis_of(among))
+    assert not np.array_equal(among.maps["a"].key_data, among.maps["w"].key_data)
+
+
+W = {"block": {"w": jnp.ones((4, 6))}}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: project(optax.sgd(1.0), lm.SVD(2), refresh_every=0), "refresh_every=0"),
+        (lambda: project(optax.sgd(1.0), lm.SVD(2), on_refresh="drop"), "on_refresh='drop'"),
+        (lambda: project(optax.sgd(1.0), lm.SVD(5)).init(W), "'block/w': rank=5 of SVD.*=4"),
+        (
+            lambda: project(
+                optax.sgd(1.0),
+                lm.SVD(2),
+                weight_dimension_numbers={"block": {"w": lm.DimensionNumbers(0, 2)}},
+            ).init(W),
+            "does not fit 'block/w'",
+        ),
+        (
+            lambda: project(optax.scale_by_rms(), lm.SVD(2), on_refresh="rotate").init(W),
+            "found no first moment",
+        ),
+        (
+            lambda: project(optax.sgd(1.0), lm.PrincipalWeights(2, 1)).update(
+                W, project(optax.sgd(1.0), lm.PrincipalWeights(2, 1)).init(W)
+            ),
+            "pass params to update",
+        ),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_computed(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    "other", [lm.SVD(3), lm.Gaussian(2), lm.SVD(2, side="right"), lm.Identity()], ids=repr
+)
+def test_a_state_of_another_map_is_refused(other):
+    ours = project(optax.sgd(1.0), lm.SVD(2))
+    theirs = jax.eval_shape(project(optax.sgd(1.0), other).init, W)
+    with pytest.raises(ValueError, match=r"map of 'block/w'.*resume with the map that made"):
+        jax.eval_shape(ours.update, W, theirs)
+    elsewhere = project(optax.sgd(1.0), other, weight_dimension_numbers={"block": {"w": None}})
+    with pytest.raises(ValueError, match="resume with the weight_dimension_numbers"):
+        jax.eval_shape(ours.update, W, jax.eval_shape(elsewhere.init, W))
+
+
+def test_sketches_of_another_kind_are_refused():
+    make = functools.partial(project, optax.sgd(1.0))
+    state = jax.eval_shape(make(lm.Rademacher(2)).init, W)
+    with pytest.raises(ValueError, match="resume with the map"):
+        jax.eval_shape(make(lm.Gaussian(2)).update, W, state)
