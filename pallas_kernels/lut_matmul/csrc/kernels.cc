@@ -16,12 +16,6 @@
 #define LUT_ENTRY PortableKernels
 #endif
 
-#if defined(__clang__)
-#define LUT_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define LUT_UNROLL _Pragma("GCC unroll 16")
-#endif
-
 namespace {
 
 using lut::Problem;
@@ -87,6 +81,7 @@ class Decoder {
     if (kInRegisters)
       for (int i = 0; i < 16; ++i) entries[i] = p.lut[i & ((1 << kBits) - 1)];
     table_ = Simd::LoadTable(entries);
+    if (kBytes) byte_table_ = Simd::LoadByteTable(p.lut);
     lut_ = p.lut + (kChannel ? columns.first << kBits : 0);
     if (!kChannel) return;
     for (int j = 0; j < 4; ++j) {
@@ -135,17 +130,20 @@ class Decoder {
 
  private:
   static constexpr bool kInRegisters = !kChannel && kBits <= 4;
+  static constexpr bool kBytes = !kChannel && kBits == 8;
 
   inline __attribute__((always_inline)) Float Lookup(Word index, int j) const {
     if (kInRegisters) return Simd::template Lookup<(kBits <= 3 ? 8 : 16)>(table_, index);
+    if (kBytes) return Simd::LookupByte(byte_table_, index);
     index = Simd::And(index, (1u << kBits) - 1);
-    return Simd::Gather(lut_, kChannel ? Simd::Add(index, tables_[j]) : index);
+    return Simd::Gather(lut_, Simd::Add(index, tables_[j]));
   }
 
   const Problem& p_;
   const Columns columns_;
   const float* lut_;
   Simd::Table table_;
+  Simd::ByteTable byte_table_;
   Word tables_[4];
 };
 
@@ -221,9 +219,26 @@ void Dequantize(const Problem& p, const Decoder<kBits, kChannel>& decoder, int64
   });
 }
 
-// c[kM][kTile] += x[kM][rows] @ panel[rows][kTile].
+// x[m0 + i][k0 + r] goes to [panel][block of kM rows i][r][kM], so that the dense kernel reads on
+// and on. The last blocks of rows hold one row each.
+void PackRows(const Problem& p, int64_t m0, int64_t count, float* out) {
+  for (int64_t k0 = 0; k0 < p.k; k0 += kPanelRows) {
+    const int64_t rows = Min(kPanelRows, p.k - k0);
+    for (int64_t m = 0; m < count;) {
+      const int64_t block = m + Simd::kRows <= count ? Simd::kRows : 1;
+      for (int64_t i = 0; i < block; ++i) {
+        const float* x = p.x + (m0 + m + i) * p.k + k0;
+        for (int64_t r = 0; r < rows; ++r) out[r * block + i] = x[r];
+      }
+      out += rows * block;
+      m += block;
+    }
+  }
+}
+
+// c[kM][kTile] += x[rows][kM].T @ panel[rows][kTile].
 template <int kM>
-void MultiplyPanel(const float* x, int64_t x_stride, const float* panel, int64_t rows, float* c) {
+void MultiplyPanel(const float* x, const float* panel, int64_t rows, float* c) {
   Float sum[kM][4];
   LUT_UNROLL
   for (int m = 0; m < kM; ++m)
@@ -235,7 +250,7 @@ void MultiplyPanel(const float* x, int64_t x_stride, const float* panel, int64_t
     for (int j = 0; j < 4; ++j) value[j] = Simd::Load(panel + r * kTile + j * kLanes);
     LUT_UNROLL
     for (int m = 0; m < kM; ++m) {
-      const Float xr = Simd::Set(x[m * x_stride + r]);
+      const Float xr = Simd::Set(x[r * kM + m]);
       LUT_UNROLL
       for (int j = 0; j < 4; ++j) sum[m][j] = Simd::MulAdd(xr, value[j], sum[m][j]);
     }
@@ -248,49 +263,52 @@ void MultiplyPanel(const float* x, int64_t x_stride, const float* panel, int64_t
 
 // Many rows of x: a panel of one tile is dequantised at a time and multiplied with all of them.
 template <int kBits, bool kChannel>
-void ManyRows(const Problem& p, int64_t tile, float* scratch) {
-  const Columns columns = TileColumns(p, tile);
-  const Decoder<kBits, kChannel> decoder(p, columns);
+void ManyRows(const Problem& p, int64_t first, int64_t last, float* scratch) {
   float* panel = scratch;
-  float* c = scratch + kPanelRows * kTile;
+  float* c = panel + kPanelRows * kTile;
+  float* packed = c + Min(p.m, kRowsOfX) * kTile;
   for (int64_t m0 = 0; m0 < p.m; m0 += kRowsOfX) {
     const int64_t count = Min(kRowsOfX, p.m - m0);
-    std::memset(c, 0, count * kTile * sizeof(float));
-    for (int64_t k0 = 0; k0 < p.k; k0 += kPanelRows) {
-      const int64_t rows = Min(kPanelRows, p.k - k0);
-      for (int64_t b = 0; b < rows / kBlock; ++b)
-        Dequantize(p, decoder, k0 / kBlock + b, columns, kTile, panel + b * kBlock * kTile);
-      const float* x = p.x + m0 * p.k + k0;
-      int64_t m = 0;
-      for (; m + Simd::kRows <= count; m += Simd::kRows)
-        MultiplyPanel<Simd::kRows>(x + m * p.k, p.k, panel, rows, c + m * kTile);
-      for (; m < count; ++m) MultiplyPanel<1>(x + m * p.k, p.k, panel, rows, c + m * kTile);
-    }
-    for (int64_t m = 0; m < count; ++m) {
-      Float values[4];
-      for (int j = 0; j < 4; ++j) values[j] = Simd::Load(c + m * kTile + j * kLanes);
-      StoreColumns(p.y + (m0 + m) * p.n + columns.first, columns, values);
+    PackRows(p, m0, count, packed);
+    for (int64_t tile = first; tile < last; ++tile) {
+      const Columns columns = TileColumns(p, tile);
+      const Decoder<kBits, kChannel> decoder(p, columns);
+      const float* x = packed;
+      std::memset(c, 0, count * kTile * sizeof(float));
+      for (int64_t k0 = 0; k0 < p.k; k0 += kPanelRows) {
+        const int64_t rows = Min(kPanelRows, p.k - k0);
+        for (int64_t b = 0; b < rows / kBlock; ++b)
+          Dequantize(p, decoder, k0 / kBlock + b, columns, kTile, panel + b * kBlock * kTile);
+        int64_t m = 0;
+        for (; m + Simd::kRows <= count; m += Simd::kRows, x += rows * Simd::kRows)
+          MultiplyPanel<Simd::kRows>(x, panel, rows, c + m * kTile);
+        for (; m < count; ++m, x += rows) MultiplyPanel<1>(x, panel, rows, c + m * kTile);
+      }
+      for (int64_t m = 0; m < count; ++m) {
+        Float values[4];
+        for (int j = 0; j < 4; ++j) values[j] = Simd::Load(c + m * kTile + j * kLanes);
+        StoreColumns(p.y + (m0 + m) * p.n + columns.first, columns, values);
+      }
     }
   }
 }
 
+template <int kBits, bool kChannel, int kM, int kTiles>
+void FewRowsOfTiles(const Problem& p, int64_t m0, int64_t first, int64_t last) {
+  int64_t tile = first;
+  for (; tile + kTiles <= last && (tile + kTiles) * kTile <= p.n; tile += kTiles)
+    FewRows<kBits, kChannel, kM, kTiles>(p, m0, tile);
+  for (; tile < last; ++tile) FewRows<kBits, kChannel, kM, 1>(p, m0, tile);
+}
+
 template <int kBits, bool kChannel>
 void Product(const Problem& p, int64_t first, int64_t last, float* scratch) {
-  constexpr int kWide = kChannel || kBits == 8 ? 1 : Simd::kWide;
-  for (int64_t tile = first; tile < last;) {
-    const bool wide = tile + kWide <= last && (tile + kWide) * kTile <= p.n;
-    if (p.m > kFewRows) {
-      ManyRows<kBits, kChannel>(p, tile++, scratch);
-    } else if (p.m == 1 && wide) {
-      FewRows<kBits, kChannel, 1, kWide>(p, 0, tile);
-      tile += kWide;
-    } else {
-      int64_t m = 0;
-      for (; m + 2 <= p.m; m += 2) FewRows<kBits, kChannel, 2, 1>(p, m, tile);
-      if (m < p.m) FewRows<kBits, kChannel, 1, 1>(p, m, tile);
-      ++tile;
-    }
-  }
+  constexpr bool kCheap = !kChannel && kBits <= 4;  // lookups in registers
+  constexpr int kWide = kCheap ? Simd::kWide : 1, kPair = kWide > 1 ? kWide / 2 : 1;
+  if (p.m > kFewRows) return ManyRows<kBits, kChannel>(p, first, last, scratch);
+  if (p.m == 4) return FewRowsOfTiles<kBits, kChannel, 4, 1>(p, 0, first, last);
+  if (p.m >= 2) FewRowsOfTiles<kBits, kChannel, 2, kPair>(p, 0, first, last);
+  if (p.m % 2) FewRowsOfTiles<kBits, kChannel, 1, kWide>(p, p.m - 1, first, last);
 }
 
 // y[m][8] of one dequantised block [8][columns] and kM rows of x, both in the order of words.
@@ -356,7 +374,8 @@ void Transposed(const Problem& p, int64_t first, int64_t last, float* scratch) {
 int64_t Scratch(const Problem& p, bool transpose) {
   const int64_t width = (p.n + kTile - 1) / kTile * kTile;
   if (transpose) return kBlock * kPanelTiles * kTile + p.m * kBlock + p.m * width;
-  return p.m > kFewRows ? (kPanelRows + Min(p.m, kRowsOfX)) * kTile : 0;
+  if (p.m <= kFewRows) return 0;
+  return kPanelRows * kTile + Min(p.m, kRowsOfX) * (kTile + p.k);
 }
 
 template <int kBits>

@@ -12,6 +12,12 @@
 #include <arm_neon.h>
 #endif
 
+#if defined(__clang__)
+#define LUT_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define LUT_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace {
 
 #if defined(LUT_AVX512)
@@ -44,6 +50,27 @@ struct Simd {
   template <int kEntries>
   static Float Lookup(const Table& table, Word index) {
     return _mm512_permutexvar_ps(index, table.values);
+  }
+  // A table of 256 entries in half of the registers; twice as fast as gathers.
+  struct ByteTable { Float values[16]; };
+  static ByteTable LoadByteTable(const float* p) {
+    ByteTable t;
+    for (int i = 0; i < 16; ++i) t.values[i] = Load(p + 16 * i);
+    return t;
+  }
+  static Float LookupByte(const ByteTable& t, Word index) {
+    Float parts[8];
+    LUT_UNROLL
+    for (int i = 0; i < 8; ++i)
+      parts[i] = _mm512_permutex2var_ps(t.values[2 * i], index, t.values[2 * i + 1]);
+    LUT_UNROLL
+    for (int half = 4, bit = 128; half > 0; half /= 2, bit /= 2) {
+      const __mmask16 upper = _mm512_test_epi32_mask(index, _mm512_set1_epi32(bit));
+      LUT_UNROLL
+      for (int i = 0; i < half; ++i)
+        parts[i] = _mm512_mask_blend_ps(upper, parts[i], parts[i + half]);
+    }
+    return parts[0];
   }
   static Float Gather(const float* p, Word index) { return _mm512_i32gather_ps(index, p, 4); }
   // Element i of out[j] is p[4 i + j].
@@ -96,6 +123,11 @@ struct Simd {
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(Left(index, 28)));
   }
   static Float Gather(const float* p, Word index) { return _mm256_i32gather_ps(p, index, 4); }
+  struct ByteTable { const float* values; };
+  static ByteTable LoadByteTable(const float* p) { return {p}; }
+  static Float LookupByte(const ByteTable& t, Word index) {
+    return Gather(t.values, And(index, 255));
+  }
   static void Deinterleave(const float* p, Float out[4]) {
     const Word index = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
     for (int j = 0; j < 4; ++j) out[j] = Gather(p + j, index);
@@ -138,6 +170,11 @@ struct Simd {
     vst1q_u32(i, index);
     const float values[4] = {p[i[0]], p[i[1]], p[i[2]], p[i[3]]};
     return Load(values);
+  }
+  struct ByteTable { const float* values; };
+  static ByteTable LoadByteTable(const float* p) { return {p}; }
+  static Float LookupByte(const ByteTable& t, Word index) {
+    return Gather(t.values, And(index, 255));
   }
   static void Deinterleave(const float* p, Float out[4]) {
     const float32x4x4_t parts = vld4q_f32(p);
@@ -185,6 +222,11 @@ struct Simd {
     return Gather(table.values, index & (kEntries - 1));
   }
   static Float Gather(const float* p, Word i) { return Float{p[i[0]], p[i[1]], p[i[2]], p[i[3]]}; }
+  struct ByteTable { const float* values; };
+  static ByteTable LoadByteTable(const float* p) { return {p}; }
+  static Float LookupByte(const ByteTable& t, Word index) {
+    return Gather(t.values, And(index, 255));
+  }
   static void Deinterleave(const float* p, Float out[4]) {
     for (int j = 0; j < 4; ++j) out[j] = Float{p[j], p[4 + j], p[8 + j], p[12 + j]};
   }
