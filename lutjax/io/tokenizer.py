@@ -191,7 +191,9 @@ class Tokenizer:
           directory: an existing directory.
         """
         directory = Path(directory)
-        self.backend.save(str(directory / "tokenizer.json"))
+        # Written here, because the library reports a full disk as a bare Exception.
+        text = self.backend.to_str(pretty=True)
+        (directory / "tokenizer.json").write_text(text, encoding="utf-8")
         config = {
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,

@@ -212,6 +212,18 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_disk_that_fills_up_at_the_tokenizer_leaves_nothing(tmp_path, tiny_config):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    tokenizer = tiny_tokenizer(tiny_config.vocab_size)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            lutjax.save(tmp_path / "out", {"a": np.zeros(4, np.float32)}, tokenizer=tokenizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
 _KILLED = """
 import os, signal, sys
 import numpy as np, jax
