@@ -1,6 +1,16 @@
 """Products of activations with packed lookup-table weights."""
 
 from pallas_kernels.lut_matmul.api import IMPLEMENTATIONS, lut_matmul
+from pallas_kernels.lut_matmul.dispatch import interpret_kernels
+from pallas_kernels.lut_matmul.packed import PackedWeight, packed_matmul, prepack
 from pallas_kernels.lut_matmul.reference import dequantize
 
-__all__ = ["IMPLEMENTATIONS", "dequantize", "lut_matmul"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "PackedWeight",
+    "dequantize",
+    "interpret_kernels",
+    "lut_matmul",
+    "packed_matmul",
+    "prepack",
+]

@@ -34,26 +34,34 @@ from pallas_kernels.manual_axes import shape_struct
 
 plgpu: Any = mosaic_gpu  # its interface moves with every release; see `mosaic_gpu_asm.available`
 
-_TILES = 2  # tiles of 64 columns of a block; they share the descriptors of the activations
-_BLOCK_N = _TILES * TILE_N
-_MAX_ROWS = 64
-_SHARED_MEMORY = 220 * 1024
+_DECODE_ROWS = 64
+_PREFILL_ROWS = 104  # what shared memory holds beside the table
+_SHARED_MEMORY = 226 * 1024
 _MEMORY_REGISTERS = 40
 _MULTIPROCESSORS = 132
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Warpgroups that multiply, stages of the pipeline, and parts that K is split into."""
+    """Warpgroups that multiply, stages of the pipeline, parts of K, and tiles of a block.
+
+    A block is ``tiles`` times 64 columns; its tiles share the descriptors of the activations.
+    """
 
     warpgroups: int
     stages: int
     splits: int
+    tiles: int = 2
 
     @property
     def block_k(self) -> int:
         """Rows of a step of the pipeline."""
         return self.warpgroups * SLICE_K
+
+    @property
+    def block_n(self) -> int:
+        """Columns of a block."""
+        return self.tiles * TILE_N
 
 
 def supports(
@@ -100,16 +108,26 @@ def supports(
 
 def default_config(m: int, bits: int, *, n: int, k: int) -> Config:
     """Enough blocks for every multiprocessor and as many stages as shared memory holds."""
-    rows = -(-min(m, _MAX_ROWS) // 8) * 8
+    rows = _block_m(m)
+    tiles = 2 if rows <= _DECODE_ROWS else 1
     warpgroups = 4 if rows <= 16 and bits <= 4 and k >= 4 * SLICE_K else 2
     block_k = warpgroups * SLICE_K
-    stage = _BLOCK_N * block_k * bits // 8 + rows * block_k * 2 + 4096
-    fixed = table_rows(bits) * 256 + _BLOCK_N * rows * 4
+    stage = tiles * TILE_N * block_k * bits // 8 + rows * block_k * 2 + 2560
+    fixed = table_rows(bits) * 256 + tiles * TILE_N * rows * 4
     stages = max(2, min(4, (_SHARED_MEMORY - fixed) // stage))
     steps = -(-k // block_k)
-    blocks = -(-n // _BLOCK_N) * -(-m // _MAX_ROWS)
-    splits = max(1, min(steps // 2, -(-_MULTIPROCESSORS // blocks) if blocks < 100 else 1))
-    return Config(warpgroups, stages, splits)
+    blocks = -(-n // (tiles * TILE_N)) * -(-m // rows)
+    most = min(steps // 2, -(-_MULTIPROCESSORS // blocks)) if blocks < 100 else 1
+    splits = max(d for d in range(1, max(1, most) + 1) if steps % d == 0)
+    return Config(warpgroups, stages, splits, tiles)
+
+
+def _block_m(m: int) -> int:
+    """Rows of ``x`` of a block: few tiles of equal size."""
+    largest = _DECODE_ROWS if m <= 2 * _DECODE_ROWS else _PREFILL_ROWS
+    tiles = -(-m // largest)
+    rows = -(-m // tiles)
+    return -(-rows // 8) * 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,9 +165,9 @@ def make_problem(
         bits=bits,
         group=padded_k if group_size >= k else group_size,
         m=m,
-        block_m=min(_MAX_ROWS, -(-m // 8) * 8),
+        block_m=_block_m(m),
         padded_k=padded_k,
-        padded_n=-(-words.shape[2] // _BLOCK_N) * _BLOCK_N,
+        padded_n=-(-n // config.block_n) * config.block_n,
         config=config,
     )
 
@@ -215,12 +233,12 @@ def apply(
         out_type=shape_struct((splits, tiles_m, problem.padded_n, problem.block_m), jnp.float32, x),
         scratch_types=[
             plgpu.SMEM((table_rows(problem.bits), 64), jnp.uint32),
-            plgpu.SMEM((_BLOCK_N, problem.block_m), jnp.float32),
+            plgpu.SMEM((config.block_n, problem.block_m), jnp.float32),
             plgpu.Barrier(num_arrivals=config.warpgroups),
             # the interpreter has no register operands
             *([plgpu.SMEM((config.warpgroups, TILE_N, SLICE_K), x.dtype)] if interpret else []),
         ],
-        grid=(problem.padded_n // _BLOCK_N, tiles_m, splits),
+        grid=(problem.padded_n // config.block_n, tiles_m, splits),
         grid_names=("n", "m", "split"),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
@@ -273,7 +291,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
         del index
         *word_refs, x_smem, s_smem, totals = args
         new = []
-        for tile in range(_TILES):
+        for tile in range(config.tiles):
             words = tuple(
                 plgpu.load(
                     ref.at[tile, warpgroup],
@@ -319,12 +337,12 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
         fill_table()
         meet()
         zero = plgpu.layout_cast(jnp.zeros((TILE_N, block_m), jnp.float32), layout.WGMMA)
-        sums = pipeline((zero,) * _TILES)
+        sums = pipeline((zero,) * config.tiles)
         for turn in range(config.warpgroups):
 
             @pl.when(warpgroup == turn)
             def _(turn=turn):
-                for tile in range(_TILES):
+                for tile in range(config.tiles):
                     part = pl.ds(tile * TILE_N, TILE_N)
                     value = sums[tile]
                     if turn:
@@ -334,7 +352,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
                     total[part, :] = value
                 if turn == config.warpgroups - 1:
                     plgpu.commit_smem()
-                    out = o_ref.at[split, tile_m, pl.ds(tile_n * _BLOCK_N, _BLOCK_N)]
+                    out = o_ref.at[split, tile_m, pl.ds(tile_n * config.block_n, config.block_n)]
                     plgpu.copy_smem_to_gmem(total, out)
                     plgpu.wait_smem_to_gmem(0)
 
@@ -345,7 +363,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
     tile_k = min(group, 64)  # a group's rows of x must be whole tiles
     in_specs = [
         plgpu.BlockSpec(
-            (_TILES, config.warpgroups, *ref.shape[2:]),
+            (config.tiles, config.warpgroups, *ref.shape[2:]),
             lambda k: (tile_n, first_step + k, 0, 0),
         )
         for ref in plane_refs
@@ -357,7 +375,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
             transforms=(plgpu.TilingTransform((8, tile_k)), plgpu.SwizzleTransform(2 * tile_k)),
         ),
         plgpu.BlockSpec(
-            (problem.scale_rows, _BLOCK_N), lambda k: ((first_step + k) // per_scale, tile_n)
+            (problem.scale_rows, config.block_n), lambda k: ((first_step + k) // per_scale, tile_n)
         ),
     ]
     plgpu.emit_pipeline_warp_specialized(

@@ -167,21 +167,28 @@ def prepack(
     """Planes, scales, tables and offsets (only if they scale weights) as the kernel reads them."""
     config = problem.config
     planes = pack_planes(words, problem.padded_k, problem.padded_n, config.lookup)
-    table = tables(lut, problem.padded_n, config.lookup)
-    groups = problem.k_tiles * (problem.config.block_k // problem.segment)
+    return planes, *prepack_rest(scales, lut, problem, offsets)
+
+
+def prepack_rest(
+    scales: jax.Array, lut: jax.Array, problem: _Problem, offsets: jax.Array | None = None
+) -> tuple:
+    """All but the planes: small, and laid out anew in every call."""
+    config = problem.config
+    per_tile = config.block_k // problem.segment
+    groups = problem.k_tiles * per_tile
     if problem.group > config.block_k:
         groups = -(-problem.padded_k // problem.group)
 
     def tiled(a: jax.Array | None) -> jax.Array | None:
         if a is None:
             return None
-        if problem.group == 0:
-            a = jnp.broadcast_to(a[:1], (groups, a.shape[1]))
         a = jnp.pad(a, ((0, groups - a.shape[0]), (0, problem.padded_n - a.shape[1])))
-        rows = 1 if problem.group > config.block_k else config.block_k // problem.segment
+        rows = 1 if problem.group > config.block_k else per_tile
         return a.reshape(-1, rows, problem.padded_n)
 
-    return planes, tiled(scales), table, tiled(offsets) if config.scale_weights else None
+    table = tables(lut, problem.padded_n, config.lookup)
+    return tiled(scales), table, tiled(offsets) if config.scale_weights else None
 
 
 def lut_matmul(
@@ -217,6 +224,7 @@ def make_problem(
     group_size: int,
     transpose: bool,
     config: Config | None = None,
+    device_kind: str | None = None,
 ) -> _Problem:
     """Pads the sizes of a product to the tiles of ``config`` (None: a heuristic one)."""
     _, bits, n = words.shape
@@ -231,7 +239,7 @@ def make_problem(
         dtype=x.dtype,
         per_channel=lut.shape[0] > 1,
         transpose=transpose,
-        device_kind=dispatch.device_kind("tpu"),
+        device_kind=device_kind or dispatch.device_kind("tpu"),
     )
     padded_k = -(-codes // config.block_k) * config.block_k
     padded_n = -(-n // config.block_n) * config.block_n

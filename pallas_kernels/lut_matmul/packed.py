@@ -1,0 +1,196 @@
+"""Weights in a kernel's own layout, made once at load time.
+
+The canonical words are what is saved and sharded; a kernel reorders them in every call unless they
+were prepacked, which costs about one pass over the packed weight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.lut_matmul import dispatch
+from pallas_kernels.lut_matmul.api import lut_matmul
+from pallas_kernels.lut_matmul.epilogue import add_offsets
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["planes", "scales", "table", "offsets"],
+    meta_fields=["implementation", "k", "n", "bits", "group_size", "p", "padded"],
+)
+@dataclasses.dataclass(frozen=True)
+class PackedWeight:
+    """A weight ``[K, N]`` that one implementation reads without reordering.
+
+    Attributes:
+      planes: Packed codes in the implementation's layout (canonical words for those without one).
+      scales: ``[ceil(K / G), N]``.
+      table: ``float32[T, 2**bits, p]``.
+      offsets: Like ``scales``, or None.
+      implementation: Whose layout it is.
+      k: The number of rows K.
+      n: The number of columns N.
+      bits: Bits a code.
+      group_size: Rows that share a scale.
+      p: Rows that share a code.
+      padded: K and N that the planes were padded to, and what decided their order.
+    """
+
+    planes: tuple
+    scales: jax.Array
+    table: jax.Array
+    offsets: jax.Array | None
+    implementation: str
+    k: int
+    n: int
+    bits: int
+    group_size: int
+    p: int
+    padded: tuple
+
+
+def prepack(
+    words: jax.Array,
+    scales: jax.Array,
+    lut: jax.Array,
+    offsets: jax.Array | None = None,
+    *,
+    k: int,
+    group_size: int,
+    implementation: str,
+    dtype: Any = jnp.bfloat16,
+    device_kind: str | None = None,
+) -> PackedWeight:
+    """Reorders a weight for an implementation and the dtype of its activations.
+
+    Args:
+      words: ``uint8[ceil(K / (8 p)), bits, N]``, see :mod:`pallas_kernels.layout`.
+      scales: ``[ceil(K / G), N]``.
+      lut: ``[T, 2**bits, p]``.
+      offsets: Like ``scales``, or None.
+      k: The number of rows K.
+      group_size: Rows that share a scale.
+      implementation: ``"mosaic_tpu"`` and ``"mosaic_gpu"`` have their own layouts.
+      dtype: Of the activations.
+      device_kind: Of the device, e.g. ``"TPU v6 lite"``; None: the one that is compiled for.
+
+    Returns:
+      A pytree for :func:`packed_matmul`.
+
+    Raises:
+      NotImplementedError: If the implementation does not take this weight.
+
+    >>> from pallas_kernels.layout import pack
+    >>> words = pack(jnp.zeros((64, 8), jnp.uint8), bits=4)
+    >>> scales, lut = jnp.ones((1, 8)), jnp.ones((1, 16, 1))
+    >>> packed = prepack(words, scales, lut, k=64, group_size=64, implementation="xla")
+    >>> packed_matmul(jnp.ones((1, 64)), packed)[0, 0].item()
+    64.0
+    """
+    _, bits, n = words.shape
+    x = jax.ShapeDtypeStruct((16, k), dtype)
+    static = {"k": k, "group_size": group_size, "transpose": False}
+    reason = dispatch.reason_against(implementation, (x, words, scales, lut, offsets), static)
+    if reason is not None:
+        raise NotImplementedError(f"implementation {implementation!r} cannot run this: {reason}")
+    planes: tuple = (words,)
+    padded: tuple = ()
+    if implementation == "mosaic_tpu":
+        from pallas_kernels.lut_matmul import mosaic_tpu
+
+        kind = device_kind or dispatch.device_kind("tpu")
+        problem = mosaic_tpu.make_problem(
+            x, words, lut, k=k, group_size=group_size, transpose=False, device_kind=kind
+        )
+        planes = mosaic_tpu.prepack(words, scales, lut, problem=problem)[0]
+        padded = (problem.padded_k, problem.padded_n, problem.config)
+    elif implementation == "mosaic_gpu":
+        from pallas_kernels.lut_matmul import mosaic_gpu
+
+        gpu_problem = mosaic_gpu.make_problem(16, words, k=k, group_size=group_size)
+        planes = mosaic_gpu.prepack(words, lut, gpu_problem, dtype)[0]
+        padded = (gpu_problem.padded_k, gpu_problem.padded_n, gpu_problem.config)
+    return PackedWeight(
+        planes=planes,
+        scales=scales,
+        table=lut,
+        offsets=offsets,
+        implementation=implementation,
+        k=k,
+        n=n,
+        bits=bits,
+        group_size=group_size,
+        p=lut.shape[-1],
+        padded=padded,
+    )
+
+
+def packed_matmul(x: jax.Array, weight: PackedWeight, *, interpret: Any = False) -> jax.Array:
+    """``x @ W`` for a prepacked weight; inference only (no gradient).
+
+    Args:
+      x: ``[..., K]``.
+      weight: From :func:`prepack`.
+      interpret: Runs the kernel in interpret mode.
+
+    Returns:
+      ``[..., N]`` in the dtype of ``x``.
+
+    Raises:
+      ValueError: If ``x`` does not end in K.
+    """
+    if x.shape[-1] != weight.k:
+        raise ValueError(
+            f"x of shape {x.shape} must end in K={weight.k} to be multiplied by the weight "
+            f"[K={weight.k}, N={weight.n}]"
+        )
+    rows = x.reshape(-1, weight.k)
+    y = _apply(rows, weight, interpret)
+    return y.reshape(*x.shape[:-1], weight.n)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _apply(x: jax.Array, weight: PackedWeight, interpret: Any) -> jax.Array:
+    static: dict[str, Any] = {"k": weight.k, "group_size": weight.group_size}
+    if not weight.padded:
+        return lut_matmul(
+            x,
+            weight.planes[0],
+            weight.scales,
+            weight.table,
+            weight.offsets,
+            **static,
+            implementation=weight.implementation,
+        )
+    words = jax.ShapeDtypeStruct((-(-weight.k // (8 * weight.p)), weight.bits, weight.n), jnp.uint8)
+    config = weight.padded[2]
+    if weight.implementation == "mosaic_tpu":
+        from pallas_kernels.lut_matmul import mosaic_tpu
+
+        problem = mosaic_tpu.make_problem(
+            x, words, weight.table, **static, transpose=False, config=_for_rows(config, x.shape[0])
+        )
+        rest = mosaic_tpu.prepack_rest(weight.scales, weight.table, problem)
+        packed = (weight.planes, *rest)
+        y = mosaic_tpu.apply(x, packed, problem, k=weight.k, n=weight.n, interpret=interpret)
+    else:
+        from pallas_kernels.lut_matmul import mosaic_gpu
+
+        gpu_problem = mosaic_gpu.make_problem(x.shape[0], words, **static, config=config)
+        table = mosaic_gpu.lookup_table(weight.table, weight.bits, x.dtype)
+        y = mosaic_gpu.apply(
+            x, weight.planes, weight.scales, table, gpu_problem, interpret=interpret
+        )[:, : weight.n]
+    y = add_offsets(y, x, weight.offsets, **static, transpose=False)
+    return y.astype(x.dtype)
+
+
+def _for_rows(config: Any, m: int) -> Any:
+    """The tiles of a TPU configuration for another number of rows; the layout stays."""
+    rows = min(64, -(-m // 16) * 16)
+    return dataclasses.replace(config, block_m=rows)

@@ -1,0 +1,241 @@
+"""The native CPU kernels against the formula, as a JAX function, on bad input, and their build."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from lut_cases import CASES, TOLERANCE, Case, make, operands, oracle, relative_error
+
+from pallas_kernels.lut_matmul import cpu_native, lut_matmul, native_library
+
+pytestmark = pytest.mark.skipif(
+    cpu_native.availability() is not None, reason=str(cpu_native.availability())
+)
+
+INSTRUCTIONS = cpu_native.instruction_sets() if cpu_native.availability() is None else ()
+SUPPORTED = [case for case in CASES if case.p == 1]
+# Wide and single tiles, tiles that stick out, every way in which rows of x are grouped.
+EDGES = [
+    *(Case(m=m, n=584, k=136, group_size=32, dtype="float32") for m in (1, 2, 3, 4, 5, 7, 13)),
+    *(
+        Case(m=m, bits=b, n=33, k=77, group_size=32, dtype="float32", tables="channel")
+        for m in (1, 6)
+        for b in (2, 3, 8)
+    ),
+    *(Case(m=1, bits=b, n=600, dtype="float32", offsets=True) for b in (2, 3, 8)),
+    Case(m=530, n=40, k=264, group_size=88, dtype="float32", scale_dtype="bfloat16"),
+    Case(m=3, n=100, transpose=True, dtype="float32", scale_dtype="float16"),
+]
+
+
+def check(case: Case, instructions: str) -> None:
+    data = make(case)
+    assert cpu_native.supports(*operands(data), **case.static) is None
+    y = cpu_native.lut_matmul(*operands(data), **case.static, instructions=instructions)
+    assert y.dtype == data["x"].dtype
+    assert relative_error(y, oracle(case, data)) < TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("case", [*SUPPORTED, *EDGES], ids=str)
+def test_equals_the_formula(case):
+    check(case, "")
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTIONS[1:])
+@pytest.mark.parametrize(
+    "case", [*EDGES, Case(bits=3, transpose=True), Case(m=1, bits=4, dtype="float32")], ids=str
+)
+def test_every_instruction_set_equals_the_formula(case, instructions):
+    check(case, instructions)
+
+
+def test_a_column_does_not_depend_on_its_neighbours_or_on_threads():
+    case = Case(m=1, k=512, n=4096, dtype="float32")  # large enough for several threads
+    x, words, scales, lut, _ = operands(make(case))
+    product = jax.jit(functools.partial(cpu_native.lut_matmul, **case.static))
+    whole = product(x, words, scales, lut)
+    assert jnp.array_equal(whole, product(x, words, scales, lut))
+    for columns in (slice(0, 64), slice(64, 1000), slice(4032, 4096)):
+        part = product(x, words[..., columns], scales[:, columns], lut)
+        assert jnp.array_equal(part, whole[:, columns])
+
+
+def test_as_a_function_of_jax():
+    case = Case(m=3, k=200, n=24, group_size=64, dtype="float32", offsets=True)
+    x, *weight = operands(make(case))
+    native = functools.partial(lut_matmul, **case.static, implementation="cpu_native")
+    reference = functools.partial(lut_matmul, **case.static, implementation="reference")
+
+    def grad(f):
+        return jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(jax.checkpoint(f)(x, *weight)))))(x)
+
+    # sin of sums of 200 products in float32
+    np.testing.assert_allclose(grad(native), grad(reference), rtol=1e-3, atol=1e-3)
+
+    stacked = [
+        jnp.stack([w, jnp.flip(w, -1)]) if w.ndim == 3 and w.shape[0] != 1 else w for w in weight
+    ]
+    axes = (None, *(0 if s is not w else None for s, w in zip(stacked, weight, strict=True)))
+    mapped = jax.vmap(native, in_axes=axes)(x, *stacked)
+    assert jnp.array_equal(mapped[1], native(x, stacked[0][1], *weight[1:]))
+
+    def layer(x, words):
+        return x, native(x, words, *weight[1:])
+
+    _, scanned = jax.jit(lambda x, words: jax.lax.scan(layer, x, words))(x, stacked[0])
+    assert jnp.array_equal(scanned, mapped)
+
+
+def test_under_shard_map():
+    case = Case(m=2, n=64, dtype="float32")
+    x, words, scales, lut, _ = operands(make(case))
+    mesh = jax.make_mesh((1,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,))
+    native = functools.partial(lut_matmul, **case.static, implementation="cpu_native")
+    spec = jax.sharding.PartitionSpec
+    columns = spec(None, "tensor")
+    sharded = jax.shard_map(
+        native,
+        mesh=mesh,
+        in_specs=(spec(), spec(None, None, "tensor"), columns, spec()),
+        out_specs=columns,
+    )
+    assert jnp.array_equal(jax.jit(sharded)(x, words, scales, lut), native(x, words, scales, lut))
+
+
+@pytest.mark.parametrize(
+    "case,reason",
+    [
+        (Case(p=2), "p=2"),
+        (Case(bits=5), "5-bit"),
+        (Case(k=100, group_size=20), "group_size=20"),
+    ],
+    ids=str,
+)
+def test_what_it_cannot_run_is_named(case, reason):
+    data = make(case)
+    assert reason in cpu_native.supports(*operands(data), **case.static)
+    with pytest.raises(NotImplementedError, match=reason):
+        lut_matmul(*operands(data), **case.static, implementation="cpu_native")
+
+
+def test_wrong_buffers_are_errors_with_their_shapes():
+    """The custom call itself, below the argument checks: wrong buffers must not be read."""
+    rng = np.random.default_rng(0)
+    right = {
+        "x": (2, 64),
+        "words": (8, 4, 40),
+        "scales": (2, 40),
+        "lut": (1, 16),
+        "offsets": (2, 40),
+        "y": (2, 40),
+    }
+    static = {"k": 64, "group_size": 32, "transpose": False, "instructions": ""}
+    dtypes = dict.fromkeys(right, jnp.float32) | {"words": jnp.uint8}
+
+    def call(shapes, dtypes, static):
+        arrays = [jnp.zeros(shapes[n], dtypes[n]) for n in right if n != "y"]
+        result = jax.ShapeDtypeStruct(shapes["y"], jnp.float32)
+        return jax.ffi.ffi_call(cpu_native._TARGET, result)(*arrays, **static)
+
+    assert call(right, dtypes, static).shape == (2, 40)
+    for _ in range(40):
+        name = rng.choice(list(right))
+        shape = list(right[name])
+        if rng.random() < 0.3:
+            shape = shape[1:] if rng.random() < 0.5 else [1, *shape]
+        else:
+            axis = rng.integers(len(shape))
+            shape[axis] = max(shape[axis] + int(rng.choice([-1, 1, 7, -shape[axis]])), 0)
+        # Empty offsets mean none, and XLA drops a call whose result is empty.
+        if tuple(shape) == right[name] or (name in ("offsets", "y") and 0 in shape):
+            continue
+        with pytest.raises(Exception, match=r"lut_matmul: .*words\[|rank|dimensions"):
+            call(right | {name: tuple(shape)}, dtypes, static)
+    for bad in ({"k": 65}, {"k": 56}, {"k": -1}, {"group_size": 0}, {"group_size": 20}):
+        with pytest.raises(Exception, match="lut_matmul: "):
+            call(right, dtypes, static | bad)
+    with pytest.raises(Exception, match="instruction set"):
+        call(right, dtypes, static | {"instructions": "mmx"})
+    for name in ("scales", "offsets"):
+        with pytest.raises(Exception, match="bfloat16"):
+            call(right, dtypes | {name: jnp.float16}, static)
+
+
+@pytest.fixture
+def nothing_built(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native_library, "installed_name", lambda: "absent")
+    cpu_native._load.cache_clear()
+    yield tmp_path
+    cpu_native._load.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "compiler,reason", [("no-such-compiler", "there is no compiler"), ("false", "refuses")]
+)
+def test_without_a_compiler_it_says_so_and_xla_computes(
+    nothing_built, monkeypatch, compiler, reason
+):
+    monkeypatch.setenv("CXX", compiler)
+    case = Case(dtype="float32")
+    data = make(case)
+    assert reason in cpu_native.availability()
+    with pytest.raises(NotImplementedError, match=reason):
+        lut_matmul(*operands(data), **case.static, implementation="cpu_native")
+    y = lut_matmul(*operands(data), **case.static)
+    assert relative_error(y, oracle(case, data)) < TOLERANCE["float32"]
+    assert not list(nothing_built.rglob("*.so"))
+    assert not list(nothing_built.rglob(".build-*"))
+
+
+SANITIZED = """
+import sys
+import jax.numpy as jnp
+from pallas_kernels.lut_matmul import cpu_native, native_library
+import pathlib
+native_library.find_or_build = lambda: pathlib.Path(sys.argv[1])
+import test_cpu_native as tests
+for case in tests.SUPPORTED:
+    tests.check(case, "")
+for instructions in tests.INSTRUCTIONS:
+    for case in tests.EDGES:
+        tests.check(case, instructions)
+tests.test_wrong_buffers_are_errors_with_their_shapes()
+print("clean")
+"""
+
+
+def test_sanitizers_find_nothing(tmp_path):
+    runtimes = [
+        subprocess.run(
+            [*native_library.compiler(), f"-print-file-name={name}"], capture_output=True, text=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
+    if not all(os.path.isabs(path) for path in runtimes):
+        pytest.skip("the compiler has no address sanitizer for programs that do not use it")
+    library = tmp_path / "library.so"
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1")
+    native_library.build(library, flags)
+    here = pathlib.Path(__file__).parent
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parents[2])]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SANITIZED, str(library)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "clean"
