@@ -118,12 +118,13 @@ def weight_step(optimizer, params, state, step, loss=loss_fn):
 
 def adapter_step(training, state, step, loss=loss_fn):
     tokens = batch(step)
-    state = jax.lax.cond(
-        training.is_due(state),
-        lambda s: training.refresh(s, jax.grad(loss)(training.weights(s), tokens)),
-        lambda s: s,
-        state,
-    )
+
+    def refresh(state):
+        if training.config.map.depends_on != "gradient":
+            return training.refresh(state)
+        return training.refresh(state, jax.grad(loss)(training.weights(state), tokens))
+
+    state = jax.lax.cond(training.is_due(state), refresh, lambda state: state, state)
     gradients = jax.grad(lambda r: loss(training.weights(state, r), tokens))(state.latents)
     return training.update(gradients, state)
 

