@@ -236,6 +236,7 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         mask: Bool[Array, "b t"] | None = None,
         logits_at: Int32[Array, "b m"] | None = None,
+        segments: Int32[Array, "b t"] | None = None,
     ) -> Any:
         """Predicts the token after each token.
 
@@ -246,11 +247,19 @@ class Decoder(nn.Module):
           mask: bool `[B, T]`, False where `tokens` is padding (on either side). Positions count
             real tokens only, and nothing attends to padding.
           logits_at: int32 `[B, M]`, the indices along T that logits are wanted for; all if None.
+          segments: int32 `[B, T]`, the number of the text that each token belongs to where several
+            are packed into a row, 0 for padding. Each text starts at position 0 and attends to
+            itself only. Instead of `cache` and `mask`.
 
         Returns:
           float32 logits `[B, T, V]` (or `[B, M, V]`); with a cache, the pair (logits, new cache).
+
+        Raises:
+          ValueError: for `segments` together with `cache` or `mask`.
         """
         config = self.config
+        if segments is not None and not (cache is None and mask is None):
+            raise ValueError("segments cannot be combined with cache or mask; use 0 for padding")
         real = jnp.ones(tokens.shape, jnp.bool_) if mask is None else mask
         count = jnp.cumsum(real, axis=1, dtype=jnp.int32)
         if cache is None:
@@ -262,10 +271,14 @@ class Decoder(nn.Module):
         if cache is not None:
             slot = cache.next_slot
             stored = lax.dynamic_update_slice(cache.positions, stored, (0, slot))
+        if segments is not None:
+            positions = _positions_within(segments)
+            stored = jnp.where(segments > 0, positions, -1)
+        seen = _attention_mask(positions, stored, config.sliding_window)
+        if segments is not None:
+            seen &= segments[:, :, None] == segments[:, None, :]
         context = AttentionContext(
-            *rope_tables(positions, rope_frequencies(config)),
-            mask=_attention_mask(positions, stored, config.sliding_window),
-            slot=slot,
+            *rope_tables(positions, rope_frequencies(config)), mask=seen, slot=slot
         )
 
         table = Embedding(config.vocab_size, config.hidden_size, name="embed_tokens")
@@ -285,6 +298,13 @@ class Decoder(nn.Module):
         if cache is None:
             return logits
         return logits, KVCache(new_layers, stored, cache.next_slot + tokens.shape[1])
+
+
+def _positions_within(segments: Int32[Array, "b t"]) -> Int32[Array, "b t"]:
+    """Each token's distance from the first one of its text."""
+    index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
+    first = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    return index - lax.cummax(jnp.where(first, index, 0), axis=1)
 
 
 def _attention_mask(

@@ -297,7 +297,8 @@ def test_peft_gives_the_same_logits(tmp_path, params):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     write_hf(tmp_path / "base", CONFIG, dense_params(CONFIG))
-    adapter = random_adapter(every_kernel(4)) | random_adapter({Q: 2}, seed=3)
+    small = random_adapter(every_kernel(4)) | random_adapter({Q: 2}, seed=3)
+    adapter = lora.stack(small, weights=(20,))  # changes the logits by far more than the tolerance
     save_peft(tmp_path / "adapter", adapter, base_model=str(tmp_path / "base"), alpha=8.0)
     tokens = np.arange(16).reshape(2, 8)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
