@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.layout import BLOCK
 from pallas_kernels.lut_matmul import native_library
-from pallas_kernels.manual_axes import shape_struct
+from pallas_kernels.manual_axes import varying_axes
 
 BITS = (2, 3, 4, 8)
 
@@ -94,12 +94,10 @@ def lut_matmul(
         scales = scales.astype(jnp.float32)
         offsets = None if offsets is None else offsets.astype(jnp.float32)
     columns = k if transpose else n
-    call = jax.ffi.ffi_call(
-        _TARGET,
-        shape_struct((rows.shape[0], columns), jnp.float32, like=rows),
-        vmap_method="sequential",
-    )
-    y = call(
+    result: Any = jax.ShapeDtypeStruct((rows.shape[0], columns), jnp.float32)
+    if varying_axes(rows):  # ffi_call takes these from a whole type only
+        result = jax.typeof(rows).update(shape=result.shape)
+    y = jax.ffi.ffi_call(_TARGET, result, vmap_method="sequential")(
         rows,
         words,
         scales,

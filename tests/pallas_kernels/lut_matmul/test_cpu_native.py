@@ -51,7 +51,7 @@ def test_equals_the_formula(case):
 
 @pytest.mark.parametrize("instructions", INSTRUCTIONS[1:])
 @pytest.mark.parametrize(
-    "case", [*EDGES, Case(bits=3, transpose=True), Case(m=1, bits=4, dtype="float32")], ids=str
+    "case", [*EDGES[::4], Case(bits=3, transpose=True), Case(m=1, dtype="float32")], ids=str
 )
 def test_every_instruction_set_equals_the_formula(case, instructions):
     check(case, instructions)
