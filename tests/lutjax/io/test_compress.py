@@ -108,20 +108,26 @@ def test_progress_goes_to_standard_error(tmp_path, source, capsys):
 
 
 _MEASURE = """
-import resource, sys
+import sys
+from pathlib import Path
 from lutjax import Recipe
 from lutjax.io import compress_checkpoint
 
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
 small, large, out = sys.argv[1:]
 recipe = Recipe.uniform(group_size=32)
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 compress_checkpoint(small, out + "/small", recipe)  # everything is compiled and imported
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is in use now
 before = peak()
 compress_checkpoint(large, out + "/large", recipe)
 print(peak() - before)
 """
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path, tiny_config):
     """Two layers, then 64 of the same shapes: 150 MB that are never in memory together."""
     config = dataclasses.replace(
@@ -143,8 +149,8 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path, tiny_config):
         text=True,
         check=True,
     )
-    # The largest tensor has 0.6 MB; the rest is the allocator's.
-    assert int(done.stdout) < size / 5
+    # The largest tensor has 0.6 MB; the rest is the allocator's and the page cache's.
+    assert int(done.stdout) < size / 4
 
 
 def _paths(config, shapes):
