@@ -23,10 +23,14 @@ IMPLEMENTATIONS = (
 # Best first. The last of each list supports everything.
 _PREFERENCE = {
     "cpu": ("cpu_native", "xla", "reference"),
-    "cuda": ("mosaic_gpu", "triton", "pallas_triton", "xla", "reference"),
+    "cuda": ("mosaic_gpu", "pallas_triton", "xla", "reference"),
     "tpu": ("mosaic_tpu", "xla", "reference"),
 }
 _OTHER_PLATFORMS = ("xla", "reference")
+
+# Rows of x from which a GPU dequantises tiles and multiplies them as dense matrices: the dense
+# product is then bound by arithmetic. An estimate; no kernel was timed yet.
+_DENSE_ROWS = 1024
 
 # Kernels of one platform; elsewhere they run in interpret mode only.
 KERNEL_PLATFORM = {
@@ -34,6 +38,10 @@ KERNEL_PLATFORM = {
     "mosaic_gpu": "cuda",
     "pallas_triton": "cuda",
     "triton": "cuda",
+}
+_MISSING = {
+    "triton": "there is no jax-triton kernel yet (jax-triton lowers only where a GPU is); use "
+    "'mosaic_gpu' on Hopper and 'pallas_triton' on other NVIDIA GPUs"
 }
 _interpreted = contextvars.ContextVar("interpreted", default=False)
 
@@ -72,6 +80,8 @@ class Backend(Protocol):
 
 def backend(name: str) -> Backend | str:
     """The backend module, imported on first use, or the reason why it cannot be imported."""
+    if name in _MISSING:
+        return _MISSING[name]
     try:
         return importlib.import_module(f"pallas_kernels.lut_matmul.{name}")
     except (ImportError, AttributeError, RuntimeError) as error:
@@ -115,9 +125,11 @@ def best_per_platform(arrays: tuple, static: dict) -> tuple[dict[str, str], str]
         check = reason_against_here
         return next(name for name in names if check(name, arrays, static) is None)
 
-    return {platform: best(names) for platform, names in _PREFERENCE.items()}, best(
-        _OTHER_PLATFORMS
-    )
+    preference = dict(_PREFERENCE)
+    if arrays[0].shape[0] >= _DENSE_ROWS:
+        preference["cuda"] = _OTHER_PLATFORMS
+    other = best(_OTHER_PLATFORMS)
+    return {platform: best(names) for platform, names in preference.items()}, other
 
 
 def device_kind(platform: str) -> str | None:

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-from pallas_kernels.lut_matmul import dispatch, mosaic_gpu_asm
+from pallas_kernels.lut_matmul import dispatch, mosaic_gpu_asm, tuning
 from pallas_kernels.lut_matmul.epilogue import add_offsets
 from pallas_kernels.lut_matmul.mosaic_gpu_layout import (
     SLICE_K,
@@ -122,6 +122,35 @@ def default_config(m: int, bits: int, *, n: int, k: int) -> Config:
     return Config(warpgroups, stages, splits, tiles)
 
 
+def _tuned(m: int, bits: int, *, k: int, n: int) -> Config | None:
+    kind = dispatch.device_kind("cuda")
+    found = tuning.lookup("mosaic_gpu", kind, bits=bits, m=m, k=k, n=n)
+    return Config(**found) if found else None
+
+
+def candidates(m: int, bits: int, *, k: int, n: int) -> list[Config]:
+    """Configurations worth timing, the heuristic one first."""
+    first = default_config(m, bits, n=n, k=k)
+    others = [
+        Config(warpgroups, stages, splits, tiles)
+        for warpgroups in (2, 4)
+        for stages in (2, 3, 4)
+        for splits in (1, 2, 4, 8)
+        for tiles in (1, 2)
+        if k % (warpgroups * SLICE_K * splits) == 0
+        and n % (tiles * TILE_N) == 0
+        and _fits(m, bits, Config(warpgroups, stages, splits, tiles))
+    ]
+    return [first, *(c for c in others if c != first)]
+
+
+def _fits(m: int, bits: int, config: Config) -> bool:
+    rows = _block_m(m)
+    stage = config.block_n * config.block_k * bits // 8 + rows * config.block_k * 2 + 2560
+    fixed = table_rows(bits) * 256 + config.block_n * rows * 4
+    return fixed + config.stages * stage <= _SHARED_MEMORY
+
+
 def _block_m(m: int) -> int:
     """Rows of ``x`` of a block: few tiles of equal size."""
     largest = _DECODE_ROWS if m <= 2 * _DECODE_ROWS else _PREFILL_ROWS
@@ -155,7 +184,7 @@ def make_problem(
 ) -> _Problem:
     """Pads the sizes of a product to the tiles of ``config`` (None: a heuristic one)."""
     _, bits, n = words.shape
-    config = config or default_config(m, bits, n=n, k=k)
+    config = config or _tuned(m, bits, k=k, n=n) or default_config(m, bits, n=n, k=k)
     step = config.block_k * config.splits
     if group_size < k and group_size > config.block_k and group_size % config.block_k:
         config = dataclasses.replace(config, warpgroups=1 if group_size % 256 else 2)

@@ -230,6 +230,7 @@ def make_problem(
     _, bits, n = words.shape
     p = lut.shape[-1]
     codes, group = -(-k // p), _group_codes(k, group_size, p)
+    kind = device_kind or dispatch.device_kind("tpu")
     config = config or default_config(
         x.shape[0],
         bits,
@@ -239,7 +240,7 @@ def make_problem(
         dtype=x.dtype,
         per_channel=lut.shape[0] > 1,
         transpose=transpose,
-        device_kind=device_kind or dispatch.device_kind("tpu"),
+        device_kind=kind,
     )
     padded_k = -(-codes // config.block_k) * config.block_k
     padded_n = -(-n // config.block_n) * config.block_n

@@ -1,0 +1,63 @@
+"""Tuned configurations are found by shape and rows, merged, and otherwise absent."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+from pallas_kernels import tune
+from pallas_kernels.lut_matmul import mosaic_gpu, tuning
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("PALLAS_KERNELS_TUNING", str(tmp_path))
+    yield tmp_path
+    tuning._entries.cache_clear()
+
+
+def entry(m, stages):
+    config = {"warpgroups": 2, "stages": stages, "splits": 1, "tiles": 2}
+    return {"bits": 4, "m": m, "k": 512, "n": 256, "config": config, "microseconds": 1.0}
+
+
+def test_an_entry_serves_its_shape_and_the_rows_up_to_its_own(folder):
+    path = tuning.save("mosaic_gpu", "NVIDIA H200", [entry(16, 3), entry(64, 2)])
+    assert path == folder / "nvidia-h200.json"
+
+    def find(**change):
+        product = {"bits": 4, "m": 10, "k": 512, "n": 256, **change}
+        return tuning.lookup("mosaic_gpu", "NVIDIA H200", **product)
+
+    assert find()["stages"] == 3
+    assert find(m=17)["stages"] == 2
+    assert find(m=65) is None and find(k=1024) is None and find(bits=3) is None
+    assert tuning.lookup("mosaic_gpu", "NVIDIA H100", bits=4, m=1, k=512, n=256) is None
+    tuning.save("mosaic_gpu", "NVIDIA H200", [entry(16, 4)])
+    assert find()["stages"] == 4 and find(m=64)["stages"] == 2
+
+
+def test_the_kernel_takes_the_tuned_configuration(folder):
+    tuning.save("mosaic_gpu", "NVIDIA H200", [entry(16, 3)])
+    words = jax.ShapeDtypeStruct((64, 4, 256), "uint8")
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        problem = mosaic_gpu.make_problem(8, words, k=512, group_size=128)
+        other = mosaic_gpu.make_problem(32, words, k=512, group_size=128)
+    assert problem.config.stages == 3 and problem.config.warpgroups == 2
+    assert other.config == mosaic_gpu.default_config(32, 4, n=256, k=512)
+
+
+@pytest.mark.parametrize("m", [1, 16, 64, 512])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_candidates_fit_shared_memory_and_divide_the_weight(m, bits):
+    for config in mosaic_gpu.candidates(m, bits, k=4096, n=4096)[1:]:
+        assert mosaic_gpu._fits(m, bits, config)
+        assert 4096 % (config.block_k * config.splits) == 0
+
+
+def test_the_tuner_says_what_it_needs(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["tune"])
+    assert tune.main() == 2
+    assert "needs an NVIDIA GPU" in capsys.readouterr().out
