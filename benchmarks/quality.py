@@ -4,7 +4,8 @@
 
 Writes quality.json and quality.md. The outside figures were computed with transformers 5.23 on
 torch 2.13 (float32, CPU) on the same 16 windows of 512 tokens, all 210 matrices of the layers
-quantised with float32 scales, everything else float32.
+quantised with float32 scales, everything else float32. In int4_sym_g64 0.02 % of the codes differ
+from outside, all of them exact ties: outside rounds half to even, here the lower value wins.
 """
 
 from __future__ import annotations
@@ -105,15 +106,20 @@ def main() -> None:
     ids = tokenizer.encode(evaluation_text(), add_special_tokens=False)
     text = windows(ids, 512, arguments.chunks)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    results: list[dict[str, Any]] = []
+    file = arguments.output / "quality.json"
+    # Variants that were measured before stay in the table.
+    results = json.loads(file.read_text())["results"] if file.is_file() else []
     for name, make in variants(dense).items():
         if arguments.only and name not in arguments.only:
             continue
         params = make()
-        results.append(measure(name, params, lifted_if_needed(model.apply, params), text))
-        print(markdown(results[-1:]).splitlines()[-1], flush=True)
+        result = measure(name, params, lifted_if_needed(model.apply, params), text)
+        print(markdown([result]).splitlines()[-1], flush=True)
+        order = [*variants(dense)]
+        results = [r for r in results if r["name"] != name] + [result]
+        results.sort(key=lambda r: order.index(r["name"]))
         data = {"jax": jax.__version__, "tokens_in_text": len(ids), "results": results}
-        (arguments.output / "quality.json").write_text(json.dumps(data, indent=1) + "\n")
+        file.write_text(json.dumps(data, indent=1) + "\n")
         (arguments.output / "quality.md").write_text(markdown(results))
     print(markdown(results))
 
