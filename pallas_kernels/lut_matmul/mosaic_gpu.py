@@ -185,10 +185,14 @@ def make_problem(
     """Pads the sizes of a product to the tiles of ``config`` (None: a heuristic one)."""
     _, bits, n = words.shape
     config = config or _tuned(m, bits, k=k, n=n) or default_config(m, bits, n=n, k=k)
+    if group_size < k:  # a step holds whole groups, or a group whole steps
+        config = next(
+            fitting
+            for fitting in (dataclasses.replace(config, warpgroups=w) for w in range(4, 0, -1))
+            if fitting.warpgroups <= config.warpgroups
+            and 0 in (group_size % fitting.block_k, fitting.block_k % group_size)
+        )
     step = config.block_k * config.splits
-    if group_size < k and group_size > config.block_k and group_size % config.block_k:
-        config = dataclasses.replace(config, warpgroups=1 if group_size % 256 else 2)
-        step = config.block_k * config.splits
     padded_k = -(-k // step) * step
     return _Problem(
         bits=bits,

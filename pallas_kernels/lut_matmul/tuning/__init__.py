@@ -1,8 +1,8 @@
 """Tuned configurations, one JSON file per kind of device.
 
-``python -m pallas_kernels.tune`` writes them. A file maps an implementation to entries ``{"bits", "m", "k", "n", "config", "microseconds"}``. An
-entry serves its exact weight shape and the rows up to its ``m``; whatever has no entry gets the
-implementation's heuristic.
+``python -m pallas_kernels.tune`` writes them. A file maps an implementation to entries ``{"bits",
+"m", "k", "n", "config", "microseconds"}``. An entry serves its exact weight shape and the rows up
+to its ``m``; whatever has no entry gets the implementation's heuristic.
 """
 
 from __future__ import annotations

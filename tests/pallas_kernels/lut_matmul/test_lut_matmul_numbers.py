@@ -57,6 +57,7 @@ HOPPER_CASES = [
     Case(k=576, group_size=128, n=192),
     Case(bits=8, k=77, group_size=77, n=33, m=1, offsets=True),
     Case(m=130, group_size=32, scale_dtype="bfloat16"),
+    Case(k=768, group_size=384),
 ]
 
 

@@ -61,3 +61,13 @@ def test_the_tuner_says_what_it_needs(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["tune"])
     assert tune.main() == 2
     assert "needs an NVIDIA GPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128, 256, 384, 640, 1024, 4096])
+def test_a_step_holds_whole_groups_or_a_group_whole_steps(group_size):
+    words = jax.ShapeDtypeStruct((512, 4, 256), "uint8")
+    problem = mosaic_gpu.make_problem(1, words, k=4096, group_size=group_size)
+    sizes = problem.group, problem.config.block_k
+    assert max(sizes) % min(sizes) == 0
+    assert problem.padded_k >= 4096
+    assert problem.padded_k % (problem.config.block_k * problem.config.splits) == 0
