@@ -1,0 +1,173 @@
+"""Statistics of the inputs of weights, taken while any lifted function runs.
+
+A statistic leaves the function as the gradient of a field that takes no part in the product. So it
+is an ordinary output: no callbacks and no global state, and ``jit``, ``scan``, ``vmap``, ``remat``
+and ``shard_map`` treat it as they treat any gradient. Layers that are scanned over keep their
+statistics apart; a weight that is used several times gets their sum.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lutjax.arrays import CompressedArray, MatrixView, is_compressed
+from lutjax.lift import lift
+from lutjax.paths import path_string
+
+Statistic = Callable[[Any, jax.Array], jax.Array]
+"""From a weight without batch axes and its input ``[M, K]`` to ``float32[n]``; summed over uses."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["base", "totals"], meta_fields=["statistic"]
+)
+@dataclasses.dataclass(frozen=True)
+class ObservedArray(CompressedArray):
+    """A weight whose field ``totals`` receives a statistic of its inputs as its gradient.
+
+    The product over K is observed and passes no gradient on; use it to look, not to train.
+
+    Attributes:
+      base: The weight.
+      totals: ``float32[*batch, n]`` of zeros.
+      statistic: What to add up.
+
+    >>> from lutjax.arrays import DenseArray
+    >>> count = lambda weight, x: jnp.sum(x > 0, dtype=jnp.float32)[None]
+    >>> observed = ObservedArray(DenseArray.of(jnp.eye(2)), jnp.zeros(1), count)
+    >>> x = jnp.array([[1.0, -1.0], [2.0, 3.0]])
+    >>> jax.grad(lambda w: w.matmul(x).sum(), allow_int=True)(observed).totals.tolist()
+    [3.0]
+    """
+
+    base: CompressedArray
+    totals: Float[Array, "*batch n"]
+    statistic: Statistic
+
+    @property
+    def view(self) -> MatrixView:  # type: ignore[override]
+        """The view of the base."""
+        return self.base.view
+
+    @property
+    def dtype(self) -> np.dtype:  # type: ignore[override]
+        """The dtype of the base."""
+        return self.base.dtype
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The leading axes of the base."""
+        return self.base.batch_shape
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """K and N."""
+        return self.base.matrix_shape
+
+    def materialize_matrix(self) -> Float[Array, "*batch k n"]:
+        """The dense matrix of the base, not observed."""
+        return self.base.materialize_matrix()
+
+    def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
+        """``x @ W``, and the statistic of ``x`` for the backward pass."""
+        if self.batch_shape:
+            return jax.vmap(lambda w, x: w.matmul(x))(self, x)
+        still = jax.lax.stop_gradient(x)
+        base = jax.lax.stop_gradient(self.base)
+        found = self.statistic(base, still.reshape(-1, x.shape[-1])).astype(jnp.float32)
+        return _tap(base.matmul(still), x, found, self.totals)
+
+    def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
+        """``x @ W.T``, not observed."""
+        return self.base.matmul_transposed(x)
+
+    def with_view(self, view: MatrixView) -> Self:
+        """The same data under another view."""
+        return dataclasses.replace(self, base=self.base.with_view(view))
+
+    def astype(self, dtype: Any) -> Self:
+        """The same data standing for a weight of another dtype."""
+        return dataclasses.replace(self, base=self.base.astype(dtype))
+
+
+@jax.custom_vjp
+def _tap(y: jax.Array, x: jax.Array, found: jax.Array, totals: jax.Array) -> jax.Array:
+    """``y``; in the backward pass ``totals`` receives ``found``."""
+    return y
+
+
+def _tap_forward(y, x, found, totals):
+    return y, (y, x, found)
+
+
+def _tap_backward(residuals, dy):
+    # Zeros instead of gradients: the backward pass must reach earlier layers, with nothing.
+    y, x, found = residuals
+    return jnp.zeros_like(y), jnp.zeros_like(x), jnp.zeros_like(found), found
+
+
+_tap.defvjp(_tap_forward, _tap_backward)
+
+
+def observe(
+    fn: Callable[..., Any], params: Any, statistics: dict[str, tuple[Any, int, Statistic]]
+) -> Callable[..., dict[str, jax.Array]]:
+    """A function that runs ``fn`` and returns statistics of the inputs of its weights.
+
+    Args:
+      fn: A function of parameters and other arguments with floating-point outputs that the products
+        lead to. It is lifted. It must be differentiable in reverse, so no ``while_loop`` around a
+        product; the results of products under ``stop_gradient`` are not seen.
+      params: The parameters that it will be called with; only paths and shapes are looked at.
+      statistics: For each path to observe: how to make the parameter a compressed array (a
+        function), the length n of the statistic, and the statistic. The same function objects for
+        all paths keep compilation short.
+
+    Returns:
+      A function of ``(params, *args)`` that returns ``float32[*batch, n]`` for each path; put
+      ``jax.jit`` around it.
+
+    Raises:
+      TypeError: When called, if no output of ``fn`` is floating point.
+    """
+    lifted = lift(fn)
+
+    def run(params: Any, *args: Any) -> dict[str, jax.Array]:
+        leaves = {
+            path_string(path): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_compressed)
+        }
+        wrapped = {path: wrap(leaves[path]) for path, (wrap, _, _) in statistics.items()}
+        totals = {
+            path: jnp.zeros((*wrapped[path].batch_shape, size), jnp.float32)
+            for path, (_, size, _) in statistics.items()
+        }
+
+        def total(totals: dict[str, jax.Array]) -> jax.Array:
+            def place(key_path, leaf):
+                path = path_string(key_path)
+                if path not in statistics:
+                    return leaf
+                return ObservedArray(wrapped[path], totals[path], statistics[path][2])
+
+            observed = jax.tree_util.tree_map_with_path(place, params, is_leaf=is_compressed)
+            outputs = [
+                jnp.sum(y.astype(jnp.float32))
+                for y in jax.tree.leaves(lifted(observed, *args))
+                if jnp.issubdtype(y.dtype, jnp.floating)
+            ]
+            if not outputs:
+                raise TypeError("fn has no floating-point output; return logits, not tokens")
+            return sum(outputs[1:], start=outputs[0])
+
+        return jax.grad(total)(totals)
+
+    return run

@@ -1,0 +1,24 @@
+"""Activation sparsity: thresholds, their allocation, and the parameters they turn into."""
+
+from lutjax.sparsity.apply import prepack, sparsify
+from lutjax.sparsity.greedy import GreedySearch, greedy_search
+from lutjax.sparsity.measure import AchievedSparsity, measure_sparsity
+from lutjax.sparsity.phases import PhasedParams, phased
+from lutjax.sparsity.plan import Gate, SparsityPlan
+from lutjax.sparsity.thresholds import plan_greedy, plan_thresholds, plan_uniform
+
+__all__ = [
+    "AchievedSparsity",
+    "Gate",
+    "GreedySearch",
+    "PhasedParams",
+    "SparsityPlan",
+    "greedy_search",
+    "measure_sparsity",
+    "phased",
+    "plan_greedy",
+    "plan_thresholds",
+    "plan_uniform",
+    "prepack",
+    "sparsify",
+]

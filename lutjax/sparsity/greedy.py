@@ -1,0 +1,242 @@
+"""Greedy block-wise allocation of sparsity."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lutjax.arrays import CompressedArray, GatedArray, is_compressed
+from lutjax.calibrate.activations import ActivationQuantiles, projections, row_norms
+from lutjax.lift import lift
+from lutjax.paths import named_leaves, path_string
+
+_FORMAT = "lutjax greedy sparsity search 1"
+_MOST = 0.99  # a projection that ignores everything is no projection
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSearch:
+    """The path of one block from no sparsity upwards.
+
+    Attributes:
+      shares: For each projection, its share of the block's weights.
+      raised: The projection that each step raised.
+      errors: The relative error of the block's output, ‖y' − y‖ / ‖y‖, after each step.
+    """
+
+    shares: Mapping[str, float]
+    raised: tuple[str, ...]
+    errors: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class GreedySearch:
+    """The paths of all blocks: every target up to the last step can be read off.
+
+    Attributes:
+      step: What a step adds to the sparsity of a block.
+      blocks: By path of the block.
+    """
+
+    step: float
+    blocks: Mapping[str, BlockSearch]
+
+    def sparsities(self, target: float) -> dict[str, float]:
+        """The sparsity of each projection's path where the blocks reach ``target``.
+
+        Between two steps, the next raise counts in part.
+
+        Raises:
+          ValueError: If a block's path ends before.
+        """
+        found: dict[str, float] = {}
+        for path, block in self.blocks.items():
+            steps = target / self.step
+            if steps > len(block.raised) + 1e-9:
+                raise ValueError(
+                    f"target={target} is beyond the search of {path!r}, which ends at "
+                    f"{self.step * len(block.raised):.2f}; search further"
+                )
+            levels = dict.fromkeys(block.shares, 0.0)
+            for place, name in enumerate(block.raised):
+                part = min(1.0, max(0.0, steps - place))
+                levels[name] += part * self.step / block.shares[name]
+            found |= {f"{path}/{name}": level for name, level in levels.items()}
+        return found
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes JSON, a line for each block, under a temporary name first."""
+        rows = ",\n".join(
+            f"{json.dumps(name)}: {json.dumps(dataclasses.asdict(block))}"
+            for name, block in self.blocks.items()
+        )
+        header = json.dumps({"format": _FORMAT, "step": self.step})[:-1]
+        temporary = Path(f"{path}.tmp{os.getpid()}")
+        temporary.write_text(f'{header}, "blocks": {{\n{rows}\n}}}}\n', encoding="utf-8")
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> GreedySearch:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+          ValueError: If the file is none.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if data["format"] != _FORMAT:
+                raise ValueError(f"format {data['format']!r}")
+            blocks = {
+                name: BlockSearch(b["shares"], tuple(b["raised"]), tuple(b["errors"]))
+                for name, b in data["blocks"].items()
+            }
+            return cls(data["step"], blocks)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} is no greedy search: {error}") from error
+
+
+def greedy_search(
+    fn: Callable[[Any, jax.Array], jax.Array],
+    blocks: Mapping[str, Any],
+    x: jax.Array,
+    quantiles: ActivationQuantiles,
+    *,
+    limit: float,
+    step: float = 0.01,
+    save: str | os.PathLike | None = None,
+    progress: bool = False,
+) -> GreedySearch:
+    """Raises, step by step, the projection whose raise hurts the block's output least.
+
+    From no sparsity, a step raises one projection of a block by ``step / share``, share being its
+    part of the block's weights, so every step costs the block the same number of weights. The
+    projection whose raise leaves the smallest error of the block's output keeps it. Blocks get the
+    inputs that the dense model gives them.
+
+    Args:
+      fn: ``fn(block_params, x) -> y``, the same function for every block; it is lifted.
+      blocks: The parameters of each block by path, in order.
+      x: The input of the first block; the output of one block is the input of the next.
+      quantiles: Histograms for every projection, by full path.
+      limit: The sparsity to stop at, in (0, 1).
+      step: The sparsity that a step adds to a block.
+      save: A file that keeps the blocks that are done; a later call goes on from it.
+      progress: Show a progress bar.
+
+    Returns:
+      The path of every block.
+
+    Raises:
+      ValueError: If limit or step are out of range, or the file was made with another step.
+
+    Source: TEAL (arXiv 2408.14690, algorithm 1).
+    """
+    if not 0 < step <= limit < 1:
+        raise ValueError(f"step={step} and limit={limit} must satisfy 0 < step <= limit < 1")
+    done: dict[str, BlockSearch] = {}
+    if save is not None and Path(save).exists():
+        before = GreedySearch.load(save)
+        if before.step != step:
+            raise ValueError(f"{save} was made with step={before.step}; delete it, or use that")
+        done = dict(before.blocks)
+    steps = math.ceil(limit / step - 1e-9)
+    run = jax.jit(lift(fn))
+    for path, params in _bar(blocks, progress):
+        y = run(params, x)
+        if len(getattr(done.get(path), "raised", ())) < steps:
+            done[path] = _search_block(fn, path, params, x, y, quantiles, step, steps)
+            if save is not None:
+                GreedySearch(step, done).save(save)
+        x = y
+    return GreedySearch(step, {path: done[path] for path in blocks})
+
+
+def _search_block(
+    fn: Callable,
+    path: str,
+    params: Any,
+    x: jax.Array,
+    y: jax.Array,
+    quantiles: ActivationQuantiles,
+    step: float,
+    steps: int,
+) -> BlockSearch:
+    wraps = projections(params)
+    sizes = {name: math.prod(leaf.shape) for name, leaf in named_leaves(params) if name in wraps}
+    shares = {name: size / sum(sizes.values()) for name, size in sizes.items()}
+    weights = {name: wraps[name](leaf) for name, leaf in named_leaves(params) if name in wraps}
+    for name, weight in weights.items():
+        if weight.batch_shape:
+            raise ValueError(f"{path}/{name} is stacked; search one block at a time")
+    norms = {n: row_norms(w) if quantiles.score == "wina" else None for n, w in weights.items()}
+    levels = dict.fromkeys(shares, 0.0)
+    raised, errors = [], []
+
+    def threshold(name: str, level: float) -> float:
+        return float(quantiles[f"{path}/{name}"].quantile(level)) if level else 0.0
+
+    for _ in range(steps):
+        options = [name for name in shares if levels[name] + step / shares[name] <= _MOST]
+        if not options:
+            break
+        now = {name: threshold(name, level) for name, level in levels.items()}
+        # One row of thresholds for each projection; those that cannot be raised are repeats.
+        rows = [
+            {**now, name: threshold(name, levels[name] + step / shares[name])}
+            if name in options
+            else now
+            for name in shares
+        ]
+        table = {name: jnp.asarray([row[name] for row in rows], jnp.float32) for name in shares}
+        found = np.asarray(_errors(fn, params, weights, norms, table, x, y))
+        by_name = dict(zip(shares, found.tolist(), strict=True))
+        best = min(options, key=by_name.__getitem__)
+        levels[best] += step / shares[best]
+        raised.append(best)
+        errors.append(by_name[best])
+    return BlockSearch(shares, tuple(raised), tuple(errors))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _errors(
+    fn: Callable,
+    params: Any,
+    weights: dict[str, CompressedArray],
+    norms: dict[str, jax.Array | None],
+    table: dict[str, jax.Array],
+    x: jax.Array,
+    y: jax.Array,
+) -> jax.Array:
+    """The relative error of the block's output for each row of thresholds."""
+    lifted = lift(fn)
+
+    def error(thresholds: dict[str, jax.Array]) -> jax.Array:
+        def gate(key_path, leaf):
+            name = path_string(key_path)
+            if name not in weights:
+                return leaf
+            return GatedArray(weights[name], thresholds[name], norms[name])
+
+        gated = jax.tree_util.tree_map_with_path(gate, params, is_leaf=is_compressed)
+        return jnp.linalg.norm((lifted(gated, x) - y).astype(jnp.float32).reshape(-1))
+
+    scale = jnp.linalg.norm(y.astype(jnp.float32).reshape(-1))
+    return jax.lax.map(error, table) / scale
+
+
+def _bar(blocks: Mapping[str, Any], show: bool) -> Any:
+    if not show:
+        return blocks.items()
+    from tqdm import tqdm
+
+    return tqdm(blocks.items(), desc="greedy", unit="block")

@@ -1,0 +1,273 @@
+"""Plans, their application, the greedy search, phases and measurement."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lutjax
+from lutjax.arrays import GatedArray, RowLutArray
+from lutjax.calibrate import activation_quantiles
+from lutjax.models import Decoder, generate, init_cache
+from lutjax.models.blockwise import decoder_blocks
+from lutjax.sparsity import (
+    Gate,
+    GreedySearch,
+    PhasedParams,
+    SparsityPlan,
+    greedy_search,
+    measure_sparsity,
+    phased,
+    plan_greedy,
+    plan_thresholds,
+    plan_uniform,
+    prepack,
+    sparsify,
+)
+
+TOKENS = jnp.arange(48, dtype=jnp.int32).reshape(2, 24) % 37
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    model: Decoder
+    params: dict
+
+    def run(self, params, tokens):
+        return self.model.apply({"params": params}, tokens)
+
+
+@pytest.fixture(scope="module")
+def setting():
+    from lutjax.models import DecoderConfig
+
+    config = DecoderConfig(
+        vocab_size=37,
+        hidden_size=24,
+        intermediate_size=40,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=6,
+        max_position_embeddings=128,
+    )
+    model = Decoder(config)
+    params = model.init(jax.random.key(0), TOKENS)["params"]
+    # A token a number would give every block the same input; make activations differ in size.
+    scale = jnp.exp(jax.random.normal(jax.random.key(1), (24,)))
+    for layer in params["layers"].values():
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            layer[norm]["scale"] = scale
+    return Setting(model, params)
+
+
+@pytest.fixture(scope="module")
+def quantiles(setting):
+    return activation_quantiles(setting.run, setting.params, [TOKENS])
+
+
+@pytest.fixture(scope="module")
+def search(setting, quantiles):
+    fn, blocks, x = decoder_blocks(setting.model.config, setting.params, TOKENS)
+    return greedy_search(fn, blocks, x, quantiles, limit=0.5, step=0.05)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_uniform_reaches_its_target(setting, quantiles, compressed):
+    params = setting.params
+    if compressed:
+        params = lutjax.quantize(params, bits=8, group_size=16)
+    plan = plan_uniform(setting.params, quantiles, 0.4)
+    gated = sparsify(params, plan)
+    assert all(
+        isinstance(leaf, GatedArray)
+        for leaf in jax.tree.leaves(gated["layers"], is_leaf=lutjax.is_compressed)
+        if leaf.ndim == 2
+    )
+    logits = jax.jit(lutjax.lift(setting.run, strict=True))(gated, TOKENS)
+    assert not np.allclose(logits, setting.run(setting.params, TOKENS), atol=1e-3)
+    achieved = measure_sparsity(setting.run, gated, [TOKENS])
+    # later inputs shift once earlier ones are masked
+    assert achieved.overall == pytest.approx(0.4, abs=0.03)
+    first = achieved.shares["layers/0/self_attn/q_proj/kernel"]
+    assert first == pytest.approx(0.4, abs=0.002 if not compressed else 0.02)
+    assert "all gated weights" in str(achieved)
+
+
+def test_no_sparsity_is_exact(setting, quantiles):
+    gated = sparsify(setting.params, plan_uniform(setting.params, quantiles, 0.0))
+    logits = lutjax.lift(setting.run)(gated, TOKENS)
+    np.testing.assert_allclose(logits, setting.run(setting.params, TOKENS), rtol=1e-5, atol=1e-5)
+
+
+def test_prefill_and_decode_share_every_buffer(setting, quantiles):
+    gated = sparsify(setting.params, plan_uniform(setting.params, quantiles, 0.5))
+    plain = setting.params["layers"]["0"]["mlp"]["up_proj"]["kernel"]
+    inner = gated["layers"]["0"]["mlp"]["up_proj"]["kernel"].inner.matrix
+    assert inner.unsafe_buffer_pointer() == plain.unsafe_buffer_pointer()
+
+
+def test_wina_gates_on_weighted_magnitudes(setting):
+    found = activation_quantiles(setting.run, setting.params, [TOKENS], score="wina")
+    plan = plan_uniform(setting.params, found, 0.5)
+    assert plan.method == "wina" and "norm" in str(plan)
+    gated = sparsify(setting.params, plan)
+    kernel = gated["layers"]["0"]["mlp"]["up_proj"]["kernel"]
+    np.testing.assert_allclose(
+        kernel.row_norms,
+        np.linalg.norm(setting.params["layers"]["0"]["mlp"]["up_proj"]["kernel"], axis=1),
+        rtol=1e-5,
+    )
+    assert measure_sparsity(setting.run, gated, [TOKENS]).overall == pytest.approx(0.5, abs=0.04)
+    # at equal sparsity of the first product, WINA's error is smaller
+    x = jax.random.normal(jax.random.key(3), (200, 24))
+    w = jax.random.normal(jax.random.key(4), (24, 16)) * jnp.linspace(0.1, 3.0, 24)[:, None]
+    norms = jnp.linalg.norm(w, axis=1)
+    errors = {}
+    for name, scale in (("magnitude", jnp.ones(24)), ("wina", norms)):
+        threshold = float(jnp.median(jnp.abs(x) * scale))
+        array = GatedArray.of(lutjax.arrays.DenseArray.of(w), threshold, scale)
+        errors[name] = float(jnp.linalg.norm(array.matmul(x) - x @ w))
+    assert errors["wina"] < errors["magnitude"]
+
+
+def test_greedy_search_records_a_path_that_beats_uniform(setting, quantiles, search):
+    for path, block in search.blocks.items():
+        assert sum(block.shares.values()) == pytest.approx(1)
+        # grouped-query attention: k is half of q here
+        shares = block.shares
+        assert shares["self_attn/k_proj/kernel"] == pytest.approx(
+            shares["self_attn/q_proj/kernel"] / 2
+        )
+        assert len(block.raised) == len(block.errors) == 10
+        levels = search.sparsities(0.5)
+        total = sum(levels[f"{path}/{name}"] * share for name, share in shares.items())
+        assert total == pytest.approx(0.5)
+        part = search.sparsities(0.27)
+        assert sum(part[f"{path}/{n}"] * s for n, s in shares.items()) == pytest.approx(0.27)
+        assert all(part[f"{path}/{n}"] <= levels[f"{path}/{n}"] + 1e-9 for n in shares)
+    fn, blocks, x = decoder_blocks(setting.model.config, setting.params, TOKENS)
+    plans = {
+        "greedy": plan_greedy(setting.params, quantiles, search, 0.5),
+        "uniform": plan_uniform(setting.params, quantiles, 0.5),
+    }
+    y = fn(blocks["layers/0"], x)
+    errors = {
+        name: float(
+            jnp.linalg.norm(lutjax.lift(fn)(sparsify(setting.params, plan)["layers"]["0"], x) - y)
+            / jnp.linalg.norm(y)
+        )
+        for name, plan in plans.items()
+    }
+    assert errors["greedy"] < errors["uniform"]
+    assert errors["greedy"] == pytest.approx(search.blocks["layers/0"].errors[-1], rel=1e-3)
+    assert plans["greedy"].sparsity == pytest.approx(0.5, abs=0.01)
+
+
+def test_greedy_search_goes_on_from_its_file(setting, quantiles, search, tmp_path):
+    fn, blocks, x = decoder_blocks(setting.model.config, setting.params, TOKENS)
+    file = tmp_path / "search.json"
+    search.save(file)
+    half = GreedySearch.load(file)
+    assert half == search
+    GreedySearch(half.step, {"layers/0": half.blocks["layers/0"]}).save(file)
+    again = greedy_search(fn, blocks, x, quantiles, limit=0.5, step=0.05, save=file)
+    assert again == search == GreedySearch.load(file)
+    with pytest.raises(ValueError, match=r"made with step=0.05"):
+        greedy_search(fn, blocks, x, quantiles, limit=0.5, step=0.1, save=file)
+    with pytest.raises(ValueError, match=r"target=0.7 is beyond the search of 'layers/0'"):
+        search.sparsities(0.7)
+    with pytest.raises(ValueError, match="limit=1"):
+        greedy_search(fn, blocks, x, quantiles, limit=1)
+
+
+def test_plan_saves_prints_and_plots(setting, quantiles, tmp_path):
+    plan = plan_uniform(setting.params, quantiles, 0.5)
+    plan.save(tmp_path / "plan.json")
+    assert SparsityPlan.load(tmp_path / "plan.json") == plan
+    assert "uniform, target 50.0 %, expected 50" in str(plan)
+    plan.plot(tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").stat().st_size > 5000
+    depth = plan.over_depth()
+    assert [block for block, _ in depth["layers/*/mlp/up_proj/kernel"]] == [0, 1]
+    stacked = SparsityPlan("x", None, {"layers/w": Gate((0.1, 0.2), (0.3, 0.4), (2, 8, 8))})
+    stacked.save(tmp_path / "stacked.json")
+    assert SparsityPlan.load(tmp_path / "stacked.json") == stacked
+    assert stacked.over_depth() == {"layers/w": [(0, 0.3), (1, 0.4)]}
+
+
+def test_phases(setting, quantiles):
+    config = setting.model.config
+    gated = sparsify(setting.params, plan_uniform(setting.params, quantiles, 0.5))
+    apply_fn = lutjax.lift(setting.model.apply)
+    both = PhasedParams(setting.params, gated)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
+    run = lambda fn, params: generate(fn, params, prompts, config=config, max_new_tokens=6)  # noqa: E731
+    same = PhasedParams(setting.params, setting.params)
+    for share in (1.0, 0.5, 0.0):  # dense in both phases: where it is split changes nothing
+        assert run(phased(apply_fn, share), same) == run(apply_fn, setting.params)
+    assert run(phased(apply_fn, 0.0), both) == run(apply_fn, gated)
+    # by hand: the prompt dense, then one token sparse
+    cache = init_cache(config, 2, 64)
+    fn = phased(apply_fn)
+    plain, cache = setting.model.apply({"params": setting.params}, TOKENS, cache=cache)
+    expected, _ = apply_fn({"params": gated}, TOKENS[:, :1], cache=cache)
+    logits, cache = fn({"params": both}, TOKENS, cache=init_cache(config, 2, 64))
+    np.testing.assert_allclose(logits, plain, rtol=1e-5, atol=1e-5)
+    actual, _ = fn({"params": both}, TOKENS[:, :1], cache=cache)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="needs a cache"):
+        phased(apply_fn, 0.5)({"params": both}, TOKENS)
+    with pytest.raises(ValueError, match="dense_prefill=2"):
+        phased(apply_fn, 2)
+
+
+def test_prepacked_rows_are_the_same_program(setting, quantiles):
+    compressed = lutjax.quantize(setting.params, bits=4, group_size=16)
+    gated = sparsify(compressed, plan_uniform(setting.params, quantiles, 0.5))
+    packed = prepack(gated)
+    kernel = packed["layers"]["1"]["mlp"]["down_proj"]["kernel"]
+    assert isinstance(kernel.inner, RowLutArray)
+    run = jax.jit(lutjax.lift(setting.run, strict=True))
+    token = TOKENS[:1, :1]
+    np.testing.assert_allclose(run(packed, token), run(gated, token), rtol=1e-4, atol=1e-4)
+
+
+def test_batches_do_not_disturb_each_other(setting, quantiles):
+    """With several sequences a row that one of them needs is read; the others still mask it."""
+    gated = sparsify(setting.params, plan_uniform(setting.params, quantiles, 0.5))
+    run = jax.jit(lutjax.lift(setting.run))
+    together = run(gated, TOKENS[:, :1])
+    for i in range(2):
+        alone = run(gated, TOKENS[i : i + 1, :1])
+        np.testing.assert_allclose(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_bad_input(setting, quantiles):
+    params = setting.params
+    for target in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="outside"):
+            plan_uniform(params, quantiles, target)
+    with pytest.raises(ValueError, match=r"up_porj/kernel' is no projection.*up_proj/kernel"):
+        plan_thresholds(params, {"layers/0/mlp/up_porj/kernel": 0.1})
+    path = "layers/0/mlp/up_proj/kernel"
+    with pytest.raises(ValueError, match=f"threshold -1.0 of '{path}'"):
+        plan_thresholds(params, {path: -1.0})
+    other = SparsityPlan("x", None, {path: Gate(0.1, None, (99, 40))})
+    with pytest.raises(ValueError, match=r"shape \(99, 40\).*\(24, 40\).*another model"):
+        sparsify(params, other)
+    with pytest.raises(ValueError, match=r"the plan names 'nope'.*0 more"):
+        sparsify(params, SparsityPlan("x", None, {"nope": Gate(0.1, None, (2, 2))}))
+    plan = plan_thresholds(params, {path: 0.1}, quantiles)
+    assert plan.gates[path].sparsity > 0
+    with pytest.raises(ValueError, match="has a gate already"):
+        sparsify(sparsify(params, plan), plan)
+    with pytest.raises(ValueError, match="no parameter has a gate"):
+        measure_sparsity(setting.run, params, [TOKENS])
+    for text in ("{}", "[]", "no json", '{"format": "lutjax sparsity plan 1"}'):
+        with pytest.raises(ValueError, match="not a sparsity plan"):
+            SparsityPlan.from_json(text)

@@ -1,0 +1,59 @@
+"""Every implementation of ``sparse_matmul`` against a float64 oracle, over one list of cases."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from sparse_cases import CASES, TOLERANCE, Case, make, oracle, relative_error, run
+
+from pallas_kernels.sparse_matmul import IMPLEMENTATIONS
+
+# What an implementation must run at least, so that a change cannot quietly give cases up.
+AT_LEAST = {"reference": len(CASES), "masked": len(CASES), "xla": 34, "pallas_triton": 25}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """The interpreter unrolls a kernel into a large XLA program that runs once."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_numbers(name, case):
+    operands, dense = make(case)
+    y = run(name, case, operands)
+    if isinstance(y, str):
+        pytest.skip(y)
+    assert y.dtype == operands[0].dtype
+    assert relative_error(y, oracle(case, operands, dense)) < TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_support_is_not_given_up(name):
+    from pallas_kernels.sparse_matmul.dispatch import backend
+
+    supported = [
+        backend(name).supports(*make(case)[0], splits=case.ranges) is None for case in CASES
+    ]
+    assert sum(supported) >= AT_LEAST.get(name, 8)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", [Case(n=128), Case(bits=4, lanes=128, n=1024)], ids=str)
+def test_nan_activations_are_not_hidden_and_dead_rows_are_not_read(name, case):
+    case = Case(**{**vars(case), "tiled": name == "mosaic_tpu" and not case.bits})
+    (x, weight, thresholds), _ = make(case)
+    x = x.at[0, 7].set(np.nan)
+    y = run(name, case, (x, weight, thresholds))
+    assert not isinstance(y, str) and np.isnan(np.asarray(y, np.float32)).all()
+    if case.bits or name in ("reference", "masked"):
+        return
+    # 0 * NaN is NaN: a dead row of NaN shows only if it takes part in the product
+    x = x.at[0, 7].set(0)
+    poisoned = weight.at[7].set(np.nan)
+    y = run(name, case, (x, poisoned, thresholds))
+    assert np.isfinite(np.asarray(y, np.float32)).all()
