@@ -183,10 +183,12 @@ def _folded_product(x, words, scales, table):
     bits, n = words.shape[1:]
     codes = _codes_per_field(bits)
     basis = np.stack([_digit(np.arange(2 ** (codes * bits)), i, bits) for i in range(codes)])
-    # A dot, because XLA:CPU would fuse a product into the gather and compute it once a lookup.
-    tables = _dot(x.reshape(-1, codes), table[basis], transpose=False)
+    # A dot, because XLA:CPU would fuse a product into the gather and compute it once a lookup. The
+    # tables lie in reverse: descending starts are a constant that XLA reads, ascending ones an iota
+    # that it computes, by a 64-bit division for every lookup.
+    tables = _dot(x.reshape(-1, codes)[::-1], table[basis], transpose=False)
     fields = _fields(words, codes).astype(jnp.uint32)
-    starts = np.arange(fields.shape[0], dtype=np.uint32) * np.uint32(basis.shape[1])
+    starts = np.arange(fields.shape[0], dtype=np.uint32)[::-1] * np.uint32(basis.shape[1])
     values = _take(tables.reshape(-1), fields + starts[:, None])
     sums = values.reshape(scales.shape[0], -1, n).sum(axis=1)
     return jnp.sum(sums * scales, axis=0)
