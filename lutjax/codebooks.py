@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from lutjax.packing import MAX_BITS
 
@@ -257,7 +257,7 @@ def _normal_quantiles(bits: int, delta: float) -> np.ndarray:
     _check_bits("nf", bits, 2)
     half = 2 ** (bits - 1)
     q = np.concatenate([np.linspace(delta, 0.5, half), np.linspace(0.5, 1 - delta, half + 1)[1:]])
-    quantiles = norm.ppf(q)
+    quantiles = ndtri(q)
     quantiles[half - 1] = 0.0
     return (quantiles / quantiles.max()).astype(np.float32)
 
