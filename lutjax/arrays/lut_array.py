@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, UInt8
 
 from lutjax.arrays.base import CompressedArray, cut, format_bytes
 from lutjax.arrays.scales import QuantizedScales
-from lutjax.arrays.split import Split, typed_entries
+from lutjax.arrays.split import Split, is_partitioned_automatically, typed_entries
 from lutjax.arrays.view import MATRIX, MatrixView
 from lutjax.packing import BLOCK, unpack
 from pallas_kernels.lut_matmul import dequantize, lut_matmul
@@ -108,8 +108,6 @@ class LutArray(CompressedArray):
         """``x @ W.T`` with the fused kernel, in the dtype of ``x``."""
         return self._product(x, transpose=True)
 
-    # Compiled as a unit: layers of one shape share one trace.
-    @functools.partial(jax.jit, static_argnames="transpose")
     def _product(self, x: jax.Array, *, transpose: bool) -> jax.Array:
         if self.batch_shape:
             return jax.vmap(lambda w, x: w._product(x, transpose=transpose))(self, x)
@@ -122,6 +120,7 @@ class LutArray(CompressedArray):
             k=self.matrix_shape[0],
             group_size=self.group_size,
             transpose=transpose,
+            implementation="xla" if is_partitioned_automatically(self.words) else None,
         )
 
     def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array:

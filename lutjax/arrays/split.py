@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,3 +43,13 @@ def typed_entries(array: Any) -> tuple[Any, ...]:
     """An entry for each axis of an array: over which explicit mesh axes it is split."""
     spec = jax.typeof(array).sharding.spec
     return (*spec, *[None] * (array.ndim - len(spec)))
+
+
+def is_partitioned_automatically(array: Any) -> bool:
+    """Whether the compiler splits the work on ``array`` over several devices.
+
+    It can split XLA's own operations, but would gather the operands of a kernel.
+    """
+    mesh = getattr(getattr(jax.typeof(array), "sharding", None), "mesh", None)
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True)) if mesh is not None else {}
+    return any(kind != AxisType.Manual and mesh.shape[name] > 1 for name, kind in types.items())

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lutjax.arrays import CompressedArray
 from lutjax.lift.typed_shardings import logical_sharding
@@ -25,12 +26,16 @@ class Weight:
         """The type of the dense array that it stands for, as JAX's type system sees it."""
         array = self.array
         leaves = jax.tree.leaves(array)
-        kind = None
+        sharding, kind = logical_sharding(array), None
         axes = varying_axes(*leaves)
-        if axes:
-            kind = jax.typeof(vary_over(leaves[0], axes)).manual_axis_type
+        if axes:  # within shard_map, types say over which mesh axes a value varies
+            like = jax.typeof(vary_over(leaves[0], axes))
+            kind = like.manual_axis_type
+            if sharding is None:
+                spec = PartitionSpec(*[None] * array.ndim)
+                sharding = NamedSharding(like.sharding.mesh, spec)
         return jax.ShapeDtypeStruct(
-            array.shape, array.dtype, sharding=logical_sharding(array), manual_axis_type=kind
+            array.shape, array.dtype, sharding=sharding, manual_axis_type=kind
         )
 
 

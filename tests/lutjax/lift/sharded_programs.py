@@ -1,0 +1,208 @@
+"""Programs on eight virtual devices; run as a process of its own by ``test_lift_sharding.py``.
+
+``python sharded_programs.py NAME`` runs one of PROGRAMS and fails loudly.
+"""
+
+import os
+import sys
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lutjax
+from lutjax.arrays import LowRankArray
+
+WIDTH, HIDDEN = 128, 256
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def make_params():
+    """A tensor-parallel MLP: the first kernel by columns, the second by rows."""
+    dense = {
+        "up": {"kernel": normal(0, WIDTH, HIDDEN) / WIDTH**0.5},
+        "down": {"kernel": normal(1, HIDDEN, WIDTH) / HIDDEN**0.5},
+    }
+    return lutjax.quantize(dense, bits=4, group_size=16)
+
+
+def mlp(params, x):
+    return x + jnp.tanh(x @ params["up"]["kernel"]) @ params["down"]["kernel"]
+
+
+SPECS = {"up": {"kernel": P(None, "model")}, "down": {"kernel": P("model", None)}}
+
+
+def mesh_of(kind):
+    return jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
+
+
+def place(params, mesh):
+    dense = jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS)
+    return jax.device_put(params, lutjax.shardings_like(params, dense))
+
+
+def collectives(text):
+    """The lines of a compiled program that gather bytes (codes are the only uint8 arrays)."""
+    names = ("all-gather", "all-to-all", "collective-permute")
+    lines = [line for line in text.splitlines() if any(f" {name}" in line for name in names)]
+    return [line for line in lines if "u8[" in line]
+
+
+def gspmd():
+    """Automatic axes: equal to one device, and no codes move."""
+    params, x = make_params(), normal(2, 16, WIDTH)
+    mesh = mesh_of(AxisType.Auto)
+    sharded = place(params, mesh)
+    assert sharded["up"]["kernel"].words.addressable_shards[0].data.shape[-1] == HIDDEN // 4
+    assert sharded["down"]["kernel"].words.addressable_shards[0].data.shape[0] == HIDDEN // 8 // 4
+    x = jax.device_put(x, NamedSharding(mesh, P("data", None)))
+
+    def loss(p, x):
+        return jnp.sum(lutjax.lift(mlp, strict=True)(p, x) ** 2)
+
+    for fn in (lutjax.lift(mlp, strict=True), jax.grad(loss, argnums=1)):
+        expected = jax.jit(fn)(params, jax.device_get(x))
+        compiled = jax.jit(fn).lower(sharded, x).compile()
+        moved = collectives(compiled.as_text())
+        assert not moved, moved
+        # float32, another order of sums
+        np.testing.assert_allclose(compiled(sharded, x), expected, rtol=2e-5, atol=2e-5)
+
+
+def manual_outside():
+    """Lift within shard_map: each device multiplies with its shard."""
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        manual_on(mesh_of(kind))
+
+
+def manual_on(mesh):
+    params, x = make_params(), normal(2, 16, WIDTH)
+    dense = jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS)
+    shardings = lutjax.shardings_like(params, dense)
+    specs = jax.tree.map(lambda s: s.spec, shardings)
+
+    def local(params, x):
+        def part(params, x):
+            hidden = jnp.tanh(x @ params["up"]["kernel"])
+            return jax.lax.psum(hidden @ params["down"]["kernel"], "model")
+
+        return x + lutjax.lift(part, strict=True)(params, x)
+
+    mapped = jax.jit(
+        jax.shard_map(
+            local, mesh=mesh, in_specs=(specs, P("data", None)), out_specs=P("data", None)
+        )
+    )
+    sharded = jax.device_put(params, shardings)
+    x = jax.device_put(np.asarray(x), NamedSharding(mesh, P("data", None)))
+    expected = mlp(lutjax.materialize(params), jax.device_get(x))
+    np.testing.assert_allclose(mapped(sharded, x), expected, rtol=2e-5, atol=2e-5)
+    assert not collectives(mapped.lower(sharded, x).compile().as_text())
+
+    def dense_total(x):
+        return jnp.sum(mlp(lutjax.materialize(params), x) ** 2)
+
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(jax.grad(lambda x: jnp.sum(mapped(sharded, x) ** 2)))(x)
+    expected = jax.grad(dense_total)(jax.device_get(x))
+    np.testing.assert_allclose(gradient, expected, rtol=2e-5, atol=1e-4)
+
+
+def manual_inside():
+    """shard_map within the lifted function."""
+    params, x = make_params(), normal(2, 16, WIDTH)
+    mesh = mesh_of(AxisType.Auto)
+
+    def local(params, x):
+        hidden = jnp.tanh(x @ params["up"]["kernel"])
+        return x + jax.lax.psum(hidden @ params["down"]["kernel"], "model")
+
+    def fn(params, x):
+        return jax.shard_map(
+            local, mesh=mesh, in_specs=(SPECS, P("data", None)), out_specs=P("data", None)
+        )(params, x)
+
+    sharded, expected = place(params, mesh), mlp(lutjax.materialize(params), x)
+    lifted = jax.jit(lutjax.lift(fn, strict=True))
+    np.testing.assert_allclose(lifted(sharded, x), expected, rtol=2e-5, atol=2e-5)
+    assert not collectives(lifted.lower(sharded, x).compile().as_text())
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(lutjax.lift(fn, strict=True)(sharded, x) ** 2)))
+    dense = jax.grad(lambda x: jnp.sum(mlp(lutjax.materialize(params), x) ** 2))
+    np.testing.assert_allclose(gradient(x), dense(x), rtol=2e-5, atol=1e-4)
+
+
+def explicit():
+    """Explicit axes without shard_map: JAX's types say how the result is sharded."""
+    params, x = make_params(), normal(2, 16, WIDTH)
+    mesh = mesh_of(AxisType.Explicit)
+    expected = mlp(lutjax.materialize(params), x)
+    with jax.set_mesh(mesh):
+        sharded = place(params, mesh)
+        x = jax.device_put(x, NamedSharding(mesh, P("data", None)))
+
+        def fn(params, x):
+            hidden = jnp.tanh(x @ params["up"]["kernel"])
+            assert jax.typeof(hidden).sharding.spec == P("data", "model")
+            down = jnp.einsum(
+                "bk,kn->bn", hidden, params["down"]["kernel"], out_sharding=P("data", None)
+            )
+            return x + down
+
+        y = jax.jit(lutjax.lift(fn, strict=True))(sharded, x)
+        assert y.sharding.spec == P("data", None), y.sharding
+        np.testing.assert_allclose(y, expected, rtol=2e-5, atol=2e-5)
+
+
+def adapters():
+    """Data-parallel training of adapters on a base that is sharded by columns and rows."""
+    params, x = make_params(), normal(2, 16, WIDTH)
+    mesh = mesh_of(AxisType.Auto)
+
+    def with_adapter(base, seed):
+        rows, columns = base.shape
+        low_rank = LowRankArray.of(normal(seed, rows, 2), normal(seed + 1, 2, columns))
+        return lutjax.SumArray.of(base, low_rank)
+
+    both = jax.tree.map(lambda w: with_adapter(w, 7), params, is_leaf=lutjax.is_compressed)
+    learns, frozen = lutjax.partition(both)
+
+    @jax.jit
+    def gradients(learns, frozen, x):
+        def loss(p):
+            return jnp.mean(lutjax.lift(mlp, strict=True)(lutjax.combine(p, frozen), x) ** 2)
+
+        return jax.grad(loss)(learns)
+
+    expected = gradients(learns, frozen, x)
+    sharded = lutjax.partition(place(both, mesh))
+    x = jax.device_put(x, NamedSharding(mesh, P("data", None)))
+    actual = gradients(*sharded, x)
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5)
+    assert not collectives(gradients.lower(*sharded, x).compile().as_text())
+
+
+PROGRAMS = {f.__name__: f for f in (gspmd, manual_outside, manual_inside, explicit, adapters)}
+
+if __name__ == "__main__":
+    failed = []
+    for name in sys.argv[1:] or PROGRAMS:
+        try:
+            PROGRAMS[name]()
+            print("PASSED", name)
+        except Exception:
+            import traceback
+
+            traceback.print_exc()
+            print("FAILED", name)
+            failed.append(name)
+    sys.exit(bool(failed))
