@@ -303,7 +303,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
             part = pl.ds(start, count)
             first, second = (
                 lax.broadcast_in_dim(
-                    plgpu.load(t.at[part], (), layout=layout.WGMMA.reduce(1), optimized=False),
+                    mosaic_gpu_asm.load(t.at[part], layout.WGMMA.reduce(1)),
                     (count, 64),
                     (0,),
                 )
@@ -326,11 +326,9 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
         new = []
         for tile in range(config.tiles):
             words = tuple(
-                plgpu.load(
+                mosaic_gpu_asm.load(
                     ref.at[tile, warpgroup],
-                    (),
-                    layout=layout.WG_STRIDED(ref.shape[2:], vec_size=length),
-                    optimized=False,
+                    layout.WG_STRIDED(ref.shape[2:], vec_size=length),
                 )
                 for ref, length in zip(word_refs, lengths, strict=True)
             )
@@ -348,18 +346,15 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
 
                 def partial_sums(acc, weight=weight, start=start):
                     rows = x_smem.at[warpgroup, :, pl.ds(start, group)]
-                    plgpu.wgmma(acc, weight, plgpu.transpose_ref(rows, (1, 0)))
+                    plgpu.wgmma(acc, weight, mosaic_gpu_asm.transposed(rows))
                     return acc[...]
 
                 sums = pl.run_scoped(partial_sums, plgpu.ACC((TILE_N, block_m), jnp.float32))
                 row: Any = 0
                 if problem.scale_rows > 1:
                     row = (warpgroup * SLICE_K + start) // problem.group
-                scale = plgpu.load(
-                    s_smem.at[row, pl.ds(tile * TILE_N, TILE_N)],
-                    (),
-                    layout=layout.WGMMA.reduce(1),
-                    optimized=False,
+                scale = mosaic_gpu_asm.load(
+                    s_smem.at[row, pl.ds(tile * TILE_N, TILE_N)], layout.WGMMA.reduce(1)
                 ).astype(jnp.float32)
                 scale = lax.broadcast_in_dim(scale, (TILE_N, block_m), (0,))
                 y = y + sums * plgpu.layout_cast(scale, layout.WGMMA)
@@ -379,9 +374,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
                     part = pl.ds(tile * TILE_N, TILE_N)
                     value = sums[tile]
                     if turn:
-                        value += plgpu.load(
-                            total.at[part], (), layout=layout.WGMMA, optimized=False
-                        )
+                        value += mosaic_gpu_asm.load(total.at[part], layout.WGMMA)
                     total[part, :] = value
                 if turn == config.warpgroups - 1:
                     plgpu.commit_smem()

@@ -8,6 +8,7 @@ whether this jax has them.
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import jax
@@ -34,6 +35,20 @@ def available() -> str | None:
     ]
     missing = [name for module, name in needed if not hasattr(module, name)]
     return f"jax {jax.__version__} has no {', '.join(missing)}" if missing else None
+
+
+def load(ref: Any, layout: Any) -> Any:
+    """Reads a whole reference into registers; before jax 0.11 ``plgpu.load`` wants an index."""
+    index = inspect.signature(plgpu.load).parameters["idx"]
+    indices = ((),) if index.default is inspect.Parameter.empty else ()
+    return plgpu.load(ref, *indices, layout=layout, optimized=False)
+
+
+def transposed(ref: Any) -> Any:
+    """A view of a matrix in shared memory; a method of references since jax 0.11."""
+    if hasattr(ref, "transpose"):
+        return ref.transpose((1, 0))
+    return plgpu.transpose_ref(ref, (1, 0))
 
 
 def _address(byte: int, word: str, register: str) -> str:
