@@ -60,12 +60,13 @@ def partition(params: Any, trainable: Callable[[str, Any], bool] | None = None) 
             )
         return chosen
 
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    treedef = jax.tree.structure(params)
     chosen = [learns(key, leaf) for key, leaf in leaves]
 
     def half(wanted: bool) -> Any:
         kept = [leaf if c == wanted else None for c, (_, leaf) in zip(chosen, leaves, strict=True)]
-        return treedef.unflatten(kept)
+        return jax.tree.unflatten(treedef, kept)
 
     return half(True), half(False)
 

@@ -1,0 +1,212 @@
+"""LutArray, LowRankArray, SumArray and ConcatArray against numpy in float64."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lutjax
+from lutjax.arrays import ConcatArray, LowRankArray, LutArray, MatrixView, SumArray
+from lutjax.packing import pack
+
+RNG = np.random.default_rng(0)
+K, N, G = 40, 24, 16  # the last group has 8 rows
+
+
+def make_lut(bits=4, tables=1, p=1, offsets=False, k=K, seed=0):
+    """A weight and its dense matrix, computed from the formula in float64."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 2**bits, (-(-k // p), N)).astype(np.uint8)
+    lut = rng.normal(size=(tables, 2**bits, p)).astype(np.float32)
+    scales = rng.uniform(0.5, 1, (-(-k // G), N)).astype(np.float32)
+    shifts = rng.normal(size=scales.shape).astype(np.float32) if offsets else None
+    rows, columns = np.arange(k)[:, None], np.arange(N)[None]
+    table = columns if tables > 1 else 0
+    dense = lut.astype(np.float64)[table, codes[rows // p, columns], rows % p]
+    dense = dense * scales[rows // G, columns]
+    if offsets:
+        dense = dense + shifts[rows // G, columns]
+    array = LutArray(
+        words=pack(jnp.asarray(codes), bits),
+        scales=jnp.asarray(scales),
+        lut=jnp.asarray(lut),
+        offsets=None if shifts is None else jnp.asarray(shifts),
+        group_size=G,
+        padding=-k % (8 * p),
+        dtype=np.dtype(np.float32),
+    )
+    return array, dense
+
+
+def make_low_rank():
+    left, right = RNG.normal(size=(K, 3)), RNG.normal(size=(3, N))
+    array = LowRankArray.of(jnp.asarray(left, jnp.float32), jnp.asarray(right, jnp.float32))
+    return array, left @ right
+
+
+def make_sum():
+    (a, x), (b, y) = make_lut(), make_low_rank()
+    return SumArray.of(a, b), x + y
+
+
+def make_concat(axis):
+    (a, x), (b, y) = make_lut(), make_lut(bits=3, seed=1)
+    return ConcatArray.of(a, b, axis=axis), np.concatenate([x, y], axis="kn".index(axis))
+
+
+ARRAYS = {
+    "4 bits": make_lut,
+    "offsets": lambda: make_lut(bits=3, offsets=True),
+    "table per column": lambda: make_lut(bits=2, tables=N),
+    "vectors": lambda: make_lut(bits=4, p=2),
+    "low rank": make_low_rank,
+    "sum": make_sum,
+    "columns": lambda: make_concat("n"),
+    "rows": lambda: make_concat("k"),
+}
+
+
+def close(actual, expected):
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(np.asarray(actual, np.float64), expected, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_against_the_formula(name):
+    array, dense = ARRAYS[name]()
+    k, n = dense.shape
+    x = jnp.asarray(RNG.normal(size=(3, k)), jnp.float32)
+    z = jnp.asarray(RNG.normal(size=(3, n)), jnp.float32)
+    rows, columns = jnp.array([[0, 17], [k - 1, 8]]), jnp.array([3, n - 1])
+    assert array.shape == (k, n) and array.ndim == 2 and array.size == k * n
+
+    @jax.jit
+    def everything(array, x, z):
+        taken = (array.take(rows), array.T.take(columns))
+        products = (array.matmul(x), array.matmul_transposed(z), x @ array, z @ array.T)
+        return array.materialize(), *products, *taken
+
+    out = everything(array, x, z)
+    expected = (
+        dense,
+        x @ dense,
+        z @ dense.T,
+        x @ dense,
+        z @ dense.T,
+        dense[rows],
+        dense.T[columns],
+    )
+    for a, e in zip(out, expected, strict=True):
+        close(a, np.asarray(e, np.float64))
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_slices(name):
+    array, dense = ARRAYS[name]()
+    close(array.slice_matrix("n", 5, 7).materialize(), dense[:, 5:12])
+    close(array.slice_matrix("k", 16, 16).materialize(), dense[16:32])
+    close(array.slice_matrix("k", 16, dense.shape[0] - 16).materialize(), dense[16:])
+    if name != "low rank":
+        assert array.slice_matrix("k", 8, 8) is None  # within a group
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_transformations(name):
+    array, dense = ARRAYS[name]()
+    stacked = jax.tree.map(lambda a: jnp.stack([a, a]), array)
+    x = jnp.asarray(RNG.normal(size=(3, dense.shape[0])), jnp.float32)
+    assert stacked.shape == (2, *dense.shape) and stacked.batch_shape == (2,)
+
+    @jax.jit
+    def run(stacked, array, x):
+        mapped = jax.vmap(lambda w: w.matmul(x))(stacked)
+        scanned = jax.lax.scan(lambda c, w: (c, w.matmul(x)), 0, stacked)[1]
+        gradient = jax.grad(lambda x: jnp.sum(jax.checkpoint(lambda x: array.matmul(x) ** 2)(x)))(x)
+        return mapped, scanned, stacked.matmul(jnp.stack([x, x])), gradient
+
+    y = np.asarray(x, np.float64) @ dense
+    for product in run(stacked, array, x)[:3]:
+        close(product, np.stack([y, y]))
+    close(run(stacked, array, x)[3], 2 * y @ dense.T)
+    shapes = jax.eval_shape(lambda a: a, array)
+    assert shapes.shape == array.shape and shapes.nbytes == array.nbytes
+    assert repr(shapes) == repr(array)
+
+
+def test_bytes_and_bits_count_all_that_is_stored():
+    array, _ = make_lut(bits=3, offsets=True)
+    words, groups = 5 * 3 * N, 3 * N * 4
+    assert array.nbytes == words + 2 * groups + 8 * 4
+    assert array.bits_per_weight == 8 * array.nbytes / (K * N)
+    low_rank, _ = make_low_rank()
+    assert low_rank.nbytes == 4 * 3 * (K + N) and low_rank.rank == 3
+    both = SumArray.of(array, low_rank)
+    assert both.nbytes == array.nbytes + low_rank.nbytes
+
+
+def test_repr_shows_what_matters_and_no_numbers():
+    array, _ = make_lut(bits=3, offsets=True, tables=N)
+    assert repr(array) == (
+        "LutArray(shape=(40, 24), float32, 3 bits, group_size=16, offsets, a table per column, "
+        "1.7 kB)"
+    )
+    column = dataclasses.replace(make_lut()[0], group_size=K)
+    assert "group_size=column" in repr(column)
+    low_rank, _ = make_low_rank()
+    assert repr(low_rank) == "LowRankArray(shape=(40, 24), float32, rank=3, 768 B)"
+    assert repr(SumArray.of(low_rank)) == f"SumArray({low_rank!r})"
+    assert repr(ConcatArray.of(low_rank, axis="n")) == f"ConcatArray({low_rank!r}, axis='n')"
+    assert "None" in repr(jax.tree.map(lambda _: None, array))
+
+
+def test_products_have_the_dtype_of_the_activations():
+    array, dense = make_lut()
+    for dtype, tolerance in ((jnp.bfloat16, 2e-2), (jnp.float16, 2e-3)):
+        x = jnp.asarray(RNG.normal(size=(3, K)), dtype)
+        y = array.matmul(x)
+        assert y.dtype == dtype
+        expected = np.asarray(x, np.float64) @ dense
+        np.testing.assert_allclose(
+            np.asarray(y, np.float64), expected, atol=tolerance * np.abs(expected).max()
+        )
+    assert array.astype(jnp.bfloat16).materialize().dtype == jnp.bfloat16
+
+
+def test_views_of_three_axes():
+    array, dense = make_lut()
+    heads = array.with_view(MatrixView.of((K, 4, 6), contract=(0,)))
+    close(heads.materialize(), dense.reshape(K, 4, 6))
+    close(heads.take(jnp.array([3])), dense.reshape(K, 4, 6)[[3]])
+    assert heads.take_slices(jnp.array([3])) is not None
+    assert heads.transpose((1, 0, 2)).take_slices(jnp.array([3])) is None  # a part of N
+    close(
+        heads.transpose((1, 0, 2)).take(jnp.array([3])),
+        dense.reshape(K, 4, 6)[:, [3]].swapaxes(0, 1),
+    )
+    assert heads.outer_axis(1) == ("n", 6) and heads.outer_axis(2) is None
+    assert heads.reshape((K, 24)).shape == (K, 24) and heads.reshape((4, 6, K)) is None
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LowRankArray.of(jnp.ones((4, 2)), jnp.ones((3, 4))), r"\(4, 2\).*\(3, 4\)"),
+        (lambda: SumArray.of(make_lut()[0], make_lut(k=32)[0]), "cannot add"),
+        (lambda: ConcatArray.of(make_lut()[0], make_lut(k=32)[0], axis="n"), "cannot concatenate"),
+        (lambda: jnp.ones((1, K)) @ jax.tree.map(lambda a: a[None], make_lut()[0]), "a matrix"),
+        (lambda: jax.tree.map(lambda a: a[None], make_lut()[0]).T, "leading batch axes"),
+    ],
+)
+def test_errors(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_it_never_becomes_dense_by_itself():
+    array, _ = make_lut()
+    for convert in (jnp.asarray, jnp.exp, lambda w: jnp.ones((2, K)) + w):
+        with pytest.raises(TypeError):
+            convert(array)
+    assert lutjax.is_compressed(array) and not lutjax.is_compressed(jnp.ones(2))
