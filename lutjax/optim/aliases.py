@@ -32,7 +32,7 @@ def galore(
     exact_svd: bool = False,
     on_refresh: OnRefresh = "keep",
     weight_dimension_numbers: WeightDimensionNumbers = None,
-    key: PRNGKeyArray | int = 0,
+    key: PRNGKeyArray | int | None = None,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore: Adam on the gradient's projection onto its own top singular directions.
@@ -84,7 +84,7 @@ def flora(
     eps: float = 1e-8,
     *,
     weight_dimension_numbers: WeightDimensionNumbers = None,
-    key: PRNGKeyArray | int = 0,
+    key: PRNGKeyArray | int | None = None,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Flora: Adam on Gaussian sketches of the gradients, resampled, with the momentum transferred.
@@ -133,7 +133,7 @@ def relora(
     *,
     map: LinearMap | None = None,
     weight_dimension_numbers: WeightDimensionNumbers = None,
-    key: PRNGKeyArray | int = 0,
+    key: PRNGKeyArray | int | None = None,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """ReLoRA's restarts for one-sided adapters: merge, draw a new factor, reset Adam.
@@ -179,7 +179,7 @@ def lift(
     eps: float = 1e-8,
     *,
     weight_dimension_numbers: WeightDimensionNumbers = None,
-    key: PRNGKeyArray | int = 0,
+    key: PRNGKeyArray | int | None = None,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """LIFT: Adam on the principal weights alone, the largest entries after rank reduction.

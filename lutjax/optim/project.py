@@ -212,7 +212,7 @@ def project(
     scale: float = 1.0,
     on_refresh: OnRefresh = "keep",
     weight_dimension_numbers: WeightDimensionNumbers = None,
-    key: PRNGKeyArray | int = 0,
+    key: PRNGKeyArray | int | None = None,
     axis_name: Any = None,
 ) -> ProjectedTransformation:
     r"""Runs any gradient transformation in the space of a linear map.
@@ -223,7 +223,8 @@ def project(
     transformation as they are. Its state has the size of the latents.
 
     Inner transformations that use parameters (decoupled weight decay, trust ratios) are given
-    `S theta`.
+    `S theta`. With ``optax.inject_hyperparams``, name `rank` and `refresh_every` of an alias among
+    its ``static_args``: shapes depend on them.
 
     Args:
       inner: Any optax transformation. With gradient accumulation inside,
@@ -238,7 +239,7 @@ def project(
         into the new space, `S_new S_old^T m`.
       weight_dimension_numbers: Which leaves are projected, and which of their axes make the matrix:
         see :func:`lutjax.linear_maps.resolve_dimension_numbers`.
-      key: Where maps are drawn from; an int is a seed.
+      key: Where maps are drawn from; an int is a seed, and None is seed 0.
       axis_name: Mesh axis (or axes) over which gradients differ, inside ``shard_map``. Latents are
         averaged over it before the inner transformation, so full gradients stay on their device,
         except at a refresh of a map that depends on them.
@@ -274,7 +275,7 @@ def project(
         scale=scale,
         on_refresh=on_refresh,
         weight_dimension_numbers=weight_dimension_numbers,
-        key=jax.random.key(key) if isinstance(key, int) else key,
+        key=jax.random.key(key or 0) if key is None or isinstance(key, int) else key,
         axis_name=axis_name,
     )
     return ProjectedTransformation.of(config)

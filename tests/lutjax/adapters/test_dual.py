@@ -146,7 +146,8 @@ def differences(optimizer, params, steps, loss=loss_fn):
         (params, state, adapter, worst), _ = jax.lax.scan(body, start, jnp.arange(steps))
         return params, worst, state.inner, adapter.inner
 
-    return run(params)
+    params, worst, state, adapter_state = run(params)
+    return params, float(worst), state, adapter_state
 
 
 @pytest.mark.parametrize("name", MAPS)
