@@ -82,8 +82,8 @@ def plot(results: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--chunks", type=int, default=4, help="windows of the evaluation text")
-    parser.add_argument("--targets", type=float, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.65])
+    parser.add_argument("--chunks", type=int, default=2, help="windows of the evaluation text")
+    parser.add_argument("--targets", type=float, nargs="+", default=[0.3, 0.4, 0.5, 0.65])
     parser.add_argument("--step", type=float, default=0.015, help="of the greedy search")
     parser.add_argument("--search-tokens", type=int, default=128)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -110,7 +110,7 @@ def main() -> None:
         blocks,
         x,
         histograms["magnitude"],
-        limit=max(args.targets),
+        limit=0.65,
         step=args.step,
         save=args.out / "greedy_search.json",
         progress=True,

@@ -148,8 +148,8 @@ def activation_quantiles(
         raise ValueError(f"score={score!r} is unknown; use 'magnitude' or 'wina'")
     statistic = _count_magnitudes if score == "magnitude" else _count_weighted
     targets = projections(params, recipe)
-    statistics: Any = {path: (wrap, SLOTS, statistic) for path, wrap in targets.items()}
-    step = jax.jit(observe(fn, params, statistics))
+    statistics = {path: (wrap, SLOTS, statistic) for path, wrap in targets.items()}
+    step = jax.jit(observe(fn, statistics))
     totals: dict[str, np.ndarray] = {}
     for batch in _bar(batches, progress):
         for path, counts in step(params, batch).items():

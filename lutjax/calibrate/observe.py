@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import jax
@@ -118,7 +118,7 @@ _tap.defvjp(_tap_forward, _tap_backward)
 
 
 def observe(
-    fn: Callable[..., Any], params: Any, statistics: dict[str, tuple[Any, int, Statistic]]
+    fn: Callable[..., Any], statistics: Mapping[str, tuple[Any, int, Statistic]]
 ) -> Callable[..., dict[str, jax.Array]]:
     """A function that runs ``fn`` and returns statistics of the inputs of its weights.
 
@@ -126,7 +126,6 @@ def observe(
       fn: A function of parameters and other arguments with floating-point outputs that the products
         lead to. It is lifted. It must be differentiable in reverse, so no ``while_loop`` around a
         product; the results of products under ``stop_gradient`` are not seen.
-      params: The parameters that it will be called with; only paths and shapes are looked at.
       statistics: For each path to observe: how to make the parameter a compressed array (a
         function), the length n of the statistic, and the statistic. The same function objects for
         all paths keep compilation short.

@@ -38,6 +38,8 @@ class Eval:
     """Print JSON instead of a table."""
     keep_quantized: bool = False
     """Run the Q4_0, Q4_1 and Q8_0 matrices of a .gguf file as they are, not dequantised."""
+    sparsity: Path | None = None
+    """Plan of `lutjax sparsify`: ignore small activations, for all tokens."""
 
     def run(self) -> None:
         """Measures each model and prints the results."""
@@ -64,6 +66,10 @@ class Eval:
         from lutjax.transforms import summarize
 
         model = load_model(path, keep_quantized=self.keep_quantized)
+        if self.sparsity is not None:
+            from lutjax.cli.sparsify import apply_plan
+
+            model = apply_plan(model, self.sparsity, decode_only=False)
         ids = model.tokenizer.encode(text, add_special_tokens=False)
         result = perplexity(
             model.apply_fn, model.params, windows(ids, self.window, self.chunks), progress=True

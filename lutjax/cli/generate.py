@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+from pathlib import Path
 
 import tyro
 
@@ -42,6 +43,8 @@ class Generate:
     """Print the text while it is made."""
     keep_quantized: bool = False
     """Run the Q4_0, Q4_1 and Q8_0 matrices of a .gguf file as they are, not dequantised."""
+    sparsity: Path | None = None
+    """Plan of `lutjax sparsify`: ignore small activations, for the tokens that are generated."""
 
     def run(self) -> None:
         """Generates, prints the text, and its speed on standard error."""
@@ -54,6 +57,10 @@ class Generate:
         from lutjax.models import generate
 
         model = load_model(self.model, keep_quantized=self.keep_quantized)
+        if self.sparsity is not None:
+            from lutjax.cli.sparsify import apply_plan
+
+            model = apply_plan(model, self.sparsity, decode_only=True)
         tokenizer = model.tokenizer
         if self.chat:
             text = tokenizer.render_chat([{"role": "user", "content": self.prompt}])

@@ -23,11 +23,13 @@ from lutjax.cli.evaluate import Eval
 from lutjax.cli.generate import Generate
 from lutjax.cli.inspect import Inspect
 from lutjax.cli.quantize import Quantize
+from lutjax.cli.sparsify import Sparsify
 
 COMMANDS: dict[str, type] = {
     "quantize": Quantize,
     "decompose": Decompose,
     "allocate": Allocate,
+    "sparsify": Sparsify,
     "eval": Eval,
     "generate": Generate,
     "inspect": Inspect,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -58,7 +59,7 @@ def measure_sparsity(
     gated = {path: leaf for path, leaf in named_leaves(params) if isinstance(leaf, GatedArray)}
     if not gated:
         raise ValueError("no parameter has a gate; use sparsify(params, plan) first")
-    step = jax.jit(observe(fn, params, dict.fromkeys(gated, (_same, 2, _count))))
+    step = _counter(fn, tuple(gated))
     totals: dict[str, np.ndarray] = {}
     for batch in batches:
         for path, counts in step(params, batch).items():
@@ -67,6 +68,12 @@ def measure_sparsity(
         raise ValueError("batches is empty; give at least one")
     shares = {path: count[..., 0] / count[..., 1] for path, count in totals.items()}
     return AchievedSparsity(shares, {path: gated[path].size for path in shares})
+
+
+@functools.lru_cache(maxsize=8)
+def _counter(fn: Callable[..., Any], paths: tuple[str, ...]) -> Callable[..., Any]:
+    """Compiled once for a function; other thresholds of the same kind need no compilation."""
+    return jax.jit(observe(fn, dict.fromkeys(paths, (_same, 2, _count))))
 
 
 def _same(leaf: Any) -> Any:

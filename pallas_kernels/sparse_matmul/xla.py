@@ -35,6 +35,8 @@ def supports(x: Any, weight: Any, thresholds: Any, *, splits: tuple[int, ...]) -
         return f"{x.shape[0]} rows of x; the loop is for at most {MAX_ROWS}"
     if isinstance(weight, RowCodes) and weight.lut.shape[0] > 1:
         return "a table for each column"
+    if weight.dtype == jnp.bfloat16 and not isinstance(weight, RowCodes):
+        return "a bfloat16 weight, all of which XLA on CPU turns into float32 before the loop"
     return None
 
 

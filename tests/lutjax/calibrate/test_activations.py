@@ -118,7 +118,7 @@ def test_observation_changes_nothing_and_holds_no_gradient():
     x = jax.random.normal(jax.random.key(1), (5, 64))
     largest = lambda weight, x: jnp.max(jnp.abs(x))[None]  # noqa: E731
     statistics = {"b/kernel": (lutjax.arrays.DenseArray.of, 1, largest)}
-    found = jax.jit(observe(layer, params, statistics))(params, x)
+    found = jax.jit(observe(layer, statistics))(params, x)
     inner = jnp.abs(jnp.tanh(x @ params["a"]["kernel"])).max()
     np.testing.assert_allclose(found["b/kernel"], inner[None], rtol=1e-6)
 
