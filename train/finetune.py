@@ -210,7 +210,6 @@ def finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneResult:
     state, done = checkpoints.restore(state)
     if not quiet:
         _describe(start, rows, held_out, done)
-    metrics = MetricsWriter(output, done, quiet=quiet)
     rates = config.learning_rates()
     losses: dict[int, float] = {}
     evaluations: dict[int, float] = {}
@@ -218,33 +217,33 @@ def finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneResult:
     def evaluate(number: int) -> dict[str, float]:
         if held_out is None:
             return {}
-        evaluations[number] = _evaluate(config, step, state.adapter, base, held_out)
-        loss = evaluations[number]
+        loss = evaluations[number] = _evaluate(config, step, state.adapter, base, held_out)
         return {"eval_loss": loss, "eval_perplexity": perplexity(loss)}
 
-    if done == 0 and (record := evaluate(0)):
-        metrics.write({"step": 0, **record})
-    for number in range(done + 1, config.steps + 1):
-        began = time.perf_counter()
-        part = rows.batch(config.seed, number - 1, config.batch_size)
-        state, values = step.update(state, base, _on_device(part, config.accumulate))
-        loss = losses[number] = float(values["loss"])
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"step {number}: the loss is {loss}; lower the learning rate")
-        seconds = time.perf_counter() - began
-        record = {
-            "step": number,
-            "loss": loss,
-            "gradient_norm": float(values["gradient_norm"]),
-            "learning_rate": float(rates(number - 1)),
-            "tokens_per_second": float((part.segments > 0).sum() / seconds),
-        }
-        if number % config.eval_every == 0 or number == config.steps:
-            record |= evaluate(number)
-        metrics.write(record)
-        checkpoints.save(number, state, force=number == config.steps)
+    with MetricsWriter(output, done, quiet=quiet) as metrics:
+        if done == 0 and (record := evaluate(0)):
+            metrics.write({"step": 0, **record})
+        for number in range(done + 1, config.steps + 1):
+            began = time.perf_counter()
+            part = rows.batch(config.seed, number - 1, config.batch_size)
+            state, values = step.update(state, base, _on_device(part, config.accumulate))
+            loss = losses[number] = float(values["loss"])
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"step {number}: the loss is {loss}; lower the learning rate"
+                )
+            seconds = time.perf_counter() - began
+            record = {
+                "loss": loss,
+                "gradient_norm": float(values["gradient_norm"]),
+                "learning_rate": float(rates(number - 1)),
+                "tokens_per_second": float((part.segments > 0).sum() / seconds),
+            }
+            if number % config.eval_every == 0 or number == config.steps:
+                record |= evaluate(number)
+            metrics.write({"step": number, **record})
+            checkpoints.save(number, state, force=number == config.steps)
     checkpoints.close()
-    metrics.close()
     result = FinetuneResult(start, state.adapter, losses, evaluations)
     _save_results(config, result)
     return result

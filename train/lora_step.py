@@ -102,7 +102,7 @@ def make_step(
         gradient = jax.tree.map(lambda g: g / count, gradient)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapter)
         adapter = optax.apply_updates(state.adapter, updates)
-        metrics = {"loss": loss / count, "gradient_norm": optax.global_norm(gradient)}
+        metrics = {"loss": loss / count, "gradient_norm": optax.tree.norm(gradient)}
         return TrainState(adapter, optimizer_state), metrics
 
     @jax.jit

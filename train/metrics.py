@@ -6,7 +6,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 
 class MetricsWriter:
@@ -17,9 +17,8 @@ class MetricsWriter:
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as directory:
-    ...     writer = MetricsWriter(Path(directory), start=0, quiet=True)
-    ...     writer.write({"step": 1, "loss": 2.5})
-    ...     writer.close()
+    ...     with MetricsWriter(Path(directory), start=0, quiet=True) as writer:
+    ...         writer.write({"step": 1, "loss": 2.5})
     ...     (Path(directory) / "metrics.jsonl").read_text()
     '{"step": 1, "loss": 2.5}\n'
     """
@@ -53,7 +52,11 @@ class MetricsWriter:
                 f"step {step}  " + "  ".join(f"{k} {v:.5g}" for k, v in numbers.items()), flush=True
             )
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        """The writer itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Closes the files."""
         self._file.close()
         if self._board is not None:

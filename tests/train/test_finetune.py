@@ -1,0 +1,323 @@
+"""Finetuning end to end on a tiny model: what is trained, exact resumption, results, bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lutjax
+from lutjax.adapters import lora
+from lutjax.io import load_peft
+from lutjax.models import DecoderConfig
+from lutjax.paths import named_leaves
+from tests.lutjax.tiny_checkpoint import assert_same_bits, dense_params, write_hf
+from train.finetune import FinetuneConfig, finetune, main
+from train.lora_step import Batch, TrainState, make_step
+from train.metrics import read_metrics
+
+CONFIG = DecoderConfig(
+    vocab_size=39,
+    hidden_size=24,
+    intermediate_size=40,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Optax's optimisers mix dtypes, which strict promotion refuses."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> FinetuneConfig:
+    directory = tmp_path_factory.mktemp("finetune")
+    params = {p: v * (1 if p.endswith("scale") else 4) for p, v in dense_params(CONFIG).items()}
+    write_hf(directory / "model", CONFIG, params)
+    text = directory / "text.txt"
+    words = np.random.default_rng(0).choice(["alpha", "beta", "the", "of"], 900)
+    text.write_text(" ".join(words))
+    return FinetuneConfig(
+        model=str(directory / "model"),
+        data=str(text),
+        output=directory / "run",
+        rank=4,
+        bits=4,
+        group_size=16,
+        sequence_length=16,
+        batch_size=4,
+        steps=24,
+        learning_rate=2e-2,
+        eval_every=24,
+        checkpoint_every=4,
+    )
+
+
+@pytest.fixture(scope="module")
+def qlora_run(config):
+    """A run that nothing interrupts."""
+    config = dataclasses.replace(config, method="qlora", output=config.output / "whole")
+    jax.config.update("jax_disable_most_optimizations", True)
+    with jax.numpy_dtype_promotion("standard"):
+        return config, finetune(config, quiet=True)
+
+
+def random_batch(parts: int) -> Batch:
+    rng = np.random.default_rng(1)
+    shape = (parts, 4 // parts, 9)
+    segments = np.broadcast_to(np.array([1] * 4 + [2] * 3 + [0] * 2), shape)
+    learnt = (rng.random(shape) < 0.7) & (segments > 0)
+    tokens = rng.integers(0, CONFIG.vocab_size, shape)
+    return Batch(jnp.asarray(tokens, jnp.int32), jnp.asarray(segments, jnp.int32), learnt)
+
+
+def random_adapter(base, rank=2):
+    adapter = lora.init(base, rank, jax.random.key(0), targets=("*_proj/kernel",))
+    return {
+        path: dataclasses.replace(
+            part, right=0.1 * jax.random.normal(jax.random.key(i), part.right.shape)
+        )
+        for i, (path, part) in enumerate(adapter.items())
+    }
+
+
+def test_gradients_are_those_of_the_dense_model_projected(config):
+    """dL/dleft = dL/dW rightᵀ and dL/dright = leftᵀ dL/dW, with dL/dW of the dense model."""
+    model, params, _ = lutjax.load(config.model)
+    base = lutjax.quantize(params, bits=4, group_size=16)
+    adapter, batch = random_adapter(base), random_batch(1)
+    dense = lutjax.materialize(lora.attach(base, adapter))
+
+    def loss(params):
+        logits = model.apply({"params": params}, batch.tokens[0], segments=batch.segments[0])
+        log_p = jax.nn.log_softmax(logits[:, :-1])
+        chosen = jnp.take_along_axis(log_p, batch.tokens[0, :, 1:, None], axis=-1)[..., 0]
+        learnt = batch.learnt[0, :, 1:]
+        return -(chosen * learnt).sum() / learnt.sum()
+
+    expected_loss, gradient = jax.jit(jax.value_and_grad(loss))(dense)
+    # SGD at rate 1 shows the gradient as the change of the adapter.
+    optimizer = optax.sgd(1.0)
+    step = make_step(lutjax.lift(model.apply, strict=True), optimizer)
+    state = TrainState(adapter, optimizer.init(adapter))
+    state, metrics = step.update(jax.tree.map(jnp.copy, state), base, batch)
+    np.testing.assert_allclose(metrics["loss"], expected_loss, rtol=1e-5)
+    for path, part in adapter.items():
+        dw = np.asarray(dict(named_leaves(gradient))[path], np.float64)
+        left, right = (np.asarray(f, np.float64) for f in (part.left, part.right))
+        scale = np.abs(dw).max()
+        # float32 sums in another order, relative to the largest entry.
+        np.testing.assert_allclose(
+            part.left - state.adapter[path].left, dw @ right.T, atol=1e-4 * scale
+        )
+        np.testing.assert_allclose(
+            part.right - state.adapter[path].right, left.T @ dw, atol=1e-4 * scale
+        )
+
+    halves = Batch(*(a.reshape(2, 2, 9) for a in batch))
+    parts, metrics = step.update(
+        TrainState(jax.tree.map(jnp.copy, adapter), optimizer.init(adapter)), base, halves
+    )
+    np.testing.assert_allclose(metrics["loss"], expected_loss, rtol=1e-5)
+    for path in adapter:
+        np.testing.assert_allclose(parts.adapter[path].right, state.adapter[path].right, atol=1e-5)
+
+
+def test_only_the_adapter_is_differentiated_and_returned(config):
+    model, params, _ = lutjax.load(config.model)
+    adapter = random_adapter(params)
+    step = make_step(lutjax.lift(model.apply, strict=True), optax.sgd(1.0))
+    state = TrainState(adapter, optax.sgd(1.0).init(adapter))
+    traced = step.update.trace(state, params, random_batch(1))
+    assert jax.tree.structure(traced.out_info[0].adapter) == jax.tree.structure(adapter)
+    kernels = {leaf.shape for path, leaf in named_leaves(params) if path.endswith("_proj/kernel")}
+    assert not kernels & set(_product_shapes(traced.jaxpr.jaxpr))
+
+
+def _product_shapes(jaxpr):
+    """Shapes of all products' results, in nested computations, too."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation.outvars[0].aval.shape
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from _product_shapes(inner)
+
+
+def test_qlora_learns_and_leaves_the_base_alone(qlora_run):
+    config, result = qlora_run
+    assert result.evaluations[24] < result.evaluations[0] - 0.3
+    assert len(result.losses) == 24
+    quantized = lutjax.quantize(lutjax.load(config.model)[1], bits=4, group_size=16)
+    assert_same_bits(result.start.base, quantized)
+    records = read_metrics(config.output)
+    assert [r["step"] for r in records] == list(range(25))
+    assert records[-1]["eval_loss"] == result.evaluations[24]
+    assert records[1]["learning_rate"] < records[3]["learning_rate"] > records[-1]["learning_rate"]
+
+
+def test_results_load_again(qlora_run):
+    config, result = qlora_run
+    _, params, _ = lutjax.load(config.output / "model")
+    assert_same_bits(params, result.params)
+    adapter = load_peft(config.output / "adapter")
+    assert_same_bits(adapter, jax.tree.map(np.asarray, result.adapter))
+    # It started at zero, so that the adapter is the delta for the original as well.
+    assert not (config.output / "delta_adapter").exists()
+    again = finetune(config, quiet=True)
+    assert again.losses == {}
+    assert_same_bits(again.adapter, result.adapter)
+
+
+def run_command(config: FinetuneConfig) -> list[str]:
+    options = {
+        f"--{f.name.replace('_', '-')}": getattr(config, f.name)
+        for f in dataclasses.fields(config)
+        if getattr(config, f.name) != f.default
+    }
+    words = [str(word) for pair in options.items() for word in pair]
+    return [sys.executable, "-m", "train.finetune", *words]
+
+
+def test_a_killed_run_resumes_to_the_same_bits(qlora_run):
+    whole, result = qlora_run
+    config = dataclasses.replace(whole, output=whole.output.parent / "killed")
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"}
+    log = config.output / "metrics.jsonl"
+    process = subprocess.Popen(
+        run_command(config), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 300
+    while not (log.exists() and '"step": 6,' in log.read_text()):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = read_done(log)
+    resumed = finetune(config, quiet=True)
+    first = min(resumed.losses)
+    assert 1 < first <= reached + 1
+    assert first > reached - config.checkpoint_every  # at most one interval is lost
+    assert resumed.losses == {n: loss for n, loss in result.losses.items() if n >= first}
+    assert_same_bits(resumed.adapter, result.adapter)
+    assert losses_of(config) == losses_of(whole)
+
+
+def read_done(log: Path) -> int:
+    return max(json.loads(line)["step"] for line in log.read_text().splitlines()[:-1])
+
+
+def losses_of(config: FinetuneConfig) -> list[tuple[int, float | None]]:
+    return [(r["step"], r.get("loss")) for r in read_metrics(config.output)]
+
+
+def test_lq_lora_writes_a_delta_for_the_original(config):
+    config = dataclasses.replace(
+        config, method="lq-lora", bits=3, steps=2, eval_fraction=0, output=config.output / "lq"
+    )
+    result = finetune(config, quiet=True)
+    assert result.evaluations == {}
+    base, initial = lora.detach(lutjax.load(config.output / "base")[1])
+    assert_same_bits(base, result.start.base)
+    delta = load_peft(config.output / "delta_adapter")
+    for path, part in delta.items():
+        assert part.rank == 8
+        change = result.adapter[path].materialize() - initial[path].materialize()
+        np.testing.assert_allclose(part.materialize(), change, atol=1e-5)
+        assert np.abs(change).max() > 1e-3
+    # A decomposed checkpoint goes on with its own low-rank parts.
+    more = dataclasses.replace(
+        config,
+        model=str(config.output / "model"),
+        method="lora",
+        steps=1,
+        output=config.output / "more",
+    )
+    continued = finetune(more, quiet=True)
+    assert_same_bits(continued.start.adapter, result.adapter)
+    with pytest.raises(ValueError, match="needs a dense model"):
+        finetune(dataclasses.replace(more, method="qlora", output=config.output / "x"), quiet=True)
+
+
+def test_two_by_two_devices_train_alike(qlora_run):
+    """Rows over two devices, each half of the base over two: the same losses up to rounding."""
+    whole, _ = qlora_run
+    config = dataclasses.replace(
+        whole,
+        output=whole.output.parent / "mesh",
+        steps=3,
+        eval_fraction=0.05,
+        data_parallel=2,
+        model_parallel=2,
+        schedule="constant",
+        warmup=0.0,
+    )
+    alone = dataclasses.replace(
+        config, output=whole.output.parent / "alone", data_parallel=1, model_parallel=1
+    )
+    environment = os.environ | {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    }
+    subprocess.run(run_command(config), cwd=ROOT, env=environment, check=True, capture_output=True)
+    expected = finetune(alone, quiet=True)
+    found = [r["loss"] for r in read_metrics(config.output)[1:]]
+    np.testing.assert_allclose(found, list(expected.losses.values()), rtol=1e-5)
+
+
+def test_resuming_another_configuration_is_refused(qlora_run):
+    config, _ = qlora_run
+    with pytest.raises(ValueError, match=r"cannot resume.*learning_rate: 0.02 in the checkpoint"):
+        finetune(dataclasses.replace(config, learning_rate=1.0), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 6, "accumulate": 4}, "batch_size=6 does not split into accumulate=4"),
+        ({"rank": 0}, "rank=0 must be at least 1"),
+        ({"method": "dora"}, "method='dora' is unknown; use one of lora, qlora"),
+        ({"eval_fraction": 1.0}, "eval_fraction=1.0"),
+        ({"checkpoint_every": 0}, "checkpoint_every=0"),
+    ],
+)
+def test_bad_configurations(config, change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(config, **change)
+
+
+def test_bad_input_ends_with_code_2(config, monkeypatch, capsys, tmp_path):
+    bad = [
+        ({"data": "missing.jsonl"}, "missing.jsonl does not exist"),
+        ({"rank": 25}, "rank=25 does not fit 'layers/0/"),
+        ({"sequence_length": 4096}, "beyond the model's 2048 positions"),
+        ({"targets": "*nothing*"}, "no matrix matches"),
+    ]
+    for change, message in bad:
+        changed = dataclasses.replace(config, output=tmp_path / "run", **change)
+        monkeypatch.setattr(sys, "argv", ["finetune", *run_command(changed)[3:]])
+        assert main() == 2
+        assert message in capsys.readouterr().err
