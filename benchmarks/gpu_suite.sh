@@ -26,5 +26,5 @@ step() { # step NAME SECONDS COMMAND...
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv || true
 step versions 60 "$python" -c 'import jax, sys; print(sys.version, jax.__version__, jax.devices())'
 step checks 180 "$python" benchmarks/kernels.py --checks-only --output "$out/checks"
-step kernels 300 "$python" benchmarks/kernels.py --quick --output "$out"
+step kernels 270 "$python" benchmarks/kernels.py --quick --output "$out"
 exit $status

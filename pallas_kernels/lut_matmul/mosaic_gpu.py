@@ -111,15 +111,19 @@ def default_config(m: int, bits: int, *, n: int, k: int) -> Config:
     rows = _block_m(m)
     tiles = 2 if rows <= _DECODE_ROWS else 1
     warpgroups = 4 if rows <= 16 and bits <= 4 and k >= 4 * SLICE_K else 2
-    block_k = warpgroups * SLICE_K
-    stage = tiles * TILE_N * block_k * bits // 8 + rows * block_k * 2 + 2560
-    fixed = table_rows(bits) * 256 + tiles * TILE_N * rows * 4
-    stages = max(2, min(4, (_SHARED_MEMORY - fixed) // stage))
-    steps = -(-k // block_k)
-    blocks = -(-n // (tiles * TILE_N)) * -(-m // rows)
+    shapes = ((warpgroups, tiles), (warpgroups, 1), (1, tiles), (1, 1))
+    fitting = (
+        Config(w, stages, 1, t)
+        for w, t in shapes
+        for stages in (4, 3, 2)
+        if _fits(m, bits, Config(w, stages, 1, t))
+    )
+    config = next(fitting)
+    steps = -(-k // config.block_k)
+    blocks = -(-n // config.block_n) * -(-m // rows)
     most = min(steps // 2, -(-_MULTIPROCESSORS // blocks)) if blocks < 100 else 1
     splits = max(d for d in range(1, max(1, most) + 1) if steps % d == 0)
-    return Config(warpgroups, stages, splits, tiles)
+    return dataclasses.replace(config, splits=splits)
 
 
 def _tuned(m: int, bits: int, *, k: int, n: int) -> Config | None:
@@ -180,27 +184,40 @@ class _Problem:
 
 
 def make_problem(
-    m: int, words: Any, *, k: int, group_size: int, config: Config | None = None
+    m: int,
+    words: Any,
+    *,
+    k: int,
+    group_size: int,
+    config: Config | None = None,
+    padded: tuple[int, int] | None = None,
 ) -> _Problem:
-    """Pads the sizes of a product to the tiles of ``config`` (None: a heuristic one)."""
+    """Pads the sizes of a product to the tiles of ``config`` (None: a tuned or heuristic one).
+
+    ``padded`` is the K and N of words that are packed already; tiles then divide those.
+    """
     _, bits, n = words.shape
     config = config or _tuned(m, bits, k=k, n=n) or default_config(m, bits, n=n, k=k)
-    if group_size < k:  # a step holds whole groups, or a group whole steps
-        config = next(
-            fitting
-            for fitting in (dataclasses.replace(config, warpgroups=w) for w in range(4, 0, -1))
-            if fitting.warpgroups <= config.warpgroups
-            and 0 in (group_size % fitting.block_k, fitting.block_k % group_size)
-        )
+
+    def fits(candidate: Config) -> bool:
+        block = candidate.block_k  # holds whole groups, or a group holds whole blocks
+        aligned = group_size >= k or 0 in (group_size % block, block % group_size)
+        return aligned and (padded is None or padded[0] % block == 0)
+
+    counts = range(config.warpgroups, 0, -1)
+    config = next(filter(fits, (dataclasses.replace(config, warpgroups=w) for w in counts)))
     step = config.block_k * config.splits
-    padded_k = -(-k // step) * step
+    if padded is None:
+        padded = (-(-k // step) * step, -(-n // config.block_n) * config.block_n)
+    elif padded[0] % step:
+        config = dataclasses.replace(config, splits=1)
     return _Problem(
         bits=bits,
-        group=padded_k if group_size >= k else group_size,
+        group=padded[0] if group_size >= k else group_size,
         m=m,
         block_m=_block_m(m),
-        padded_k=padded_k,
-        padded_n=-(-n // config.block_n) * config.block_n,
+        padded_k=padded[0],
+        padded_n=padded[1],
         config=config,
     )
 

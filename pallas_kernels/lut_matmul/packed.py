@@ -114,7 +114,7 @@ def prepack(
 
         gpu_problem = mosaic_gpu.make_problem(16, words, k=k, group_size=group_size)
         planes = mosaic_gpu.prepack(words, lut, gpu_problem, dtype)[0]
-        padded = (gpu_problem.padded_k, gpu_problem.padded_n, gpu_problem.config)
+        padded = (gpu_problem.padded_k, gpu_problem.padded_n)
     return PackedWeight(
         planes=planes,
         scales=scales,
@@ -168,10 +168,10 @@ def _apply(x: jax.Array, weight: PackedWeight, interpret: Any) -> jax.Array:
             implementation=weight.implementation,
         )
     words = jax.ShapeDtypeStruct((-(-weight.k // (8 * weight.p)), weight.bits, weight.n), jnp.uint8)
-    config = weight.padded[2]
     if weight.implementation == "mosaic_tpu":
         from pallas_kernels.lut_matmul import mosaic_tpu
 
+        config = weight.padded[2]
         problem = mosaic_tpu.make_problem(
             x, words, weight.table, **static, transpose=False, config=_for_rows(config, x.shape[0])
         )
@@ -181,7 +181,7 @@ def _apply(x: jax.Array, weight: PackedWeight, interpret: Any) -> jax.Array:
     else:
         from pallas_kernels.lut_matmul import mosaic_gpu
 
-        gpu_problem = mosaic_gpu.make_problem(x.shape[0], words, **static, config=config)
+        gpu_problem = mosaic_gpu.make_problem(x.shape[0], words, **static, padded=weight.padded[:2])
         table = mosaic_gpu.lookup_table(weight.table, weight.bits, x.dtype)
         y = mosaic_gpu.apply(
             x, weight.planes, weight.scales, table, gpu_problem, interpret=interpret

@@ -5,13 +5,21 @@ Nothing runs here: "compiles", never "runs" or "fast".
 
 from __future__ import annotations
 
+import functools
+
 import compilers
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-from pallas_kernels.lut_matmul import lut_matmul, mosaic_gpu, mosaic_tpu
+from pallas_kernels.lut_matmul import (
+    lut_matmul,
+    mosaic_gpu,
+    mosaic_tpu,
+    packed_matmul,
+    prepack,
+)
 
 S = jax.ShapeDtypeStruct
 K = N = 4096
@@ -105,6 +113,16 @@ def test_hopper_kernel_compiles_through_the_public_function(m, bits, group, dtyp
         lambda *a: lut_matmul(*a, k=K, group_size=group, implementation="mosaic_gpu"),
         *shapes(m, bits, group, dtype),
     )
+
+
+@pytest.mark.parametrize("m,bits", [(512, 4), (64, 8)])
+def test_hopper_prepacked_weight_serves_other_rows_without_spills(m, bits):
+    compilers.need_gpu()
+    x, words, scales, lut = shapes(m, bits, 128)
+    pack = functools.partial(prepack, k=K, group_size=128, implementation="mosaic_gpu")
+    with compilers.abstract("h200"):
+        weight = jax.eval_shape(pack, words, scales, lut)
+    assert compilers.sass(packed_matmul, x, weight).spills == 0
 
 
 @pytest.mark.parametrize("transpose", [False, True])

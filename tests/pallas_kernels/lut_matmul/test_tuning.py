@@ -71,3 +71,17 @@ def test_a_step_holds_whole_groups_or_a_group_whole_steps(group_size):
     assert max(sizes) % min(sizes) == 0
     assert problem.padded_k >= 4096
     assert problem.padded_k % (problem.config.block_k * problem.config.splits) == 0
+
+
+@pytest.mark.parametrize("group_size", [64, 384, 768, 5000])
+@pytest.mark.parametrize("m", [1, 16, 64, 130, 4096])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_words_packed_once_serve_any_number_of_rows(bits, m, group_size):
+    words = jax.ShapeDtypeStruct((625, bits, 300), "uint8")
+    packed = mosaic_gpu.make_problem(16, words, k=5000, group_size=group_size)
+    sizes = packed.padded_k, packed.padded_n
+    problem = mosaic_gpu.make_problem(m, words, k=5000, group_size=group_size, padded=sizes)
+    config = problem.config
+    assert (problem.padded_k, problem.padded_n) == sizes
+    assert sizes[0] % (config.block_k * config.splits) == 0 and sizes[1] % config.block_n == 0
+    assert mosaic_gpu._fits(m, bits, config)
