@@ -61,6 +61,7 @@ class Sparsify:
             measure_sparsity,
             plan_greedy,
             plan_uniform,
+            recalibrate,
             sparsify,
         )
         from lutjax.sparsity.thresholds import check_target
@@ -88,6 +89,7 @@ class Sparsify:
             plan = plan_greedy(model.params, quantiles, search, self.target)
         else:
             plan = plan_uniform(model.params, quantiles, self.target)
+        plan = recalibrate(logits, model.params, plan, batches, progress=True)
         plan.save(self.output)
         if self.plot is not None:
             plan.plot(self.plot)

@@ -5,7 +5,7 @@ from lutjax.sparsity.greedy import GreedySearch, greedy_search
 from lutjax.sparsity.measure import AchievedSparsity, measure_sparsity
 from lutjax.sparsity.phases import PhasedParams, phased
 from lutjax.sparsity.plan import Gate, SparsityPlan
-from lutjax.sparsity.thresholds import plan_greedy, plan_thresholds, plan_uniform
+from lutjax.sparsity.thresholds import plan_greedy, plan_thresholds, plan_uniform, recalibrate
 
 __all__ = [
     "AchievedSparsity",
@@ -20,5 +20,6 @@ __all__ = [
     "plan_thresholds",
     "plan_uniform",
     "prepack",
+    "recalibrate",
     "sparsify",
 ]

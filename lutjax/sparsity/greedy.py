@@ -65,7 +65,8 @@ class GreedySearch:
             if steps > len(block.raised) + 1e-9:
                 raise ValueError(
                     f"target={target} is beyond the search of {path!r}, which ends at "
-                    f"{self.step * len(block.raised):.2f}; search further"
+                    f"{self.step * len(block.raised):.2f}; search further, "
+                    f"or in smaller steps"
                 )
             levels = dict.fromkeys(block.shares, 0.0)
             for place, name in enumerate(block.raised):

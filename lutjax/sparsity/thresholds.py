@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from lutjax.calibrate.activations import ActivationQuantiles, projections
+from lutjax.calibrate.activations import ActivationQuantiles, activation_quantiles, projections
 from lutjax.paths import named_leaves, near_misses
+from lutjax.sparsity.apply import sparsify
 from lutjax.sparsity.greedy import GreedySearch
 from lutjax.sparsity.plan import Gate, SparsityPlan, as_tuple
 
@@ -74,6 +75,37 @@ def plan_thresholds(
     return SparsityPlan("given thresholds", None, gates, score)
 
 
+def recalibrate(
+    fn: Callable[..., Any],
+    params: Any,
+    plan: SparsityPlan,
+    batches: Iterable[Any],
+    *,
+    progress: bool = False,
+) -> SparsityPlan:
+    """The same sparsities with thresholds for the activations that the plan itself leaves.
+
+    Thresholds from the dense model ignore too much: masked inputs make later activations smaller,
+    by about two points at 50 %.
+
+    Args:
+      fn: ``fn(params, batch)``, as for :func:`lutjax.calibrate.activation_quantiles`.
+      params: The parameters without gates.
+      plan: Made from the dense model's quantiles; its sparsities must be known.
+      batches: The calibration text.
+      progress: Show a progress bar.
+
+    Raises:
+      ValueError: If the plan does not say which sparsity it expects of each weight.
+    """
+    if plan.sparsity is None:
+        raise ValueError("the plan has no sparsities to keep; make it with quantiles")
+    gated = sparsify(params, plan)
+    found = activation_quantiles(fn, gated, batches, score=plan.score, progress=progress)
+    sparsities = {path: np.asarray(gate.sparsity) for path, gate in plan.gates.items()}
+    return _plan(plan.method, plan.target, params, sparsities, found)
+
+
 def check_target(target: float) -> None:
     """Raises ValueError if a target is not in [0, 1)."""
     if not 0 <= target < 1:
@@ -82,9 +114,9 @@ def check_target(target: float) -> None:
 
 def _plan(
     method: str,
-    target: float,
+    target: float | None,
     params: Any,
-    sparsities: Mapping[str, float],
+    sparsities: Mapping[str, Any],
     quantiles: ActivationQuantiles,
 ) -> SparsityPlan:
     shapes = _shapes(params, sparsities)
@@ -94,7 +126,7 @@ def _plan(
             raise ValueError(f"the calibration has no quantiles for {path!r}")
         histogram = quantiles[path]
         # No sparsity, no gate: zeros that the calibration saw would otherwise set the threshold.
-        threshold = histogram.quantile(sparsity) if sparsity else np.zeros(histogram.total.shape)
+        threshold = np.where(np.asarray(sparsity) > 0, histogram.quantile(sparsity), 0.0)
         reached = histogram.share_below(threshold)
         gates[path] = Gate(as_tuple(threshold), as_tuple(reached), shapes[path])
     return SparsityPlan(method, target, gates, quantiles.score)

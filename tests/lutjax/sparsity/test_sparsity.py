@@ -26,6 +26,7 @@ from lutjax.sparsity import (
     plan_thresholds,
     plan_uniform,
     prepack,
+    recalibrate,
     sparsify,
 )
 
@@ -96,6 +97,19 @@ def test_uniform_reaches_its_target(setting, quantiles, compressed):
     first = achieved.shares["layers/0/self_attn/q_proj/kernel"]
     assert first == pytest.approx(0.4, abs=0.002 if not compressed else 0.02)
     assert "all gated weights" in str(achieved)
+
+
+def test_recalibration_reaches_the_target(setting, quantiles):
+    first = plan_uniform(setting.params, quantiles, 0.5)
+    again = recalibrate(setting.run, setting.params, first, [TOKENS])
+    errors = [
+        abs(measure_sparsity(setting.run, sparsify(setting.params, p), [TOKENS]).overall - 0.5)
+        for p in (first, again)
+    ]
+    assert errors[1] < 0.01 and errors[1] <= errors[0] + 1e-3
+    unknown = plan_thresholds(setting.params, {"layers/0/mlp/up_proj/kernel": 0.1})
+    with pytest.raises(ValueError, match="no sparsities to keep"):
+        recalibrate(setting.run, setting.params, unknown, [TOKENS])
 
 
 def test_no_sparsity_is_exact(setting, quantiles):
