@@ -6,6 +6,7 @@ python benchmarks/optimizers.py
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -49,7 +50,7 @@ def refresh_times(size: int, rank: int, rounds: int) -> dict[str, float]:
 
 def step_times(model: str, batch: int, length: int, rank: int, rounds: int) -> dict[str, float]:
     """Medians of interleaved timings of a training step, and of one with a refresh."""
-    decoder = Decoder(LLAMA[model])
+    decoder = Decoder(dataclasses.replace(LLAMA[model], scan_layers=True))
     tokens = jnp.zeros((batch, length + 1), jnp.int32)
     params = decoder.init(jax.random.key(0), tokens)["params"]
     where = matching(*PROJECTED)
