@@ -107,6 +107,20 @@ class ConcatArray(CompressedArray):
             operator.add, [product(piece) for product, piece in zip(products, pieces, strict=True)]
         )
 
+    def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array | None:
+        """Rows or columns of each part, joined; along the joint, each index picks its part."""
+        rows: Any = []
+        for part, begin in zip(self.parts, self._starts[:-1], strict=True):
+            local = indices if axis != self.axis else indices - begin
+            last = part.matrix_shape["kn".index(axis)] - 1
+            rows.append(part.take_matrix(axis, jnp.clip(local, 0, last)))
+            if rows[-1] is None:
+                return None
+        if axis != self.axis:
+            return jnp.concatenate(rows, axis=-1)
+        place = jnp.searchsorted(jnp.asarray(self._starts[1:]), indices, side="right")
+        return jnp.take_along_axis(jnp.stack(rows), place[None, :, None], axis=0)[0]
+
     def slice_matrix(self, axis: str, start: Any, size: int) -> Self | None:
         """A slice of every part that it meets."""
         if axis == self.axis and not isinstance(start, int):

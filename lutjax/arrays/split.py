@@ -50,6 +50,8 @@ def is_partitioned_automatically(array: Any) -> bool:
 
     It can split XLA's own operations, but would gather the operands of a kernel.
     """
-    mesh = getattr(getattr(jax.typeof(array), "sharding", None), "mesh", None)
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True)) if mesh is not None else {}
-    return any(kind != AxisType.Manual and mesh.shape[name] > 1 for name, kind in types.items())
+    mesh: Any = getattr(getattr(jax.typeof(array), "sharding", None), "mesh", None)
+    if mesh is None:
+        return False
+    axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return any(size > 1 and kind != AxisType.Manual for size, kind in axes)

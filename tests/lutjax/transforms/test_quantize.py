@@ -1,0 +1,281 @@
+"""quantize, recipes, summaries and materialize against the formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lutjax
+from lutjax import LutConfig, Recipe, Rule, codebooks
+from lutjax.transforms import quantize_array
+from lutjax.transforms.quantize import weight_view
+
+WEIGHT = np.random.default_rng(0).normal(size=(576, 24)).astype(np.float32)
+
+
+def oracle(weight, table, group_size):
+    """Nearest table value in units of the group's bfloat16 scale, in float64."""
+    affine = table.min() >= 0
+    out = np.empty(weight.shape)
+    for start in range(0, weight.shape[0], group_size):
+        group = weight[start : start + group_size].astype(np.float64)
+        low = group.min(0) if affine else np.zeros(group.shape[1])
+        scale = np.ptp(group, 0) if affine else np.abs(group).max(0)
+        low, scale = (np.asarray(jnp.asarray(v, jnp.bfloat16), np.float64) for v in (low, scale))
+        units = (group - low) / np.where(scale == 0, 1, scale)
+        nearest = np.abs(units[..., None] - table).argmin(-1)
+        out[start : start + group_size] = table[nearest] * scale + low
+    return out
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "codebook"),
+    [
+        (1, 64, "affine"),
+        (2, 32, "nf"),
+        (3, 128, "nf"),  # 576 = 4 * 128 + 64
+        (4, 16, "nf"),
+        (4, 64, "int"),
+        (4, 512, "fp4"),
+        (4, "column", "nf_flute"),
+        (5, 64, "affine"),
+        (6, 64, "nf"),
+        (7, 256, "int"),
+        (8, 64, "nf"),
+        (2, 64, (-1.0, -0.25, 0.3, 0.9)),
+    ],
+)
+def test_every_weight_becomes_the_nearest_value(bits, group_size, codebook):
+    array = lutjax.quantize(
+        jnp.asarray(WEIGHT), bits=bits, group_size=group_size, codebook=codebook
+    )
+    config = LutConfig(bits, group_size, codebook)
+    size = 576 if group_size == "column" else group_size
+    expected = oracle(WEIGHT, config.table().astype(np.float64), size)
+    actual = np.asarray(array.materialize(), np.float64)
+    # Equal but where a weight lies halfway between two values: there it may take either.
+    differs = np.abs(actual - expected) > 1e-5
+    assert differs.mean() < 1e-3
+    np.testing.assert_allclose(
+        np.abs(actual - WEIGHT)[differs], np.abs(expected - WEIGHT)[differs], rtol=1e-3
+    )
+    groups = -(-576 // size)
+    assert array.scales.shape == (groups, 24) and array.bits == bits
+    offsets = codebook == "affine"
+    assert array.nbytes == 72 * bits * 24 + groups * 24 * 2 * (1 + offsets) + 2**bits * 4
+
+
+def test_kmeans_is_better_than_the_table_it_starts_from():
+    def error(codebook):
+        array = lutjax.quantize(jnp.asarray(WEIGHT), bits=3, codebook=codebook)
+        return float(jnp.sum((array.materialize() - WEIGHT) ** 2))
+
+    assert error("kmeans") < error("nf")
+
+
+def test_double_quantisation_stores_what_the_formula_says():
+    b0, block = 6, 16
+    double = lutjax.DoubleQuant(bits=b0, block=block)
+    weight = jnp.asarray(np.random.default_rng(1).normal(size=(512, 64)), jnp.float32)
+    array = lutjax.quantize(weight, bits=3, group_size=64, double_quant=double)
+    # 3 + b0 / B0 + b1 / (B0 B1) bits a weight, the table and one float32 floor.
+    bits = 3 + b0 / 64 + 32 / (64 * block)
+    assert array.nbytes == bits * weight.size / 8 + 8 * 4 + 4
+    plain = lutjax.quantize(weight, bits=3, group_size=64)
+    errors = [jnp.linalg.norm(a.materialize() - weight) for a in (array, plain)]
+    assert errors[0] < 1.05 * errors[1]
+
+
+def test_groups_of_zeros_stay_zero():
+    weight = jnp.asarray(WEIGHT).at[:64].set(0.0)
+    for codebook in ("nf", "affine", "kmeans"):
+        array = lutjax.quantize(weight, bits=4, codebook=codebook)
+        np.testing.assert_allclose(array.materialize()[:64], 0, atol=1e-7)
+    assert not lutjax.quantize(jnp.zeros((64, 8))).materialize().any()
+
+
+def test_jit_and_eval_shape_agree_with_eager():
+    params = {"mlp": {"kernel": jnp.asarray(WEIGHT), "bias": jnp.zeros(24)}}
+    eager = lutjax.quantize(params)
+    jitted = jax.jit(lutjax.quantize)(params)
+    for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(jitted), strict=True):
+        np.testing.assert_array_equal(a, b)
+    shapes = jax.eval_shape(lutjax.quantize, params)
+    assert jax.tree.structure(shapes) == jax.tree.structure(eager)
+    assert repr(shapes["mlp"]["kernel"]) == repr(eager["mlp"]["kernel"])
+
+
+def test_the_temporary_memory_of_one_matrix_is_a_few_times_its_size():
+    weight = jax.ShapeDtypeStruct((1024, 512), jnp.float32)
+    quantize = jax.jit(lambda w: lutjax.quantize(w, bits=4))
+    memory = quantize.lower(weight).compile().memory_analysis()
+    if memory is None:
+        pytest.skip("this backend does not say")
+    assert memory.temp_size_in_bytes < 4 * 1024 * 512 * 4
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "rule", "expected"),  # batch axes, axes of K, axes of N
+    [
+        ("mlp/kernel", (8, 4), {}, (0, (0,), (1,))),
+        ("linear/weight", (8, 4), {}, (0, (1,), (0,))),
+        ("linear/kernel/value", (8, 4), {}, (0, (0,), (1,))),
+        ("embed/embedding/value", (8, 4), {}, (0, (1,), (0,))),
+        ("layers/kernel", (3, 8, 4), {}, (1, (0,), (1,))),
+        ("layers/weight", (3, 8, 4), {}, (1, (1,), (0,))),
+        ("layers/experts/kernel", (3, 2, 8, 4), {}, (2, (0,), (1,))),
+        ("query/kernel", (8, 2, 4), {"axis": -3}, (0, (0,), (1, 2))),
+        ("layers/query/kernel", (3, 8, 2, 4), {"axis": -3}, (1, (0,), (1, 2))),
+        ("out/kernel", (2, 4, 8), {"axis": (-3, -2)}, (0, (0, 1), (2,))),
+        ("layers/out/kernel", (3, 2, 4, 8), {"axis": (-3, -2)}, (1, (0, 1), (2,))),
+        ("w", (8, 2, 4), {"axis": (1, 2), "batch_ndim": 0}, (0, (1, 2), (0,))),
+        ("w", (3, 8, 4), {"axis": 0, "batch_ndim": 0}, (0, (0,), (1, 2))),
+    ],
+)
+def test_which_axes_are_summed_over(path, shape, rule, expected):
+    count, view = weight_view(shape, Rule("*", LutConfig(), **rule), path)
+    assert (count, view.k_axes, view.n_axes) == expected
+
+
+def test_stacked_weights_equal_their_slices():
+    stack = jnp.asarray(np.random.default_rng(3).normal(size=(3, 64, 16)), jnp.float32)
+    together = lutjax.quantize(stack, bits=3, group_size=32)
+    for i in range(3):
+        alone = lutjax.quantize(stack[i], bits=3, group_size=32)
+        np.testing.assert_array_equal(together.materialize()[i], alone.materialize())
+
+
+PARAMS = {
+    "embed_tokens": {"embedding": jnp.ones((16, 32))},
+    "layers": {"0": {"up_proj": {"kernel": jnp.ones((32, 16)), "bias": jnp.ones(16)}}},
+    "norm": {"scale": jnp.ones(32)},
+    "lm_head": {"kernel": jnp.ones((32, 16))},
+    "steps": jnp.int32(1),
+}
+C = LutConfig(bits=4, group_size=16)
+
+
+def compressed_paths(recipe):
+    summary = lutjax.summarize(lutjax.quantize(PARAMS, recipe))
+    return [leaf.path for leaf in summary.leaves if leaf.compressed]
+
+
+def test_defaults_leave_embeddings_norms_and_head_dense_unless_named_in_full():
+    up, head = "layers/0/up_proj/kernel", "lm_head/kernel"
+    assert compressed_paths(Recipe((Rule("*", C),))) == [up]
+    assert compressed_paths(Recipe((Rule(head, C), Rule("*", C)))) == [up, head]
+    assert compressed_paths(Recipe((Rule(up, None), Rule("*", C)))) == []
+    assert compressed_paths(Recipe((Rule("*kernel", C),), dense=())) == [up, head]
+
+
+def test_recipes_survive_json():
+    double = lutjax.DoubleQuant(bits=6)
+    rules = (
+        Rule("*/out/kernel", LutConfig(3, "column", double_quant=double), axis=(0, 1)),
+        Rule("*", LutConfig(1, codebook=(-1.0, 1.0)), batch_ndim=1),
+        Rule("head", None),
+    )
+    recipe = Recipe(rules, dense=("x",))
+    assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+NAN = {"mlp": {"kernel": jnp.full((32, 16), jnp.nan)}}
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: LutConfig(bits=9), ValueError, "bits=9 is not supported; use 1 to 8"),
+        (lambda: LutConfig(bits=2.0), ValueError, "bits=2.0"),
+        (lambda: LutConfig(group_size=8), ValueError, "group_size=8.*at least 16"),
+        (lambda: LutConfig(group_size="row"), ValueError, "group_size='row'.*'column'"),
+        (lambda: LutConfig(codebook="nff"), ValueError, "unknown codebook 'nff'; use one of"),
+        (lambda: LutConfig(codebook=(1.0, -1.0)), ValueError, "2 values, but bits=4 needs 16"),
+        (lambda: LutConfig(bits=1, codebook="kmeans"), ValueError, "2 to 8 bits, not 1"),
+        (lambda: LutConfig(bits=3, codebook="fp4"), ValueError, "'fp4' has 4 bits, not 3"),
+        (lambda: LutConfig(scale_dtype="int8"), ValueError, "scale_dtype='int8'"),
+        (
+            lambda: LutConfig(codebook="affine", double_quant=lutjax.DoubleQuant()),
+            ValueError,
+            "double_quant with an affine codebook",
+        ),
+        (lambda: lutjax.DoubleQuant(bits=9), ValueError, "bits=9; use 1 to 8"),
+        (lambda: lutjax.DoubleQuant(block=0), ValueError, "block=0"),
+        (lambda: lutjax.DoubleQuant(dtype="int8"), ValueError, "'int8'"),
+        (
+            lambda: lutjax.quantize(PARAMS, Recipe((Rule("layers/0/up_proj/kernal", C),))),
+            ValueError,
+            "'layers/0/up_proj/kernal' matches no parameter; similar paths: layers/0/up_proj",
+        ),
+        (
+            lambda: lutjax.quantize(PARAMS, bits=4, group_size=64),
+            ValueError,
+            "group_size=64 is larger than K=32 of 'layers/0/up_proj/kernel'.*axis=",
+        ),
+        (
+            lambda: lutjax.quantize(PARAMS, Recipe((Rule("norm/scale", C),))),
+            TypeError,
+            "cannot quantize 'norm/scale': .*fewer than two axes",
+        ),
+        (
+            lambda: lutjax.quantize(PARAMS, Recipe((Rule("steps", C),))),
+            TypeError,
+            "'steps': its dtype is int32",
+        ),
+        (
+            lambda: lutjax.quantize(lutjax.quantize(jnp.ones((64, 8)))),
+            TypeError,
+            "compressed already",
+        ),
+        (lambda: lutjax.quantize(PARAMS, Recipe.uniform(), bits=3), TypeError, "recipe or bits"),
+        (
+            lambda: lutjax.quantize(NAN, bits=4, group_size=16),
+            ValueError,
+            "'mlp/kernel' has 512 NaN or infinite values",
+        ),
+        (
+            lambda: lutjax.quantize(jnp.ones((4, 4)), Recipe((Rule("*", C, axis=2),))),
+            ValueError,
+            "axis=2 does not exist",
+        ),
+        (
+            lambda: lutjax.quantize(jnp.ones((4, 4)), Recipe((Rule("*", C, batch_ndim=1),))),
+            ValueError,
+            "leave no matrix",
+        ),
+        (
+            lambda: quantize_array(jnp.ones((4, 4)), Rule("*", None)),
+            ValueError,
+            "leaves 'array' dense",
+        ),
+        (lambda: Recipe.from_json("{}"), ValueError, "not a recipe: 'rules'"),
+        (lambda: Recipe.from_json('{"rule": []}'), ValueError, "unknown key 'rule'"),
+        (
+            lambda: Recipe.from_json('{"rules": [{"pattern": "*", "config": {"bit": 4}}]}'),
+            ValueError,
+            "unknown key 'bit' of a LutConfig",
+        ),
+    ],
+)
+def test_errors_name_the_argument_and_the_fix(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_nonfinite_weights_may_be_let_through():
+    array = lutjax.quantize(jnp.full((64, 8), jnp.inf), allow_nonfinite=True)
+    assert array.shape == (64, 8)
+
+
+def test_summary_counts_and_materialize_restores():
+    compressed = lutjax.quantize(PARAMS, Recipe((Rule("*", C),)))
+    summary = lutjax.summarize(compressed)
+    assert summary.nbytes == sum(a.nbytes for a in jax.tree.leaves(compressed))
+    assert summary.size == sum(a.size for a in jax.tree.leaves(PARAMS))
+    assert summary.compressed.size == 32 * 16
+    text = str(summary)
+    assert "layers/0/up_proj/kernel" in text and "4 bits, group_size=16" in text
+    dense = lutjax.materialize(compressed)
+    assert jax.tree.structure(dense) == jax.tree.structure(PARAMS)
+    assert lutjax.summarize(PARAMS).bits_per_weight == 32
+    assert codebooks.is_affine(np.array([0.0, 1.0]))
