@@ -71,8 +71,20 @@ float Sum(Float a) {
   return values[0];
 }
 
-// Looks up the codes of kBits bits; with kChannel every column has a table of its own.
-template <int kBits, bool kChannel>
+// One table, one a column, or one whose entries are equally spaced and so need no looking up.
+enum Tables { kShared, kPerColumn, kLinear };
+
+float Spacing(const float* lut) { return lut[1] - lut[0]; }
+
+// Whether start + code * spacing, rounded once, is every entry.
+bool IsLinear(const float* lut, int entries) {
+  for (int i = 0; i < entries; ++i)
+    if (__builtin_fmaf(static_cast<float>(i), Spacing(lut), lut[0]) != lut[i]) return false;
+  return true;
+}
+
+// Looks up the codes of kBits bits.
+template <int kBits, Tables kTables>
 class Decoder {
  public:
   Decoder(const Problem& p, const Columns& columns) : p_(p), columns_(columns) {
@@ -82,8 +94,8 @@ class Decoder {
       for (int i = 0; i < 16; ++i) entries[i] = p.lut[i & ((1 << kBits) - 1)];
     table_ = Simd::LoadTable(entries);
     if (kBytes) byte_table_ = Simd::LoadByteTable(p.lut);
-    lut_ = p.lut + (kChannel ? columns.first << kBits : 0);
-    if (!kChannel) return;
+    lut_ = p.lut + (kTables == kPerColumn ? columns.first << kBits : 0);
+    if (kTables != kPerColumn) return;
     for (int j = 0; j < 4; ++j) {
       uint32_t starts[kLanes];
       for (int i = 0; i < kLanes; ++i)
@@ -129,13 +141,15 @@ class Decoder {
   }
 
  private:
-  static constexpr bool kInRegisters = !kChannel && kBits <= 4;
-  static constexpr bool kBytes = !kChannel && kBits == 8;
+  static constexpr bool kInRegisters = kTables == kShared && kBits <= 4;
+  static constexpr bool kBytes = kTables == kShared && kBits == 8;
 
   inline __attribute__((always_inline)) Float Lookup(Word index, int j) const {
     if (kInRegisters) return Simd::template Lookup<(kBits <= 3 ? 8 : 16)>(table_, index);
     if (kBytes) return Simd::LookupByte(byte_table_, index);
     index = Simd::And(index, (1u << kBits) - 1);
+    if (kTables == kLinear)
+      return Simd::MulAdd(Simd::Convert(index), Simd::Set(Spacing(lut_)), Simd::Set(lut_[0]));
     return Simd::Gather(lut_, Simd::Add(index, tables_[j]));
   }
 
@@ -155,10 +169,10 @@ void StoreColumns(float* y, const Columns& columns, const Float values[4]) {
 
 // y for kM rows of x and kTiles tiles; every code is looked up once and multiplied with all rows.
 // Only a single tile may stick out of the matrix.
-template <int kBits, bool kChannel, int kM, int kTiles>
+template <int kBits, Tables kTables, int kM, int kTiles>
 void FewRows(const Problem& p, int64_t m0, int64_t tile) {
   const Columns columns = kTiles == 1 ? TileColumns(p, tile) : Columns{tile * kTile, kTile};
-  const Decoder<kBits, kChannel> decoder(p, columns);
+  const Decoder<kBits, kTables> decoder(p, columns);
   const int64_t blocks = p.k / kBlock, group_blocks = p.group / kBlock;
   const int64_t groups = (blocks + group_blocks - 1) / group_blocks;
   const float* x = p.x + m0 * p.k;
@@ -206,8 +220,8 @@ void FewRows(const Problem& p, int64_t m0, int64_t tile) {
 }
 
 // One block of 8 rows of the weight, scaled: [8][4][kLanes], rows `stride` floats apart.
-template <int kBits, bool kChannel>
-void Dequantize(const Problem& p, const Decoder<kBits, kChannel>& decoder, int64_t block,
+template <int kBits, Tables kTables>
+void Dequantize(const Problem& p, const Decoder<kBits, kTables>& decoder, int64_t block,
                 const Columns& columns, int64_t stride, float* out) {
   const int64_t at = block * kBlock / p.group * p.n + columns.first;
   Float scale[4], offset[4];
@@ -262,7 +276,7 @@ void MultiplyPanel(const float* x, const float* panel, int64_t rows, float* c) {
 }
 
 // Many rows of x: a panel of one tile is dequantised at a time and multiplied with all of them.
-template <int kBits, bool kChannel>
+template <int kBits, Tables kTables>
 void ManyRows(const Problem& p, int64_t first, int64_t last, float* scratch) {
   float* panel = scratch;
   float* c = panel + kPanelRows * kTile;
@@ -272,7 +286,7 @@ void ManyRows(const Problem& p, int64_t first, int64_t last, float* scratch) {
     PackRows(p, m0, count, packed);
     for (int64_t tile = first; tile < last; ++tile) {
       const Columns columns = TileColumns(p, tile);
-      const Decoder<kBits, kChannel> decoder(p, columns);
+      const Decoder<kBits, kTables> decoder(p, columns);
       const float* x = packed;
       std::memset(c, 0, count * kTile * sizeof(float));
       for (int64_t k0 = 0; k0 < p.k; k0 += kPanelRows) {
@@ -293,22 +307,22 @@ void ManyRows(const Problem& p, int64_t first, int64_t last, float* scratch) {
   }
 }
 
-template <int kBits, bool kChannel, int kM, int kTiles>
+template <int kBits, Tables kTables, int kM, int kTiles>
 void FewRowsOfTiles(const Problem& p, int64_t m0, int64_t first, int64_t last) {
   int64_t tile = first;
   for (; tile + kTiles <= last && (tile + kTiles) * kTile <= p.n; tile += kTiles)
-    FewRows<kBits, kChannel, kM, kTiles>(p, m0, tile);
-  for (; tile < last; ++tile) FewRows<kBits, kChannel, kM, 1>(p, m0, tile);
+    FewRows<kBits, kTables, kM, kTiles>(p, m0, tile);
+  for (; tile < last; ++tile) FewRows<kBits, kTables, kM, 1>(p, m0, tile);
 }
 
-template <int kBits, bool kChannel>
+template <int kBits, Tables kTables>
 void Product(const Problem& p, int64_t first, int64_t last, float* scratch) {
-  constexpr bool kCheap = !kChannel && kBits <= 4;  // lookups in registers
+  constexpr bool kCheap = kTables == kLinear || (kTables == kShared && kBits <= 4);
   constexpr int kWide = kCheap ? Simd::kWide : 1, kPair = kWide > 1 ? kWide / 2 : 1;
-  if (p.m > kFewRows) return ManyRows<kBits, kChannel>(p, first, last, scratch);
-  if (p.m == 4) return FewRowsOfTiles<kBits, kChannel, 4, 1>(p, 0, first, last);
-  if (p.m >= 2) FewRowsOfTiles<kBits, kChannel, 2, kPair>(p, 0, first, last);
-  if (p.m % 2) FewRowsOfTiles<kBits, kChannel, 1, kWide>(p, p.m - 1, first, last);
+  if (p.m > kFewRows) return ManyRows<kBits, kTables>(p, first, last, scratch);
+  if (p.m == 4) return FewRowsOfTiles<kBits, kTables, 4, 1>(p, 0, first, last);
+  if (p.m >= 2) FewRowsOfTiles<kBits, kTables, 2, kPair>(p, 0, first, last);
+  if (p.m % 2) FewRowsOfTiles<kBits, kTables, 1, kWide>(p, p.m - 1, first, last);
 }
 
 // y[m][8] of one dequantised block [8][columns] and kM rows of x, both in the order of words.
@@ -336,7 +350,7 @@ void MultiplyBlock(const float* x, int64_t x_stride, const float* panel, int64_t
 }
 
 // x @ W.T: a block of 8 rows of the weight is dequantised, kPanelTiles tiles at a time.
-template <int kBits, bool kChannel>
+template <int kBits, Tables kTables>
 void Transposed(const Problem& p, int64_t first, int64_t last, float* scratch) {
   const int64_t tiles = (p.n + kTile - 1) / kTile, width = tiles * kTile;
   constexpr int64_t kStride = kPanelTiles * kTile;
@@ -355,7 +369,7 @@ void Transposed(const Problem& p, int64_t first, int64_t last, float* scratch) {
       const int64_t count = Min(kPanelTiles, tiles - t0);
       for (int64_t t = 0; t < count; ++t) {
         const Columns columns = TileColumns(p, t0 + t);
-        Dequantize(p, Decoder<kBits, kChannel>(p, columns), block, columns, kStride,
+        Dequantize(p, Decoder<kBits, kTables>(p, columns), block, columns, kStride,
                    panel + t * kTile);
       }
       const float* xs = x + t0 * kTile;
@@ -378,12 +392,18 @@ int64_t Scratch(const Problem& p, bool transpose) {
   return kPanelRows * kTile + Min(p.m, kRowsOfX) * (kTile + p.k);
 }
 
+template <int kBits, Tables kTables>
+void RunTables(const Problem& p, int64_t first, int64_t last, float* scratch, bool transpose) {
+  (transpose ? Transposed<kBits, kTables> : Product<kBits, kTables>)(p, first, last, scratch);
+}
+
 template <int kBits>
 void RunBits(const Problem& p, int64_t first, int64_t last, float* scratch, bool transpose) {
-  if (p.tables > 1)
-    (transpose ? Transposed<kBits, true> : Product<kBits, true>)(p, first, last, scratch);
-  else
-    (transpose ? Transposed<kBits, false> : Product<kBits, false>)(p, first, last, scratch);
+  if (p.tables > 1) return RunTables<kBits, kPerColumn>(p, first, last, scratch, transpose);
+  // Where the table fits a register or two, looking up is as fast as computing.
+  if (kBits == 8 && IsLinear(p.lut, 1 << kBits))
+    return RunTables<8, kLinear>(p, first, last, scratch, transpose);
+  RunTables<kBits, kShared>(p, first, last, scratch, transpose);
 }
 
 void Run(const Problem& p, int64_t first, int64_t last, float* scratch, bool transpose) {

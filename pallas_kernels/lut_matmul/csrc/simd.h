@@ -41,6 +41,7 @@ struct Simd {
   static Word Left(Word a, int bits) { return _mm512_slli_epi32(a, bits); }
   static Word And(Word a, uint32_t b) { return _mm512_and_si512(a, _mm512_set1_epi32(b)); }
   static Word Add(Word a, Word b) { return _mm512_add_epi32(a, b); }
+  static Float Convert(Word a) { return _mm512_cvtepi32_ps(a); }
   // Bits of a where the mask is set, of b elsewhere.
   static Word Select(uint32_t mask, Word a, Word b) {
     return _mm512_ternarylogic_epi32(_mm512_set1_epi32(mask), a, b, 0xCA);
@@ -110,6 +111,7 @@ struct Simd {
   static Word Left(Word a, int bits) { return _mm256_slli_epi32(a, bits); }
   static Word And(Word a, uint32_t b) { return _mm256_and_si256(a, _mm256_set1_epi32(b)); }
   static Word Add(Word a, Word b) { return _mm256_add_epi32(a, b); }
+  static Float Convert(Word a) { return _mm256_cvtepi32_ps(a); }
   static Word Select(uint32_t mask, Word a, Word b) {
     const Word m = _mm256_set1_epi32(mask);
     return _mm256_or_si256(_mm256_and_si256(m, a), _mm256_andnot_si256(m, b));
@@ -155,6 +157,7 @@ struct Simd {
   static Word Left(Word a, int bits) { return vshlq_u32(a, vdupq_n_s32(bits)); }
   static Word And(Word a, uint32_t b) { return vandq_u32(a, vdupq_n_u32(b)); }
   static Word Add(Word a, Word b) { return vaddq_u32(a, b); }
+  static Float Convert(Word a) { return vcvtq_f32_u32(a); }
   static Word Select(uint32_t mask, Word a, Word b) { return vbslq_u32(vdupq_n_u32(mask), a, b); }
   static Table LoadTable(const float* sixteen) {
     return {vld1q_u8_x4(reinterpret_cast<const uint8_t*>(sixteen))};
@@ -211,6 +214,7 @@ struct Simd {
   static Word Left(Word a, int bits) { return a << bits; }
   static Word And(Word a, uint32_t b) { return a & b; }
   static Word Add(Word a, Word b) { return a + b; }
+  static Float Convert(Word a) { return __builtin_convertvector(a, Float); }
   static Word Select(uint32_t mask, Word a, Word b) { return (a & mask) | (b & ~mask); }
   static Table LoadTable(const float* sixteen) {
     Table t;

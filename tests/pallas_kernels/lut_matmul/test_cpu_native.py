@@ -57,6 +57,16 @@ def test_every_instruction_set_equals_the_formula(case, instructions):
     check(case, instructions)
 
 
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("m,transpose", [(1, False), (6, False), (1, True)])
+def test_equally_spaced_tables_are_computed(m, transpose, instructions):
+    case = Case(m=m, bits=8, n=300, dtype="float32", transpose=transpose, offsets=True)
+    data = make(case)
+    data["lut"] = jnp.arange(-128.0, 128.0).reshape(1, 256, 1)
+    y = cpu_native.lut_matmul(*operands(data), **case.static, instructions=instructions)
+    assert relative_error(y, oracle(case, data)) < TOLERANCE["float32"]
+
+
 def test_a_column_does_not_depend_on_its_neighbours_or_on_threads():
     case = Case(m=1, k=512, n=4096, dtype="float32")  # large enough for several threads
     x, words, scales, lut, _ = operands(make(case))
