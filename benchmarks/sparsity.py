@@ -31,6 +31,7 @@ from lutjax.sparsity import (
     measure_sparsity,
     plan_greedy,
     plan_uniform,
+    recalibrate,
     sparsify,
 )
 
@@ -137,9 +138,10 @@ def main() -> None:
         else:
             plan = plan_uniform(params, histograms[score], target)
         start = time.time()
+        plan = recalibrate(run, params, plan, calibration[:2, None])
         gated = sparsify(variants[weights], plan)
         found = perplexity(apply_fn, gated, evaluation)
-        achieved = measure_sparsity(run, gated, [evaluation[-1:]])
+        achieved = measure_sparsity(run, gated, evaluation[:, None])
         results["runs"][name] = {
             "weights": weights,
             "method": method,

@@ -146,10 +146,7 @@ def activation_quantiles(
     """
     if score not in ("magnitude", "wina"):
         raise ValueError(f"score={score!r} is unknown; use 'magnitude' or 'wina'")
-    statistic = _count_magnitudes if score == "magnitude" else _count_weighted
-    targets = projections(params, recipe)
-    statistics = {path: (wrap, SLOTS, statistic) for path, wrap in targets.items()}
-    step = jax.jit(observe(fn, statistics))
+    step = _counter(fn, tuple(projections(params, recipe)), score, recipe)
     totals: dict[str, np.ndarray] = {}
     for batch in _bar(batches, progress):
         for path, counts in step(params, batch).items():
@@ -169,6 +166,17 @@ def activation_quantiles(
     return ActivationQuantiles({p: MagnitudeHistogram(c) for p, c in totals.items()}, score)
 
 
+@functools.lru_cache(maxsize=8)
+def _counter(
+    fn: Callable[..., Any], paths: tuple[str, ...], score: Score, recipe: Recipe | None
+) -> Callable[..., Any]:
+    """Compiled once for a function and kind of parameters."""
+    statistic = _count_magnitudes if score == "magnitude" else _count_weighted
+    rules = {path: (recipe or Recipe.uniform()).rule_for(path) for path in paths}
+    wraps = {path: functools.partial(_wrap, rule=rule, path=path) for path, rule in rules.items()}
+    return jax.jit(observe(fn, {path: (wrap, SLOTS, statistic) for path, wrap in wraps.items()}))
+
+
 def projections(
     params: Any, recipe: Recipe | None = None
 ) -> dict[str, Callable[[Any], CompressedArray]]:
@@ -183,10 +191,9 @@ def projections(
         rule = recipe.rule_for(path)
         if rule is None or rule.config is None:
             continue
-        if is_compressed(leaf):
-            found[path] = _identity
-        elif jnp.issubdtype(leaf.dtype, jnp.floating) and len(leaf.shape) >= 2:
-            found[path] = functools.partial(_wrap_dense, rule=rule, path=path)
+        matrix = jnp.issubdtype(leaf.dtype, jnp.floating) and len(leaf.shape) >= 2
+        if is_compressed(leaf) or matrix:
+            found[path] = functools.partial(_wrap, rule=rule, path=path)
     if not found:
         raise ValueError("the recipe reaches no matrix; see Recipe.rule_for")
     return found
@@ -200,11 +207,10 @@ def row_norms(weight: CompressedArray) -> jax.Array:
 _FORMAT = "lutjax activation quantiles 1"
 
 
-def _identity(leaf: Any) -> Any:
-    return leaf
-
-
-def _wrap_dense(leaf: Any, *, rule: Rule, path: str) -> DenseArray:
+def _wrap(leaf: Any, *, rule: Rule | None, path: str) -> CompressedArray:
+    if is_compressed(leaf):
+        return leaf
+    assert rule is not None
     return DenseArray.of(leaf, *weight_view(leaf.shape, rule, path))
 
 

@@ -143,7 +143,7 @@ def test_wina_gates_on_weighted_magnitudes(setting):
     norms = jnp.linalg.norm(w, axis=1)
     errors = {}
     for name, scale in (("magnitude", jnp.ones(24)), ("wina", norms)):
-        threshold = float(jnp.median(jnp.abs(x) * scale))
+        threshold = float(jnp.median(jnp.abs(x) * scale[None]))
         array = GatedArray.of(lutjax.arrays.DenseArray.of(w), threshold, scale)
         errors[name] = float(jnp.linalg.norm(array.matmul(x) - x @ w))
     assert errors["wina"] < errors["magnitude"]
@@ -218,18 +218,19 @@ def test_phases(setting, quantiles):
     config = setting.model.config
     gated = sparsify(setting.params, plan_uniform(setting.params, quantiles, 0.5))
     apply_fn = lutjax.lift(setting.model.apply)
-    both = PhasedParams(setting.params, gated)
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
-    run = lambda fn, params: generate(fn, params, prompts, config=config, max_new_tokens=6)  # noqa: E731
+    run = lambda fn, params: generate(fn, params, prompts, config=config, max_new_tokens=4)  # noqa: E731
+    # with the same parameters in both phases, where the prompt is split changes nothing
     same = PhasedParams(setting.params, setting.params)
-    for share in (1.0, 0.5, 0.0):  # dense in both phases: where it is split changes nothing
-        assert run(phased(apply_fn, share), same) == run(apply_fn, setting.params)
-    assert run(phased(apply_fn, 0.0), both) == run(apply_fn, gated)
+    split = phased(setting.model.apply, 0.25)
+    assert run(split, same) == run(setting.model.apply, setting.params)
     # by hand: the prompt dense, then one token sparse
-    cache = init_cache(config, 2, 64)
-    fn = phased(apply_fn)
-    plain, cache = setting.model.apply({"params": setting.params}, TOKENS, cache=cache)
-    expected, _ = apply_fn({"params": gated}, TOKENS[:, :1], cache=cache)
+    both = PhasedParams(setting.params, gated)
+    fn = jax.jit(phased(apply_fn))
+    plain, cache = jax.jit(setting.model.apply)(
+        {"params": setting.params}, TOKENS, cache=init_cache(config, 2, 64)
+    )
+    expected, _ = jax.jit(apply_fn)({"params": gated}, TOKENS[:, :1], cache=cache)
     logits, cache = fn({"params": both}, TOKENS, cache=init_cache(config, 2, 64))
     np.testing.assert_allclose(logits, plain, rtol=1e-5, atol=1e-5)
     actual, _ = fn({"params": both}, TOKENS[:, :1], cache=cache)
