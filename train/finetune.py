@@ -194,7 +194,11 @@ def finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneResult:
     mesh = None
     base = start.base
     if config.data_parallel * config.model_parallel > 1:
-        mesh = jax.make_mesh((config.data_parallel, config.model_parallel), ("data", "model"))
+        mesh = jax.make_mesh(
+            (config.data_parallel, config.model_parallel),
+            ("data", "model"),
+            axis_types=(jax.sharding.AxisType.Auto,) * 2,
+        )
         base = shard_base(base, mesh)
     optimizer = config.optimizer()
     step = make_step(lutjax.lift(start.model.apply, strict=True), optimizer, mesh)
