@@ -57,14 +57,17 @@ def moment_table(bits: int, order: Literal[1, 2]) -> np.ndarray:
 
 
 def _encode(x: Float[Array, "..."], table: np.ndarray, block: int) -> LutArray:
-    """Codes of `x` by blocks along its last axis but one, scaled by their absolute maximum."""
+    """Codes of `x` by blocks along its last axis but one, scaled by their largest entry."""
     matrix = (x[:, None] if x.ndim == 1 else x).astype(jnp.float32)
     *batch, k, n = matrix.shape
     block = min(block, k)
     edge = [(0, 0)] * len(batch) + [(0, -k % block), (0, 0)]
     groups = jnp.pad(matrix, edge).reshape(*batch, -1, block, n)
-    scales = jnp.abs(groups).max(axis=-2)
-    values = groups / jnp.where(scales > 0, scales, 1)[..., None, :]
+    # The scale has the sign of the largest entry, which thus is exactly 1 in the table (there is no
+    # -1). So what is decoded encodes to the same again, and unchanged state doesn't drift.
+    largest = jnp.argmax(jnp.abs(groups), axis=-2, keepdims=True)
+    scales = jnp.take_along_axis(groups, largest, axis=-2)[..., 0, :]
+    values = groups / jnp.where(scales != 0, scales, 1)[..., None, :]
     codes = nearest_codes(values.reshape(*batch, -1, n)[..., :k, :], table)
     bits = round(math.log2(table.size))
     return LutArray(
@@ -89,7 +92,7 @@ def quantized_state(
     """Keeps the state of any gradient transformation in 8 or 4 bits a number.
 
     Every floating array of the state with at least `min_size` entries is a :class:`lutjax.LutArray`
-    between steps: blocks along its last axis but one, scaled by their absolute maximum. Fields that
+    between steps: blocks along its last axis but one, scaled by their largest entry. Fields that
     hold second moments (``nu``, ``v``, ...) have tables without negative values. A step decodes the
     state, runs `inner`, and encodes again.
 
