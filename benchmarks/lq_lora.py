@@ -55,23 +55,30 @@ COLUMNS = (
     ("loftq", "uniform"),
     ("lq", "uniform"),
     ("lq_fisher", "uniform"),
-    ("nf", "ilp"),
     ("lq", "ilp"),
     ("lq_fisher", "ilp"),
+    ("nf", "ilp"),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides the figures; part of the cache's name."""
+    """What decides the figures."""
 
     rank: int = 32
     rounds: int = 5
     candidates: int = 8
     window: int = 512
     evaluated: int = 4
+    evaluated_tokens: int = 512
     samples: int = 32
     sample_tokens: int = 128
+
+    def of_decompositions(self) -> dict[str, int]:
+        """Those that the cached decompositions depend on."""
+        fields = dataclasses.asdict(self)
+        del fields["evaluated_tokens"]
+        return fields
 
 
 class Study:
@@ -82,7 +89,9 @@ class Study:
         self.model, self.params, tokenizer = lutjax.load(demo_model_path())
         self.matrices = plannable(self.params)
         self.candidates = prune(candidate_grid(), most=settings.candidates, bits=(2, 4.5))
-        described = json.dumps([dataclasses.asdict(c) for c in (settings, *self.candidates)])
+        described = json.dumps(
+            [settings.of_decompositions(), *(dataclasses.asdict(c) for c in self.candidates)]
+        )
         self.cache = cache / hashlib.sha256(described.encode()).hexdigest()[:12]
         self.cache.mkdir(parents=True, exist_ok=True)
         self.weights = dict(_named(self.params))
@@ -140,7 +149,7 @@ class Study:
 
     def perplexity(self, method: str, plan: Plan) -> dict[str, float]:
         """Perplexity of the model that a plan makes, and its stored bits a weight."""
-        name = hashlib.sha256(f"{method}{plan.recipe.to_json()}".encode()).hexdigest()[:16]
+        name = hashlib.sha256(f"{method}{self.settings}{plan.recipe.to_json()}".encode()).hexdigest()[:16]
         file = self.cache / f"perplexity-{name}.json"
         if not file.exists():
             dense, nbytes = dict(self.weights), 0
@@ -296,7 +305,7 @@ def _split_text(tokenizer: Any, settings: Settings) -> tuple[np.ndarray, np.ndar
     taken = {row.tobytes() for row in chosen}
     rest = np.stack([row for row in every if row.tobytes() not in taken])
     picked = rest[np.arange(settings.samples) * len(rest) // settings.samples]
-    return chosen, picked[:, : settings.sample_tokens]
+    return chosen[:, : settings.evaluated_tokens], picked[:, : settings.sample_tokens]
 
 
 def _named(params: Any) -> list[tuple[str, Any]]:

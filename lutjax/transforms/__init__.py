@@ -1,5 +1,12 @@
 """Pure functions from parameter pytrees to parameter pytrees."""
 
+from lutjax.transforms.decompose import (
+    Decomposition,
+    decompose,
+    decompose_array,
+    decompose_with_history,
+)
+from lutjax.transforms.importance import RowColumnMeans
 from lutjax.transforms.materialize import materialize
 from lutjax.transforms.partition import combine, partition
 from lutjax.transforms.quantize import quantize, quantize_array
@@ -7,12 +14,17 @@ from lutjax.transforms.recipe import LutConfig, Recipe, Rule
 from lutjax.transforms.summarize import LeafSummary, Summary, summarize
 
 __all__ = [
+    "Decomposition",
     "LeafSummary",
     "LutConfig",
     "Recipe",
+    "RowColumnMeans",
     "Rule",
     "Summary",
     "combine",
+    "decompose",
+    "decompose_array",
+    "decompose_with_history",
     "materialize",
     "partition",
     "quantize",

@@ -312,55 +312,65 @@ def _decompose(
 
 
 def _lq(steps: _Steps, key, rank, rounds):
-    def round_(key, dense):
-        left, right = steps.factorize(key, steps.weight - dense)
-        quantized = steps.quantize(steps.weight - left @ right)
-        return quantized, left, right, steps.error(quantized.materialize_matrix(), left, right)
-
+    k, n = steps.weight.shape
     keys = jax.random.split(key, rounds + 1)
-    first = round_(keys[0], jnp.zeros_like(steps.weight))
-    history = jnp.full(rounds, jnp.nan).at[0].set(first[3])
 
     def unfinished(state):
-        _, _, count, rising = state
-        return (count < rounds) & ~rising
+        _, _, count, stop = state
+        return (count <= rounds) & ~stop
 
     def body(state):
         best, history, count, _ = state
-        new = round_(keys[count], best[0].materialize_matrix())
-        rising = ~(new[3] <= best[3])  # also stops at NaN
-        best = jax.tree.map(functools.partial(jnp.where, rising), best, new)
-        return best, history.at[count].set(new[3]), count + 1, rising
+        before, best_left, best_right, best_error = best
+        dense = before.materialize_matrix()
+        left, right = steps.factorize(keys[count], steps.weight - dense)
+        # Fitted to the codes so far, these factors are the best ones to stop with.
+        refit = steps.error(dense, left, right)
+        quantized = steps.quantize(steps.weight - left @ right)
+        error = steps.error(quantized.materialize_matrix(), left, right)
+        stop = (count == rounds) | ~(error <= best_error)  # also at NaN
+        keep = stop & ~(refit < best_error)
+        new = (
+            _where(stop, before, quantized),
+            jnp.where(keep, best_left, left),
+            jnp.where(keep, best_right, right),
+            jnp.where(stop, jnp.where(keep, best_error, refit), error),
+        )
+        history = history.at[count].set(error, mode="drop")
+        return new, history, count + 1, stop
 
-    start = (first, history, jnp.int32(1), jnp.bool_(False))
+    start = (
+        (_nothing(steps), jnp.zeros((k, rank)), jnp.zeros((rank, n)), jnp.float32(jnp.inf)),
+        jnp.full(rounds, jnp.nan),
+        jnp.int32(0),
+        jnp.bool_(False),
+    )
     best, history, count, _ = jax.lax.while_loop(unfinished, body, start)
-    quantized, left, right, error = best
-    dense = quantized.materialize_matrix()
-    refit = steps.factorize(keys[rounds], steps.weight - dense)
-    refit_error = steps.error(dense, *refit)
-    better = refit_error < error
-    left, right = jax.tree.map(functools.partial(jnp.where, better), refit, (left, right))
-    return quantized, left, right, jnp.where(better, refit_error, error), history, count
+    return (*best, history, jnp.minimum(count, rounds))
 
 
 def _quantized_first(steps: _Steps, key, rank, rounds):
-    def round_(key, left, right):
+    def body(state, key):
+        _, left, right = state
         quantized = steps.quantize(steps.weight - left @ right)
         dense = quantized.materialize_matrix()
         left, right = steps.factorize(key, steps.weight - dense)
-        return quantized, left, right, steps.error(dense, left, right)
+        return (quantized, left, right), steps.error(dense, left, right)
 
     k, n = steps.weight.shape
-    keys = jax.random.split(key, rounds)
-    first = round_(keys[0], jnp.zeros((k, rank)), jnp.zeros((rank, n)))
+    start = (_nothing(steps), jnp.zeros((k, rank)), jnp.zeros((rank, n)))
+    last, errors = jax.lax.scan(body, start, jax.random.split(key, rounds))
+    return (*last, errors[-1], errors, jnp.int32(rounds))
 
-    def body(state, key):
-        new = round_(key, *state[1:3])
-        return new, new[3]
 
-    last, errors = jax.lax.scan(body, first, keys[1:])
-    history = jnp.concatenate([first[3][None], errors])
-    return (*last, history, jnp.int32(rounds))
+def _nothing(steps: _Steps) -> LutArray:
+    """Codes that stand for zeros: with scales of zero, whatever the table."""
+    abstract = jax.eval_shape(steps.quantize, steps.weight)
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract)
+
+
+def _where(condition: jax.Array, a: Any, b: Any) -> Any:
+    return jax.tree.map(functools.partial(jnp.where, condition), a, b)
 
 
 def _svd_first(steps: _Steps, key, rank, rounds):

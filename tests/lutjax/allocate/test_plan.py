@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lutjax
+from lutjax.allocate import (
+    MODELS,
+    Budget,
+    CostTable,
+    InfeasibleBudgetError,
+    Matrix,
+    Plan,
+    allocate,
+    candidate_grid,
+    model_shapes,
+    nominal_bits,
+    plot_plan,
+    prune,
+    stored_bytes,
+)
+from lutjax.allocate.grid import gaussian_error
+from lutjax.arrays import DoubleQuant
+from lutjax.transforms.recipe import LutConfig, Recipe
+
+SMALL = prune(candidate_grid(), most=8, bits=(2, 4.5))
+
+
+def test_grid():
+    grid = candidate_grid()
+    sizes = {nominal_bits(config) for config in grid}
+    assert len(grid) == 432 and len(sizes) == 184
+    assert round(min(sizes), 2) == 2.03 and round(max(sizes), 3) == 8.625
+    kept = prune(grid)
+    errors = [gaussian_error(config) for config in kept]
+    assert [nominal_bits(c) for c in kept] == sorted(nominal_bits(c) for c in kept)
+    assert errors == sorted(errors, reverse=True)
+    # Whatever was dropped is beaten by something that was kept.
+    for config in grid[::7]:
+        assert any(
+            nominal_bits(k) <= nominal_bits(config) and gaussian_error(k) <= gaussian_error(config)
+            for k in kept
+        )
+    assert len(SMALL) == 8 and SMALL[0] == prune(grid, bits=(2, 4.5))[0]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LutConfig(3, 64),
+        LutConfig(4, "column", scale_dtype="float32"),
+        LutConfig(2, 16, "affine"),
+        LutConfig(8, 32, "kmeans"),
+        *candidate_grid()[::61],
+    ],
+)
+@pytest.mark.parametrize(("k", "n"), [(64, 192), (100, 37)])
+def test_stored_bytes_are_those_of_the_array(config, k, n):
+    params = {"kernel": jax.ShapeDtypeStruct((k, n), jnp.float32)}
+    recipe = Recipe((lutjax.Rule("kernel", config),))
+    array = jax.eval_shape(lambda p: lutjax.quantize(p, recipe), params)["kernel"]
+    assert stored_bytes(k, n, config) == array.nbytes
+
+
+def test_gaussian_errors_match_the_published_ones():
+    # NF3 and NF4 at groups of 64 with plain scales; a simulation of 49,152 numbers.
+    assert gaussian_error(LutConfig(4, 64)) == pytest.approx(0.00846, rel=0.02)
+    assert gaussian_error(LutConfig(3, 64, "nf_flute")) == pytest.approx(0.0406, rel=0.02)
+    assert gaussian_error(LutConfig(2, 64, "nf_flute")) == pytest.approx(0.316, rel=0.02)
+
+
+def params() -> dict:
+    keys = iter(jax.random.split(jax.random.key(0), 8))
+    return {
+        "layers": {
+            str(i): {
+                "q_proj": {"kernel": jax.random.normal(next(keys), (64, 48)) * 3.0**i},
+                "up_proj": {"kernel": jax.random.normal(next(keys), (64, 160))},
+            }
+            for i in range(3)
+        },
+        "embed": {"embedding": jax.random.normal(next(keys), (100, 64))},
+    }
+
+
+def table(candidates=SMALL) -> CostTable:
+    matrices = [
+        Matrix(f"layers/{i}/{name}/kernel", 64, n)
+        for i in range(3)
+        for name, n in (("q_proj", 48), ("up_proj", 160))
+    ]
+    return CostTable.of_shapes(matrices, candidates)
+
+
+@pytest.mark.parametrize("solver", ["ilp", "dp", "greedy", "uniform"])
+@pytest.mark.parametrize("budget", [2.5, 3.1, 3.9])
+def test_budget_recounted_from_stored_bytes(solver, budget):
+    plan = allocate(table(), budget, solver=solver)
+    quantized = lutjax.quantize(params(), plan)
+    stored = sum(
+        leaf.nbytes
+        for leaf in jax.tree.leaves(quantized, is_leaf=lutjax.is_compressed)
+        if lutjax.is_compressed(leaf)
+    )
+    assert stored == plan.nbytes
+    assert 8 * stored <= budget * plan.size
+    decomposed = jax.eval_shape(
+        lambda p: lutjax.decompose(p, plan, rank=2, key=jax.random.key(0), rounds=1),
+        params(),
+    )
+    leaves = jax.tree.leaves(decomposed, is_leaf=lutjax.is_compressed)
+    assert sum(x.parts[0].nbytes for x in leaves if lutjax.is_compressed(x)) == plan.nbytes
+    assert sum(x.parts[1].nbytes for x in leaves if lutjax.is_compressed(x)) == sum(
+        choice.matrix.adapter_bytes(2, itemsize=4) for choice in plan.choices
+    )
+
+
+def test_ilp_is_not_worse_than_the_others():
+    cost = {s: allocate(table(), 3.1, solver=s).cost for s in ("ilp", "dp", "greedy", "uniform")}
+    assert cost["ilp"] == min(cost.values())
+    assert cost["uniform"] > 1.05 * cost["ilp"]
+
+
+def test_plan_is_a_recipe_and_its_file_a_recipe_file(tmp_path):
+    plan = allocate(table(), 3.1)
+    assert isinstance(plan, Recipe)
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert Recipe.load(tmp_path / "plan.json") == plan.recipe
+    assert json.loads(plan.to_json())["plan"]["bits_per_weight"] == plan.bits_per_weight
+    for path in ("layers/0/q_proj/kernel", "embed/embedding"):
+        assert (plan.rule_for(path) is None) == path.startswith("embed")
+    for broken in ("[]", "{}", Recipe.uniform().to_json(), plan.to_json().replace('"k"', '"q"')):
+        with pytest.raises(ValueError, match=r"not a (plan|recipe)"):
+            Plan.from_json(broken)
+
+
+def test_tables_and_plot(tmp_path):
+    plan = allocate(table(), 3.1)
+    assert len(str(plan).splitlines()) == 8
+    assert "layers/2/up_proj/kernel" in str(plan)
+    assert [line.split()[0] for line in plan.by_kind().splitlines()] == [
+        "kind",
+        "q_proj",
+        "up_proj",
+        "6",
+    ]
+    assert repr(plan).startswith("Plan(6 matrices, ")
+    plot_plan(plan, tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        Budget(nbytes=20_000, fixed_bytes=5_000),
+        Budget(bits_per_weight=6.0, fixed_bytes=12_800, fixed_weights=6_400),
+        Budget(bits_per_weight=3.5, fixed_bytes=1_000),
+    ],
+)
+def test_other_things_are_counted(budget):
+    plan = allocate(table(), budget)
+    total = plan.nbytes + budget.fixed_bytes
+    if budget.nbytes is not None:
+        assert total <= budget.nbytes
+        assert total > 0.97 * budget.nbytes
+    else:
+        assert 8 * total <= budget.bits_per_weight * (plan.size + budget.fixed_weights)
+
+
+@pytest.mark.parametrize(
+    ("make", "unit"),
+    [
+        (lambda b: Budget(nbytes=math.ceil(b)), "bytes"),
+        (lambda b: Budget(nbytes=math.ceil(b), fixed_bytes=500), "bytes"),
+        (lambda b: Budget(bits_per_weight=b), "bits a weight"),
+        (lambda b: Budget(bits_per_weight=b, fixed_bytes=77, fixed_weights=5), "bits a weight"),
+    ],
+)
+def test_the_smallest_feasible_budget_that_is_named_is_feasible(make, unit):
+    with pytest.raises(InfeasibleBudgetError, match=f"smallest feasible one is .* {unit}") as error:
+        allocate(table(), make(1.0))
+    named = float(str(error.value).split("smallest feasible one is ")[1].split()[0])
+    plan = allocate(table(), make(named))
+    assert plan.nbytes == error.value.smallest
+    with pytest.raises(InfeasibleBudgetError):
+        allocate(table(), make(named - (1 if unit == "bytes" else 2e-3)))
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match=r"no candidate fits 'a' with K=16, N=8"):
+        CostTable.of_shapes([Matrix("a", 16, 8)], [LutConfig(4, 32), LutConfig(4, 64)])
+    with pytest.raises(ValueError, match="cost of 'a' is NaN"):
+        CostTable((Matrix("a", 64, 8),), SMALL[:1], np.array([[np.nan]]))
+    with pytest.raises(ValueError, match="neither may be empty"):
+        CostTable((), SMALL, np.zeros((0, 8)))
+    with pytest.raises(ValueError, match="solver='lp' is unknown; use one of ilp"):
+        allocate(table(), 3.0, solver="lp")
+    for wrong in ({}, {"bits_per_weight": 3.0, "nbytes": 3}):
+        with pytest.raises(ValueError, match="either in bits a weight or in bytes"):
+            Budget(**wrong)
+    for value in (0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="must be a positive number"):
+            allocate(table(), value)
+    with pytest.raises(ValueError, match=r"unknown model .* llama-2-70b"):
+        model_shapes("llama-9")
+    with pytest.raises(ValueError, match="most=1"):
+        prune(SMALL, most=1)
+    with pytest.raises(ValueError, match="no candidate has between 9 and 10"):
+        prune(SMALL, bits=(9, 10))
+
+
+def test_shapes_of_known_models():
+    billions = {name: shapes.total_weights / 1e9 for name, shapes in MODELS.items()}
+    published = {
+        "llama-2-7b": 6.738,
+        "llama-2-13b": 13.016,
+        "llama-2-70b": 68.977,
+        "llama-3-8b": 8.030,
+        "llama-3-70b": 70.554,
+        "mistral-7b": 7.242,
+        "smollm2-135m": 0.1345,
+    }
+    assert billions == pytest.approx(published, rel=1e-3)
+
+
+def test_seventy_billion_on_paper():
+    shapes = model_shapes("llama-2-70b")
+    candidates = [LutConfig(b, 64, double_quant=DoubleQuant(3, 64, "bfloat16")) for b in (2, 3, 4)]
+    plan = allocate(CostTable.of_shapes(shapes.matrices(), candidates), 2.75)
+    assert 2.7 < plan.bits_per_weight <= 2.75
+    adapters = sum(matrix.adapter_bytes(64) for matrix in shapes.matrices())
+    total = plan.nbytes + 2 * shapes.embedding_weights + adapters
+    assert 25e9 < total < 27e9
