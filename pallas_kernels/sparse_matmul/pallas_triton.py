@@ -215,7 +215,7 @@ def _codes_kernel(
             out = list(sums)
             for field in range(fields):
                 code = field_codes(words, bits, field).astype(jnp.int32)
-                w = plt.load(lut_ref.at[code])
+                w = plt.load(lut_ref.at[code], mask=mask, other=0.0)
                 for row in range(rows):
                     place = row * fields + field
                     out[place] = out[place] + values[row][:, None] * w
