@@ -149,7 +149,9 @@ class Study:
 
     def perplexity(self, method: str, plan: Plan) -> dict[str, float]:
         """Perplexity of the model that a plan makes, and its stored bits a weight."""
-        name = hashlib.sha256(f"{method}{self.settings}{plan.recipe.to_json()}".encode()).hexdigest()[:16]
+        name = hashlib.sha256(
+            f"{method}{self.settings}{plan.recipe.to_json()}".encode()
+        ).hexdigest()[:16]
         file = self.cache / f"perplexity-{name}.json"
         if not file.exists():
             dense, nbytes = dict(self.weights), 0

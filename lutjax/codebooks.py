@@ -25,10 +25,11 @@ def normal_float(bits: int) -> np.ndarray:
     """NormalFloat: quantiles of the normal distribution with an exact zero.
 
     With h = 2**(b-1), ``q = linspace(delta, 1/2, h)`` followed by
-    ``linspace(1/2, 1 - delta, h + 1)[1:]``, and ``v = Phi^-1(q) / max Phi^-1(q)``, where the tail that is cut off shrinks with the number of
-    values, ``delta = (1 / 2**(b+1) + 1 / (2**(b+1) - 2)) / 2``. At 4 bits this is the published NF4
-    table; at 3 bits it has a lower error than :func:`normal_float_flute` (0.197 against 0.201
-    relative to the norm of a Gaussian weight, groups of 64).
+    ``linspace(1/2, 1 - delta, h + 1)[1:]``, and ``v = Phi^-1(q) / max Phi^-1(q)``, where the tail
+    that is cut off shrinks with the number of values,
+    ``delta = (1 / 2**(b+1) + 1 / (2**(b+1) - 2)) / 2``. At 4 bits this is the published NF4 table;
+    at 3 bits it has a lower error than :func:`normal_float_flute` (0.197 against 0.201 relative to
+    the norm of a Gaussian weight, groups of 64).
 
     Args:
       bits: 2 to 8.

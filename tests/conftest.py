@@ -1,4 +1,4 @@
-"""Settings that every test runs under: no silent promotion, and as few threads as the machine has."""
+"""Settings that every test runs under: no silent promotion of dtypes or ranks."""
 
 import jax
 

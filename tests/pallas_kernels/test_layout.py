@@ -58,7 +58,7 @@ def test_works_under_transformations():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="bits=9.*1 to 8"):
+    with pytest.raises(ValueError, match=r"bits=9.*1 to 8"):
         pack(jnp.zeros((8, 1), jnp.uint8), 9)
     with pytest.raises(TypeError, match="float32"):
         pack(jnp.zeros((8, 1)), 4)
