@@ -125,13 +125,16 @@ class Allocate:
 
         from lutjax import load, summarize
         from lutjax.allocate import candidate_grid, prune
+        from lutjax.allocate.grid import fits
         from lutjax.calibrate import measure_costs, plannable
         from lutjax.cli.calibration import fisher_for
 
         assert self.model is not None
         _, params, _ = load(self.model)
         matrices = plannable(params)
-        candidates = prune(candidate_grid(), most=self.candidates)
+        # Groups that are larger than the smallest matrix would leave it without a candidate.
+        grid = [c for c in candidate_grid() if all(fits(m.k, c) for m in matrices)]
+        candidates = prune(grid or candidate_grid(), most=self.candidates)
         summary = summarize(params)
         planned = {matrix.path for matrix in matrices}
         others = [leaf for leaf in summary.leaves if leaf.path not in planned]
