@@ -108,6 +108,8 @@ class LutArray(CompressedArray):
         """``x @ W.T`` with the fused kernel, in the dtype of ``x``."""
         return self._product(x, transpose=True)
 
+    # Weights of one shape share a trace: a decoder has hundreds of them.
+    @functools.partial(jax.jit, static_argnames="transpose")
     def _product(self, x: jax.Array, *, transpose: bool) -> jax.Array:
         if self.batch_shape:
             return jax.vmap(lambda w, x: w._product(x, transpose=transpose))(self, x)

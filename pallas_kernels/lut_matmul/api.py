@@ -142,25 +142,37 @@ def _batched_run(spec: _Spec, x, words, scales, lut, offsets):
 
 def _fwd_plain(spec: _Spec, x, words, scales, lut, offsets):
     y = _batched_run(spec, x, words, scales, lut, offsets)
-    wanted = ((), (), (), None if offsets is None else ())
+    wanted = tuple(_flag(a is not None) for a in (x, scales, lut, offsets))
     return y, (wanted, x, words, scales, lut, offsets)
 
 
 def _fwd_lean(spec: _Spec, *operands):
-    # The structure of the residuals (None or an empty tuple) says which gradients are wanted; the
-    # activations are kept only if a parameter learns.
+    # The activations are kept only if a parameter learns.
     x, words, scales, lut, offsets = (None if a is None else a.value for a in operands)
     wanted = tuple(
-        () if a is not None and a.perturbed else None for i, a in enumerate(operands) if i != 1
+        _flag(a is not None and a.perturbed) for i, a in enumerate(operands) if i != 1
     )
     y = _batched_run(spec, x, words, scales, lut, offsets)
-    keeps_x = any(w is not None for w in wanted[1:])
-    return y, (wanted, x if keeps_x else None, words, scales, lut, offsets)
+    kept = x if any(map(_is_on, wanted[1:])) else jnp.zeros((0,), x.dtype)
+    return y, (wanted, kept, words, scales, lut, offsets)
+
+
+def _flag(on: bool) -> jax.Array:
+    """A truth value that is known while tracing, as the shape of an empty array.
+
+    The structure of residuals must not depend on what is differentiated: JAX keeps one structure
+    for all uses of a traced call.
+    """
+    return jnp.zeros((int(on), 0), jnp.uint8)
+
+
+def _is_on(flag: jax.Array) -> bool:
+    return flag.shape[-2] > 0  # vmap may have put an axis in front
 
 
 def _bwd(spec: _Spec, residuals, cotangent):
     wanted, x, words, scales, lut, offsets = residuals
-    want_x, want_scales, want_lut, want_offsets = (w is not None for w in wanted)
+    want_x, want_scales, want_lut, want_offsets = map(_is_on, wanted)
     if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
         return (None,) * 5
     dx = None

@@ -131,6 +131,8 @@ def best_per_platform(arrays: tuple, static: dict) -> tuple[dict[str, str], str]
         return next(name for name in names if check(name, arrays, static) is None)
 
     preference = dict(_PREFERENCE)
+    if not compiling_for("cpu"):  # do not build the native library for a fall back nobody runs
+        preference["cpu"] = _OTHER_PLATFORMS
     if arrays[0].shape[0] >= _DENSE_ROWS:
         preference["cuda"] = _OTHER_PLATFORMS
     if static["transpose"] and arrays[0].shape[0] >= _DENSE_ROWS_CPU_TRANSPOSED:

@@ -86,4 +86,4 @@ def test_tracing_thirty_unrolled_layers_costs_little_more_than_the_plain_model()
     lifted = lutjax.lift(model.apply, strict=True)
     seconds(lifted, compressed)  # what JAX caches for good
     ratios = [seconds(lifted, compressed) / seconds(model.apply, params) for _ in range(3)]
-    assert np.median(ratios) < 4, ratios  # a bound for busy machines; docs/lift.md has the figure
+    assert np.median(ratios) < 2.5, ratios  # 1.7 when idle; the rest is for busy machines
