@@ -106,7 +106,7 @@ def test_recalibration_reaches_the_target(setting, quantiles):
         abs(measure_sparsity(setting.run, sparsify(setting.params, p), [TOKENS]).overall - 0.5)
         for p in (first, again)
     ]
-    assert errors[1] < 0.01 and errors[1] <= errors[0] + 1e-3
+    assert errors[1] < 0.005
     unknown = plan_thresholds(setting.params, {"layers/0/mlp/up_proj/kernel": 0.1})
     with pytest.raises(ValueError, match="no sparsities to keep"):
         recalibrate(setting.run, setting.params, unknown, [TOKENS])
