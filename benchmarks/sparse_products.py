@@ -4,7 +4,7 @@
 
 Each repetition runs every product once, on alternating copies of the weight that together exceed
 the caches; ratios are medians over repetitions, so a load that slows all of them cancels out.
-Writes benchmarks/results/sparse_products.json.
+Writes benchmarks/results/sparsity/sparse_products.json.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=2, default=[4096, 11008])
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/sparsity")
     args = parser.parse_args()
     (k, n), group = args.shape, 128
     rng = np.random.default_rng(0)

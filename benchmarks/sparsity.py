@@ -4,7 +4,8 @@
 
 Calibrates on docstrings of Python's standard library and evaluates on its help topics, on the dense
 weights and on 4-bit ones. Every result is written at once, so a killed run goes on where it was.
-Writes sparsity.json, sparsity.png, plan plots and the calibration to benchmarks/results.
+Writes sparsity.json, sparsity.png, the greedy search and plan plots to benchmarks/results/sparsity;
+the calibration (2 MB each) goes to a cache.
 """
 
 from __future__ import annotations
@@ -87,9 +88,13 @@ def main() -> None:
     parser.add_argument("--targets", type=float, nargs="+", default=[0.3, 0.4, 0.5, 0.65])
     parser.add_argument("--step", type=float, default=0.015, help="of the greedy search")
     parser.add_argument("--search-tokens", type=int, default=128)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/sparsity")
+    parser.add_argument(
+        "--cache", type=Path, default=Path.home() / ".cache/lutjax/sparsity", help="calibration"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    args.cache.mkdir(parents=True, exist_ok=True)
 
     model, params, tokenizer = lutjax.load(demo_model_path())
     assert tokenizer is not None
@@ -101,7 +106,7 @@ def main() -> None:
         tokenizer.encode(evaluation_text(), add_special_tokens=False), 512, args.chunks
     )
     histograms = {
-        score: quantiles(run, params, calibration[:, None], score, args.out / f"{score}.json")
+        score: quantiles(run, params, calibration[:, None], score, args.cache / f"{score}.json")
         for score in ("magnitude", "wina")
     }
     tokens = jnp.asarray(calibration[:1, : args.search_tokens])
@@ -155,7 +160,6 @@ def main() -> None:
         temporary.write_text(json.dumps(results, indent=1) + "\n")
         temporary.replace(file)
         if weights == "dense" and target == 0.5:
-            plan.save(args.out / f"plan_{method}_50.json")
             plan.plot(args.out / f"plan_{method}_50.png")
     plot(results, args.out / "sparsity.png")
     for weights, method, target in jobs:

@@ -123,10 +123,11 @@ def _codes_part(x: jax.Array, weight: RowCodes) -> jax.Array:
                     lax.dynamic_slice(weight.words, (row, 0, 0), (1, blocks, lanes))[0]
                     for row in rows
                 ]
-                folded = sum(
+                terms = [
                     _column(x, row, place + j < end) * table[None, digits[j]]
                     for j, row in enumerate(rows)
-                )
+                ]
+                folded = functools.reduce(operator.add, terms)
                 sums = tuple(
                     total + jnp.stack([_lookup(folded[i], index) for i in range(m)])
                     for total, index in zip(sums, _joint_codes(words, weight.bits), strict=True)
