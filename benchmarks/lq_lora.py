@@ -23,7 +23,6 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +179,6 @@ class Study:
 
 def run(settings: Settings, cache: Path, output: Path) -> None:
     """Makes the table, the plot and the JSON file."""
-    started = time.time()
     study = Study(settings, cache)
     print("candidates:", ", ".join(f"{nominal_bits(c):.3f}" for c in study.candidates))
     study.calibrate()
@@ -199,7 +197,7 @@ def run(settings: Settings, cache: Path, output: Path) -> None:
         for budget, plan in tqdm(plans.items(), desc=f"{method} {solver}", unit="budget"):
             figures = study.perplexity(method, plan)
             rows[str(budget)][f"{method}/{solver}"] = figures | {"plan": plan}
-        _write(settings, rows, dense, output, time.time() - started)
+        _write(settings, rows, dense, output)
     plan = rows["2.75"]["lq_fisher/ilp"]["plan"]
     plot_plan(plan, output / "lq_lora_plan.png", "LQ-LoRA with Fisher, 2.75 bits a weight")
 
@@ -223,15 +221,21 @@ def _plans(table: CostTable, solver: str) -> dict[float, Plan]:
     return plans
 
 
-def _write(
-    settings: Settings, rows: dict[str, Any], dense: float, output: Path, seconds: float
-) -> None:
+def _write(settings: Settings, rows: dict[str, Any], dense: float, output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     names = [f"{method}/{solver}" for method, solver in COLUMNS]
     shown = [name for name in names if any(name in cells for cells in rows.values())]
     titles = {f"{m}/{s}": f"{METHODS[m]}, {s}" for m, s in COLUMNS}
+    some = next(cells for cells in rows.values() if "nf/uniform" in cells)["nf/uniform"]["plan"]
+    adapters = sum(choice.matrix.adapter_bytes(settings.rank) for choice in some.choices)
+    low_rank = 8 * adapters / some.size
     lines = [
-        f"Perplexity of SmolLM2-135M-Instruct, dense {dense:.3f}; before finetuning.",
+        f"Perplexity of SmolLM2-135M-Instruct, dense {dense:.3f}, before finetuning, on "
+        f"{settings.evaluated} windows of {settings.evaluated_tokens} tokens; Fisher information "
+        f"from {settings.samples} samples of {settings.sample_tokens} tokens of other windows of "
+        f"the same text. In brackets the stored bits a weight of the quantised parts. All columns "
+        f"but plain NF also have low-rank parts of rank {settings.rank}, which are not counted: "
+        f"{low_rank:.2f} more in bfloat16.",
         "",
         "| budget | " + " | ".join(titles[name] for name in shown) + " |",
         "|---|" + "---|" * len(shown),
@@ -253,7 +257,6 @@ def _write(
     data = {
         "settings": dataclasses.asdict(settings),
         "dense": dense,
-        "seconds": seconds,
         "rows": {
             budget: {
                 name: {k: v for k, v in figures.items() if k != "plan"}
