@@ -27,7 +27,7 @@ def params(seed: int = 0) -> dict:
 
 
 def measure(tree=None, **changes):
-    arguments = {"rank": 2, "key": KEY, "rounds": 2} | changes
+    arguments = {"rank": 2, "key": KEY, "method": "lorc"} | changes
     return measure_costs(tree or params(), CANDIDATES, **arguments)
 
 
@@ -48,7 +48,7 @@ def test_costs_are_the_squared_errors_of_decompose():
                 Rule(path, CANDIDATES[j]),
                 rank=2,
                 key=KEY,
-                rounds=2,
+                method="lorc",
                 fisher=fisher[path],
                 path=path,
             )

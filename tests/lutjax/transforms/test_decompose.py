@@ -307,9 +307,7 @@ def test_errors_of_the_published_code(smollm2, layer, kind, block, bits):
 def test_error_ordering_on_every_kind_of_matrix(smollm2):
     rule = Rule("*", LutConfig(3, 32, double_quant=DoubleQuant(4, 64, "bfloat16")), axis=-2)
     layer = smollm2.params["layers"]["7"]
-    for block, name in [("self_attn", n) for n in ("q_proj", "k_proj", "v_proj", "o_proj")] + [
-        ("mlp", "down_proj")
-    ]:
+    for block, name in [("self_attn", n) for n in ("k_proj", "o_proj")] + [("mlp", "down_proj")]:
         errors = [
             float(
                 decompose_array(
@@ -318,7 +316,7 @@ def test_error_ordering_on_every_kind_of_matrix(smollm2):
                     rank=16,
                     method=method,
                     key=KEY,
-                    rounds=12 if method == "lq" else None,
+                    rounds=10 if method == "lq" else None,
                 ).error
             )
             for method in ("lq", "loftq", "lorc", "lora")
