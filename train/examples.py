@@ -155,7 +155,7 @@ class Rows:
             epoch: np.random.default_rng((seed, int(epoch))).permutation(len(self))
             for epoch in np.unique(epochs)
         }
-        rows = [order[e][i % len(self)] for i, e in zip(index, epochs, strict=True)]
+        rows = [order[e][int(i) % len(self)] for i, e in zip(index, epochs, strict=True)]
         return self.take(np.asarray(rows))
 
 

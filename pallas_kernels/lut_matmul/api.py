@@ -149,9 +149,8 @@ def _fwd_plain(spec: _Spec, x, words, scales, lut, offsets):
 def _fwd_lean(spec: _Spec, *operands):
     # The activations are kept only if a parameter learns.
     x, words, scales, lut, offsets = (None if a is None else a.value for a in operands)
-    wanted = tuple(
-        _flag(a is not None and a.perturbed) for i, a in enumerate(operands) if i != 1
-    )
+    assert x is not None
+    wanted = tuple(_flag(a is not None and a.perturbed) for i, a in enumerate(operands) if i != 1)
     y = _batched_run(spec, x, words, scales, lut, offsets)
     kept = x if any(map(_is_on, wanted[1:])) else jnp.zeros((0,), x.dtype)
     return y, (wanted, kept, words, scales, lut, offsets)

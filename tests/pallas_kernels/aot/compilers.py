@@ -82,7 +82,8 @@ def need_tpu() -> None:
 
 
 def need_gpu() -> None:
-    plugin = importlib.util.find_spec("jax_plugins.xla_cuda13") is not None
+    plugin = "jax_plugins" in sys.modules or importlib.util.find_spec("jax_plugins") is not None
+    plugin = plugin and importlib.util.find_spec("jax_plugins.xla_cuda13") is not None
     packages = "--no-deps jax-cuda13-pjrt jax-cuda13-plugin"
     need(plugin, f"jax's CUDA plugin (pip install {packages}, {jax.__version__})")
     need(_find("ptxas") is not None, "ptxas (pip install nvidia-cuda-nvcc)")
