@@ -165,7 +165,7 @@ def kmeans(
     *,
     weights: Float[Array, "k n"] | None = None,
     per_channel: bool = False,
-    iterations: int = 30,
+    iterations: int = 200,
 ) -> Float[Array, "t c"]:
     """Fits a table to data: Lloyd's algorithm in one dimension, started at NormalFloat.
 
@@ -192,15 +192,21 @@ def kmeans(
     weights = jnp.ones_like(values) if weights is None else weights.astype(jnp.float32)
     if not per_channel:
         values, weights = values.reshape(-1, 1), weights.reshape(-1, 1)
-    start = jnp.asarray(normal_float(bits) if bits > 1 else np.array([-0.5, 0.5], np.float32))
-    count = start.shape[0]
+    start = jnp.asarray(normal_float(bits))
 
     def fit(column, weight):
+        # Sorted once, every cluster is a range, and its sums are differences of running sums.
+        order = jnp.argsort(column)
+        column, weight = column[order], weight[order]
+        mass, total = (jnp.pad(jnp.cumsum(a), (1, 0)) for a in (weight, weight * column))
+
         def round_(_, table):
-            nearest = jnp.searchsorted((table[1:] + table[:-1]) / 2, column)
-            mass = jnp.zeros(count).at[nearest].add(weight)
-            total = jnp.zeros(count).at[nearest].add(weight * column)
-            return jnp.where(mass > 0, total / jnp.where(mass > 0, mass, 1), table)
+            boundaries = (table[1:] + table[:-1]) / 2
+            inner = jnp.searchsorted(column, boundaries, side="right")
+            edges = jnp.pad(inner, (1, 1), constant_values=(0, column.size))
+            in_cluster = jnp.diff(mass[edges])
+            means = jnp.diff(total[edges]) / jnp.where(in_cluster > 0, in_cluster, 1)
+            return jnp.where(in_cluster > 0, means, table)
 
         return jax.lax.fori_loop(0, iterations, round_, start)
 
