@@ -167,7 +167,9 @@ def kmeans(
     per_channel: bool = False,
     iterations: int = 200,
 ) -> Float[Array, "t c"]:
-    """Fits a table to data: Lloyd's algorithm in one dimension, started at NormalFloat.
+    """Fits a table to data: Lloyd's algorithm in one dimension, the best of three starts.
+
+    The starts are NormalFloat, the middles of equal shares of the weight, and even spacing.
 
     Minimises ``sum_i weights_i * (values_i - nearest_table_value)**2``. Clusters stay in ascending
     order; an empty cluster keeps its value.
@@ -192,7 +194,7 @@ def kmeans(
     weights = jnp.ones_like(values) if weights is None else weights.astype(jnp.float32)
     if not per_channel:
         values, weights = values.reshape(-1, 1), weights.reshape(-1, 1)
-    start = jnp.asarray(normal_float(bits))
+    count = 2**bits
 
     def fit(column, weight):
         # Sorted once, every cluster is a range, and its sums are differences of running sums.
@@ -200,15 +202,26 @@ def kmeans(
         column, weight = column[order], weight[order]
         mass, total = (jnp.pad(jnp.cumsum(a), (1, 0)) for a in (weight, weight * column))
 
-        def round_(_, table):
+        def clusters(table):
             boundaries = (table[1:] + table[:-1]) / 2
             inner = jnp.searchsorted(column, boundaries, side="right")
             edges = jnp.pad(inner, (1, 1), constant_values=(0, column.size))
-            in_cluster = jnp.diff(mass[edges])
-            means = jnp.diff(total[edges]) / jnp.where(in_cluster > 0, in_cluster, 1)
-            return jnp.where(in_cluster > 0, means, table)
+            return jnp.diff(mass[edges]), jnp.diff(total[edges])
 
-        return jax.lax.fori_loop(0, iterations, round_, start)
+        def round_(_, table):
+            in_cluster, sums = clusters(table)
+            return jnp.where(in_cluster > 0, sums / jnp.maximum(in_cluster, 1e-30), table)
+
+        def explained(table):  # the error is a constant minus this
+            in_cluster, sums = clusters(table)
+            return jnp.sum(jnp.where(in_cluster > 0, sums**2 / jnp.maximum(in_cluster, 1e-30), 0))
+
+        shares = jnp.asarray((np.arange(count) + 0.5) / count, jnp.float32) * mass[-1]
+        equal_shares = column[jnp.clip(jnp.searchsorted(mass[1:], shares), 0, column.size - 1)]
+        even = jnp.linspace(column[0], column[-1], count)
+        starts = jnp.stack([jnp.asarray(normal_float(bits)), equal_shares, even])
+        tables = jax.vmap(lambda start: jax.lax.fori_loop(0, iterations, round_, start))(starts)
+        return tables[jnp.argmax(jax.vmap(explained)(tables))]
 
     return jax.vmap(fit, in_axes=1)(values, weights)
 

@@ -320,7 +320,10 @@ def test_an_interrupted_quantize_leaves_nothing(tmp_path, source):
     """As a process, with a real signal while it writes."""
     out = tmp_path / "out"
     slow = (
-        "import sys, time; from lutjax.io import Checkpoint; from lutjax.cli import main\n"
+        "import signal, sys, time\n"
+        # A test run in the background of a shell ignores interrupts, and so would its children.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from lutjax.io import Checkpoint; from lutjax.cli import main\n"
         "read = Checkpoint.read\n"
         "def slowly(self, path):\n"
         "    time.sleep(0.5)\n"
