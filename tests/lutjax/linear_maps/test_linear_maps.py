@@ -151,7 +151,8 @@ def test_sketches_are_regenerated_not_stored(map_):
     assert not np.allclose(again.basis, bound.basis)
     # Slicing the stacked axis slices the map: scan over layers sees each layer's own map.
     layer = jax.tree.map(lambda x: x[1], bound)
-    np.testing.assert_array_equal(layer.basis, bound.basis[1])
+    # One matrix may be compiled to other float32 roundings than a batch of them.
+    np.testing.assert_allclose(layer.basis, bound.basis[1], rtol=1e-6)
 
 
 def test_kronecker_is_left_times_gradient_times_right():
