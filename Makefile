@@ -35,6 +35,7 @@ layers: $(VENV)/dev.stamp
 
 unit: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest --doctest-modules lutjax pallas_kernels train
 
 newest:
 	$(MAKE) types unit VENV=.venv-newest CONSTRAINTS=

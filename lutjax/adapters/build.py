@@ -48,6 +48,7 @@ def one_sided(
 
     Source: Duality (arXiv 2502.13811, section 3).
 
+    >>> import jax.numpy as jnp
     >>> import lutjax
     >>> params = {"w": jnp.ones((4, 6))}
     >>> adapted = one_sided(params, Gaussian(2), jax.random.key(0))
@@ -76,6 +77,7 @@ def two_sided(
 
     Source: LoRA (arXiv 2106.09685).
 
+    >>> import jax.numpy as jnp
     >>> adapted = two_sided({"w": jnp.ones((4, 6))}, 2, jax.random.key(0))
     >>> jax.tree.map(jnp.shape, trainable(adapted))
     {'w': {'factor': (4, 2), 'latent': (2, 6)}}
@@ -107,6 +109,7 @@ def kronecker(
 
     Source: KronA (arXiv 2212.10650).
 
+    >>> import jax.numpy as jnp
     >>> adapted = kronecker({"w": jnp.ones((4, 6))}, (2, 3), jax.random.key(0))
     >>> jax.tree.map(jnp.shape, trainable(adapted))
     {'w': {'factor': (2, 3), 'latent': (2, 2)}}
@@ -181,6 +184,7 @@ def trainable(adapted: Any, *, others: bool = False) -> Any:
 def with_trainable(adapted: Any, values: Any) -> Any:
     """`adapted` with the values of :func:`trainable` put back.
 
+    >>> import jax.numpy as jnp
     >>> adapted = two_sided({"w": jnp.ones((4, 6))}, 2, jax.random.key(0))
     >>> zero = jax.tree.map(jnp.zeros_like, trainable(adapted))
     >>> float(with_trainable(adapted, zero)["w"].map.basis.sum())
@@ -203,6 +207,7 @@ def with_trainable(adapted: Any, values: Any) -> Any:
 def merge(adapted: Any) -> Any:
     """Dense weights `W_0 + S^T lambda` in the place of adapters; other leaves as they are.
 
+    >>> import jax.numpy as jnp
     >>> adapted = one_sided({"w": jnp.ones((4, 6))}, Gaussian(2), jax.random.key(0))
     >>> bool((merge(adapted)["w"] == 1).all())
     True

@@ -120,7 +120,7 @@ def save(
     >>> with tempfile.TemporaryDirectory() as directory:
     ...     save(directory + "/eye", params)
     ...     read_params(directory + "/eye")["kernel"]
-    LutArray(shape=(32, 32), float32, 4 bits, group_size=32, 640 B)
+    LutArray(shape=(32, 32), float32, 4 bits, group_size=column, 640 B)
     """
     leaves = _flat_leaves(params)
     specs = {name: _abstract(leaf, name) for name, leaf in leaves.items()}

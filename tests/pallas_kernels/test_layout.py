@@ -29,7 +29,7 @@ def test_pack_follows_the_definition(bits, shape):
     np.testing.assert_array_equal(words, reference_words(codes, bits))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.integers(1, 8),
     st.lists(st.integers(1, 3), max_size=2),

@@ -280,7 +280,8 @@ def test_two_by_two_devices_train_alike(qlora_run):
     environment = os.environ | {
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4"
+        " --xla_cpu_collective_call_terminate_timeout_seconds=600",
     }
     subprocess.run(run_command(config), cwd=ROOT, env=environment, check=True, capture_output=True)
     expected = finetune(alone, quiet=True)

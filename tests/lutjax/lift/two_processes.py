@@ -3,7 +3,10 @@
 import os
 import sys
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = (  # the devices share few cores
+    "--xla_force_host_platform_device_count=4"
+    " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
