@@ -6,6 +6,7 @@ function from parameter pytrees to parameter pytrees; :func:`lift` runs any JAX 
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from lutjax.arrays import (
@@ -46,6 +47,7 @@ __all__ = [
     "MaterializationWarning",
     "Recipe",
     "Rule",
+    "SparsityPlan",
     "SumArray",
     "combine",
     "compress_checkpoint",
@@ -58,14 +60,23 @@ __all__ = [
     "quantize",
     "save",
     "shardings_like",
+    "sparsify",
     "summarize",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Imports `lutjax.io`, and Flax with it, when a checkpoint is first touched."""
-    if name in ("compress_checkpoint", "load", "save"):
-        from lutjax import io
+# What needs Flax is imported when it is first touched.
+_LAZY = {
+    "SparsityPlan": "lutjax.sparsity",
+    "compress_checkpoint": "lutjax.io",
+    "load": "lutjax.io",
+    "save": "lutjax.io",
+    "sparsify": "lutjax.sparsity",
+}
 
-        return getattr(io, name)
+
+def __getattr__(name: str) -> Any:
+    """Imports the names of `_LAZY` on first use."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'lutjax' has no attribute {name!r}")
