@@ -226,7 +226,7 @@ def decompose_array(
     _check_arguments(method, rounds, svd)
     _check_rank(rank, weight.shape, rule, path)
     batch_ndim, view = weight_view(weight.shape, rule, path)
-    if not allow_nonfinite and not isinstance(weight, jax.core.Tracer):
+    if not allow_nonfinite:
         check_finite(weight, path)
     if fisher is not None:
         fisher = check_importance(fisher, weight.shape, batch_ndim, view, path)

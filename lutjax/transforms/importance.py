@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lutjax.arrays import MatrixView
+from lutjax.transforms.quantize import concrete
 
 # Below this fraction of the largest side weight, dividing by it would only amplify rounding errors.
 _FLOOR = 1e-4
@@ -120,9 +121,9 @@ def _relative_root(means: Float[Array, " m"]) -> Float[Array, " m"]:
 
 def _check_values(arrays: tuple[jax.Array, ...], path: str) -> None:
     for array in arrays:
-        if isinstance(array, jax.core.Tracer):
+        values = concrete(array)
+        if values is None:
             continue
-        values = np.asarray(array)
         if not np.isfinite(values).all():
             raise ValueError(
                 f"the Fisher information of {path!r} has NaN or infinite values; calibrate again "

@@ -161,15 +161,26 @@ def quantize_array(
     if rule.config is None:
         raise ValueError(f"the rule {rule.pattern!r} leaves {path!r} dense")
     check_fit(weight.shape, rule, path)
-    if not allow_nonfinite and not isinstance(weight, jax.core.Tracer):
+    if not allow_nonfinite:
         check_finite(weight, path)
     batch_ndim, view = weight_view(weight.shape, rule, path)
     return _quantize(jnp.asarray(weight), rule.config, batch_ndim, view)
 
 
+def concrete(array: Any) -> np.ndarray | None:
+    """The values of an array, or None while it is traced and has none yet."""
+    try:
+        return np.asarray(array)
+    except jax.errors.TracerArrayConversionError:
+        return None
+
+
 def check_finite(weight: Any, path: str) -> None:
-    """Raises ValueError naming ``path`` if a concrete weight has NaN or infinity."""
-    bad = int(weight.size - np.count_nonzero(np.isfinite(np.asarray(weight, np.float32))))
+    """Raises ValueError naming ``path`` if a weight, unless it is traced, has NaN or infinity."""
+    values = concrete(weight)
+    if values is None:
+        return
+    bad = int(values.size - np.count_nonzero(np.isfinite(values)))
     if bad:
         raise ValueError(
             f"{path!r} has {bad} NaN or infinite values; mend the checkpoint, or pass "
