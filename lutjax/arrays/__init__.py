@@ -12,6 +12,7 @@ from lutjax.arrays.scales import DoubleQuant, QuantizedScales, quantize_scales
 from lutjax.arrays.sharding import shardings_like
 from lutjax.arrays.sum_array import SumArray
 from lutjax.arrays.view import MatrixView
+from lutjax.arrays.wrapper import WrapperArray
 
 __all__ = [
     "CompressedArray",
@@ -26,6 +27,7 @@ __all__ = [
     "QuantizedScales",
     "RowLutArray",
     "SumArray",
+    "WrapperArray",
     "format_bytes",
     "is_compressed",
     "quantize_scales",

@@ -11,14 +11,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from lutjax.arrays import CompressedArray, MatrixView, is_compressed
+from lutjax.arrays import CompressedArray, WrapperArray, is_compressed
 from lutjax.lift import lift
 from lutjax.paths import path_string
 
@@ -30,7 +29,7 @@ Statistic = Callable[[Any, jax.Array], jax.Array]
     jax.tree_util.register_dataclass, data_fields=["base", "totals"], meta_fields=["statistic"]
 )
 @dataclasses.dataclass(frozen=True)
-class ObservedArray(CompressedArray):
+class ObservedArray(WrapperArray):
     """A weight whose field ``totals`` receives a statistic of its inputs as its gradient.
 
     The product over K is observed and passes no gradient on; use it to look, not to train.
@@ -52,26 +51,6 @@ class ObservedArray(CompressedArray):
     totals: Float[Array, "*batch n"]
     statistic: Statistic
 
-    @property
-    def view(self) -> MatrixView:  # type: ignore[override]
-        """The view of the base."""
-        return self.base.view
-
-    @property
-    def dtype(self) -> np.dtype:  # type: ignore[override]
-        """The dtype of the base."""
-        return self.base.dtype
-
-    @property
-    def batch_shape(self) -> tuple[int, ...]:
-        """The leading axes of the base."""
-        return self.base.batch_shape
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """K and N."""
-        return self.base.matrix_shape
-
     def materialize_matrix(self) -> Float[Array, "*batch k n"]:
         """The dense matrix of the base, not observed."""
         return self.base.materialize_matrix()
@@ -88,14 +67,6 @@ class ObservedArray(CompressedArray):
     def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
         """``x @ W.T``, not observed."""
         return self.base.matmul_transposed(x)
-
-    def with_view(self, view: MatrixView) -> Self:
-        """The same data under another view."""
-        return dataclasses.replace(self, base=self.base.with_view(view))
-
-    def astype(self, dtype: Any) -> Self:
-        """The same data standing for a weight of another dtype."""
-        return dataclasses.replace(self, base=self.base.astype(dtype))
 
 
 @jax.custom_vjp

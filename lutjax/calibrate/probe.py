@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from lutjax.arrays import CompressedArray, MatrixView
+from lutjax.arrays import CompressedArray, WrapperArray
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "delta"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
-class ProbedArray(CompressedArray):
+class ProbedArray(WrapperArray):
     """``W + delta`` for a ``delta`` that is zero: its gradient is that of the dense weight.
 
     Products run on the compressed base alone; ``delta`` takes part in the backward pass only.
@@ -35,26 +33,6 @@ class ProbedArray(CompressedArray):
     base: CompressedArray
     delta: Float[Array, "*batch k n"]
 
-    @property
-    def view(self) -> MatrixView:  # type: ignore[override]
-        """The view of the base."""
-        return self.base.view
-
-    @property
-    def dtype(self) -> np.dtype:  # type: ignore[override]
-        """The dtype of the base."""
-        return self.base.dtype
-
-    @property
-    def batch_shape(self) -> tuple[int, ...]:
-        """The leading axes that base and delta share."""
-        return self.base.batch_shape
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """K and N."""
-        return self.base.matrix_shape
-
     def materialize_matrix(self) -> Float[Array, "*batch k n"]:
         """The dense sum."""
         return self.base.materialize_matrix() + self.delta.astype(self.dtype)
@@ -66,14 +44,6 @@ class ProbedArray(CompressedArray):
     def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
         """``x @ W.T``."""
         return _tap(True, self.base.matmul_transposed(x), jax.lax.stop_gradient(x), self.delta)
-
-    def with_view(self, view: MatrixView) -> Self:
-        """The same data under another view."""
-        return dataclasses.replace(self, base=self.base.with_view(view))
-
-    def astype(self, dtype: Any) -> Self:
-        """The same data standing for a weight of another dtype."""
-        return dataclasses.replace(self, base=self.base.astype(dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
