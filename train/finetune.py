@@ -20,10 +20,10 @@ from lutjax.adapters import lora
 from lutjax.arrays import LowRankArray, is_compressed
 from lutjax.io import save_peft
 from train.base_model import METHODS, Method, Start, load_start, prepare, shard_base
+from train.checkpoints import Checkpoints
 from train.examples import Rows, load_rows
 from train.lora_step import Batch, Step, TrainState, make_step
 from train.metrics import MetricsWriter, perplexity
-from train.pretrain import Checkpoints
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,14 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 
 from lutjax import lift
 from lutjax.adapters import dual
 from lutjax.models import Decoder
 from lutjax.optim import first_nonfinite, leaf_name
 from lutjax.optim.project import ProjectedTransformation
-from lutjax.paths import path_string
+from train.checkpoints import Checkpoints
 from train.cyclic_precision import cyclic_bits, quantize_kernels, quantized_activations
 from train.llama_configs import LLAMA
 from train.methods import MethodOptions, make_method
@@ -249,73 +248,6 @@ def load_corpus(config: PretrainConfig) -> Corpus:
             "use another model or tokenizer"
         )
     return corpus
-
-
-class Checkpoints:
-    """Orbax checkpoints of a run's state, with the configuration that they belong to."""
-
-    def __init__(self, directory: Path, identity: dict[str, Any], every: int) -> None:
-        self._identity = identity
-        self._manager = ocp.CheckpointManager(
-            directory.resolve(),
-            options=ocp.CheckpointManagerOptions(
-                save_interval_steps=every, max_to_keep=2, enable_async_checkpointing=False
-            ),
-        )
-
-    def restore(self, state: Any) -> tuple[Any, int]:
-        """The latest state and its step; the given state and 0 when there is none.
-
-        Raises:
-          ValueError: When the checkpoint is of another configuration, naming what differs.
-        """
-        step = self._manager.latest_step()
-        if step is None:
-            return state, 0
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-        found = dict(meta["meta"])
-        if found != self._identity:
-            keys = sorted(found.keys() | self._identity.keys())
-            differing = [
-                f"{k}: {found.get(k)!r} in the checkpoint, {self._identity.get(k)!r} asked for"
-                for k in keys
-                if found.get(k) != self._identity.get(k)
-            ]
-            raise ValueError(
-                f"cannot resume the checkpoint of step {step}: {'; '.join(differing)}; "
-                "use another output directory"
-            )
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _flat(state))
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        )
-        return _unflat(state, restored["state"]), step
-
-    def save(self, step: int, state: Any, force: bool = False) -> None:
-        """Saves if the step is due."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_flat(state)),
-                meta=ocp.args.JsonSave(self._identity),
-            ),
-            force=force,
-        )
-
-    def close(self) -> None:
-        """Waits for what is being written."""
-        self._manager.close()
-
-
-def _flat(state: Any) -> dict[str, Any]:
-    """The arrays of a state by path: a form that doesn't depend on Python classes."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {path_string(path).replace("/", "."): leaf for path, leaf in leaves}
-
-
-def _unflat(like: Any, flat: dict[str, Any]) -> Any:
-    leaves = [flat[name] for name in _flat(like)]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def identity_of(config: PretrainConfig, corpus: Corpus) -> dict[str, Any]:
