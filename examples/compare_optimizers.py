@@ -1,8 +1,10 @@
 """The same text and the same tokens for every method: a table and a plot of pretraining runs.
 
-    python examples/compare_optimizers.py --text a.txt b.txt --output runs/compare
+    python examples/compare_optimizers.py --output runs/compare
 
-Every finished run is kept as JSON, so that an interrupted comparison goes on where it stopped.
+Each method gets the learning rate that served it best in short runs of another seed. Every
+finished run is kept as JSON, so that an interrupted comparison goes on where it stopped. The text
+is docstrings of installed packages unless files are named.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from train.pretrain import PretrainConfig, load_corpus, pretrain
+from train.text import Corpus, docstrings
+
+DEFAULT_TEXT = ("numpy", "jax", "scipy")
 
 METHODS = {
     "adam": "Adam, full rank",
@@ -29,30 +34,68 @@ METHODS = {
 }
 
 
-def run_all(base: PretrainConfig, seeds: int, output: Path) -> dict[str, list[dict]]:
+def run(config: PretrainConfig, corpus: Corpus, path: Path) -> dict:
+    """One training run; read from `path` if it was finished there before."""
+    if not path.exists():
+        result = pretrain(config, corpus)
+        record = {k: result[k] for k in ("losses", "evaluations", "seconds")}
+        identity = {"config": dataclasses.asdict(config), "corpus": corpus.fingerprint}
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(record | identity))
+        partial.rename(path)
+        print(f"{path.stem}: {result['evaluations'][-1][1]:.4f}", flush=True)
+    record = json.loads(path.read_text())
+    if record["corpus"] != corpus.fingerprint:
+        raise ValueError(f"{path} is of another text; use another output directory")
+    return record
+
+
+def tune(base: PretrainConfig, corpus: Corpus, output: Path) -> float:
+    """The best learning rate on a grid of factors of 2, climbed from the base's one."""
+
+    def loss(rate: float) -> float:
+        config = dataclasses.replace(base, learning_rate=rate)
+        found = run(config, corpus, output / f"tune-{base.method}-{rate:g}.json")
+        return found["evaluations"][-1][1]
+
+    best = base.learning_rate
+    for factor in (2.0, 0.5):
+        while loss(best * factor) < loss(best):
+            best *= factor
+    return best
+
+
+def run_all(
+    base: PretrainConfig, seeds: int, tuning_steps: int, output: Path
+) -> dict[str, list[dict]]:
+    """Every method with its own learning rate, tuned on a seed that the comparison leaves out."""
     output.mkdir(parents=True, exist_ok=True)
-    corpus = load_corpus(base)
+    corpus = load_corpus(base) if base.text else Corpus.of(docstrings(*DEFAULT_TEXT))
+    tuned = {
+        name: tune(
+            dataclasses.replace(base, method=name, steps=tuning_steps, seed=seeds), corpus, output
+        )
+        for name in METHODS
+    }
     results: dict[str, list[dict]] = {name: [] for name in METHODS}
     for seed in range(seeds):
         for name in METHODS:
-            config = dataclasses.replace(base, method=name, seed=seed)
-            path = output / f"{name}-{seed}.json"
-            if not path.exists():
-                run = pretrain(config, corpus)
-                record = {k: run[k] for k in ("losses", "evaluations", "seconds")}
-                path.write_text(json.dumps(record | {"config": dataclasses.asdict(config)}))
-                print(name, seed, run["evaluations"][-1][1], flush=True)
-            results[name].append(json.loads(path.read_text()))
+            config = dataclasses.replace(base, method=name, seed=seed, learning_rate=tuned[name])
+            results[name].append(run(config, corpus, output / f"{name}-{seed}.json"))
     return results
 
 
 def table(results: dict[str, list[dict]]) -> str:
-    lines = ["| method | validation loss | perplexity | seeds |", "|---|---|---|---|"]
+    lines = [
+        "| method | learning rate | validation loss, nats a byte | perplexity | seeds |",
+        "|---|---|---|---|---|",
+    ]
     for name, runs in results.items():
         final = np.array([run["evaluations"][-1][1] for run in runs])
         spread = f" ± {final.std(ddof=1):.4f}" if len(final) > 1 else ""
         lines.append(
-            f"| {METHODS[name]} | {final.mean():.4f}{spread} | {np.exp(final).mean():.2f} "
+            f"| {METHODS[name]} | {runs[0]['config']['learning_rate']:g} "
+            f"| {final.mean():.4f}{spread} | {np.exp(final).mean():.2f} "
             f"| {len(final)} |"
         )
     return "\n".join(lines)
@@ -73,10 +116,11 @@ def plot(results: dict[str, list[dict]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--text", nargs="+", required=True)
+    parser.add_argument("--text", nargs="+", default=[], help="files; default: docstrings")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--model", default="1m")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--tuning-steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rank", type=int, default=32)
@@ -89,9 +133,10 @@ def main() -> None:
         rank=arguments.rank,
         refresh_every=50,
         scale=1.0,
+        learning_rate=4e-3,
         eval_every=max(1, arguments.steps // 8),
     )
-    results = run_all(base, arguments.seeds, arguments.output)
+    results = run_all(base, arguments.seeds, arguments.tuning_steps, arguments.output)
     print(table(results))
     plot(results, arguments.output / "compare_optimizers.png")
 

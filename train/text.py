@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import hashlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -54,6 +56,36 @@ def _dataset_text(source: str, limit: int | None) -> str:
         if limit is not None and size >= limit:
             break
     return "\n".join(pieces)
+
+
+def docstrings(*packages: str) -> str:
+    """The docstrings of installed packages: English that every machine has, without a download.
+
+    Args:
+      packages: Names of installed packages; nothing is imported, and their tests are left out.
+
+    Raises:
+      ValueError: For a package that is not installed as source files.
+
+    >>> "JSON" in docstrings("json")
+    True
+    """
+    found: dict[str, None] = {}  # in order, each text once
+    for package in packages:
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+            raise ValueError(f"no Python source of {package!r} is installed; name another package")
+        single = spec.submodule_search_locations is None
+        files = [Path(spec.origin)] if single else sorted(Path(spec.origin).parent.rglob("*.py"))
+        for file in files:
+            if {"test", "tests"} & set(file.parts):
+                continue
+            for node in ast.walk(ast.parse(file.read_bytes())):
+                if isinstance(
+                    node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+                ):
+                    found.setdefault(ast.get_docstring(node) or "")
+    return "\n\n".join(text for text in found if text)
 
 
 @dataclasses.dataclass(frozen=True)
