@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from tqdm import tqdm
 
 from lutjax import lift
 from lutjax.adapters import dual
@@ -22,7 +24,12 @@ from lutjax.models import Decoder
 from lutjax.optim import first_nonfinite, leaf_name
 from lutjax.optim.project import ProjectedTransformation
 from train.checkpoints import Checkpoints
-from train.cyclic_precision import cyclic_bits, quantize_kernels, quantized_activations
+from train.cyclic_precision import (
+    cyclic_bits,
+    precision_range_test,
+    quantize_kernels,
+    quantized_activations,
+)
 from train.llama_configs import LLAMA
 from train.methods import MethodOptions, make_method
 from train.text import Corpus, byte_tokens, read_text
@@ -258,7 +265,10 @@ def identity_of(config: PretrainConfig, corpus: Corpus) -> dict[str, Any]:
 
 
 def pretrain(
-    config: PretrainConfig, corpus: Corpus | None = None, stop_at: int | None = None
+    config: PretrainConfig,
+    corpus: Corpus | None = None,
+    stop_at: int | None = None,
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Trains, resuming from the output directory's checkpoint if there is one.
 
@@ -266,6 +276,7 @@ def pretrain(
       config: The run.
       corpus: Its tokens; read from ``config.text`` by default.
       stop_at: Stop early at this step, as if interrupted (after a checkpoint).
+      progress: Show a bar with the losses.
 
     Returns:
       ``losses`` (by step since the start or resumption), ``evaluations`` ((step, loss) pairs),
@@ -299,7 +310,11 @@ def pretrain(
         log = None
         if config.output is not None:
             log = stack.enter_context((Path(config.output) / "log.jsonl").open("a"))
-        for number in range(start, config.steps if stop_at is None else stop_at):
+        last = config.steps if stop_at is None else stop_at
+        steps = stack.enter_context(
+            tqdm(range(start, last), initial=start, total=last, unit="step", disable=not progress)
+        )
+        for number in steps:
             tokens = corpus.batch(config.seed, number, config.batch_size, length)
             state, metrics = step(state, jnp.asarray(number), jnp.asarray(tokens))
             losses.append(float(metrics["loss"]))
@@ -318,6 +333,7 @@ def pretrain(
             if due or done == config.steps:
                 evaluations.append((done, float(evaluate(state, validation))))
                 record["validation_loss"] = evaluations[-1][1]
+            steps.set_postfix({k: f"{v:.4f}" for k, v in record.items() if k.endswith("loss")})
             if log is not None:
                 log.write(json.dumps(record) + "\n")
             if checkpoints is not None:
@@ -333,12 +349,43 @@ def pretrain(
     }
 
 
-def main() -> None:
-    """The command line."""
-    import tyro
+def lowest_precision(config: PretrainConfig, threshold: float, corpus: Corpus | None = None) -> int:
+    """Finds the lower bound of cyclic precision by the precision range test.
 
-    config = tyro.cli(PretrainConfig, description=__doc__)
-    result = pretrain(config)
+    Args:
+      config: The run; each precision trains for a tenth of its steps, and nothing is written.
+      threshold: Nats by which the loss must fall, from the first step to the mean of the last
+        quarter.
+      corpus: Its tokens; read from ``config.text`` by default.
+
+    Raises:
+      ValueError: When no precision up to 8 bits gains that much.
+
+    Source: CPT (arXiv 2101.09868, section 3.3).
+    """
+    corpus = load_corpus(config) if corpus is None else corpus
+    steps = max(2, config.steps // 10)
+
+    def gain_at(bits: int) -> float:
+        short = dataclasses.replace(config, cyclic_bits=(bits, bits), eval_every=None, output=None)
+        losses = pretrain(short, corpus, stop_at=steps)["losses"]
+        return losses[0] - float(np.mean(losses[-max(1, steps // 4) :]))
+
+    return precision_range_test(gain_at, threshold)
+
+
+def run(config: PretrainConfig, range_test: float | None = None) -> None:
+    """Trains, or only looks for the lowest precision to train at.
+
+    Args:
+      config: The run.
+      range_test: Train nothing; print the lowest bits for ``cyclic_bits``: the first that lower the
+        loss by so many nats in a tenth of the steps.
+    """
+    if range_test is not None:
+        print(f"lowest precision: {lowest_precision(config, range_test)} bits")
+        return
+    result = pretrain(config, progress=True)
     final = result["evaluations"][-1][1] if result["evaluations"] else math.nan
     tokens = len(result["losses"]) * config.batch_size * config.sequence_length
     print(
@@ -347,5 +394,19 @@ def main() -> None:
     )
 
 
+def main() -> int:
+    """The command line; exit code 2 for bad input."""
+    import tyro
+
+    try:
+        tyro.cli(
+            tyro.conf.OmitArgPrefixes[run], prog="python -m train.pretrain", description=__doc__
+        )
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"train.pretrain: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
+from train import pretrain as command
 from train.methods import METHODS
-from train.pretrain import PretrainConfig, load_corpus, pretrain
-from train.text import Corpus, read_text
+from train.pretrain import PretrainConfig, load_corpus, lowest_precision, pretrain
+from train.text import Corpus, docstrings, read_text
 
 
 @pytest.fixture(autouse=True)
@@ -140,3 +141,54 @@ def test_bad_methods_and_texts(config, tmp_path):
         pretrain(dataclasses.replace(config, text=(str(short),)))
     with pytest.raises(FileNotFoundError):
         load_corpus(dataclasses.replace(config, text=("missing.txt",)))
+
+
+def test_the_range_test_finds_the_lowest_precision_that_learns(config, monkeypatch):
+    gained = {2: 0.1, 3: 0.4, 4: 0.8}
+    asked = []
+
+    def pretrain_at(config, corpus, stop_at):
+        low, high = config.cyclic_bits
+        assert low == high and config.output is None and stop_at == 2
+        asked.append(low)
+        return {"losses": [5.0, 5.0 - gained[low]]}
+
+    monkeypatch.setattr(command, "pretrain", pretrain_at)
+    config = dataclasses.replace(config, steps=20)
+    assert lowest_precision(config, threshold=0.3) == 3
+    assert asked == [2, 3]
+
+
+def test_the_command_trains_tests_precisions_and_names_bad_input(text, capsys, monkeypatch):
+    common = ["pretrain", "--text", text, "--model", "tiny", "--sequence-length", "16"]
+    common += ["--steps", "20", "--rank", "4", "--learning-rate", "0.01"]
+    monkeypatch.setattr("sys.argv", [*common, "--range-test", "-1"])
+    assert command.main() == 0
+    assert capsys.readouterr().out == "lowest precision: 2 bits\n"
+    monkeypatch.setattr("sys.argv", [*common, "--method", "adam"])
+    assert command.main() == 0
+    assert "adam on tiny: validation loss" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*common, "--method", "sgd"])
+    assert command.main() == 2
+    assert "unknown method 'sgd'" in capsys.readouterr().err
+
+
+def test_a_local_dataset_directory_is_read_like_one_of_the_hub(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    rows = [json.dumps({"text": f"sentence {i}"}) for i in range(5)]
+    (tmp_path / "corpus" / "train.jsonl").write_text("\n".join(rows))
+    assert read_text([f"{tmp_path / 'corpus'}::train"], limit=25) == "sentence 0\nsentence 1\nsen"
+
+
+def test_docstrings_are_of_source_files_and_not_of_tests(tmp_path, monkeypatch):
+    package = tmp_path / "sample_package"
+    (package / "tests").mkdir(parents=True)
+    (package / "__init__.py").write_text('"""First."""\nasync def f():\n    """Second."""\n')
+    (package / "other.py").write_text(
+        'class A:\n    """First."""\n    def g(self):\n        """Third."""\n'
+    )
+    (package / "tests" / "test_it.py").write_text('"""Not this."""\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert docstrings("sample_package") == "First.\n\nSecond.\n\nThird."
+    with pytest.raises(ValueError, match="no Python source of 'sys'"):
+        docstrings("sys")
