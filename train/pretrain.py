@@ -400,7 +400,10 @@ def main() -> int:
 
     try:
         tyro.cli(
-            tyro.conf.OmitArgPrefixes[run], prog="python -m train.pretrain", description=__doc__
+            run,
+            prog="python -m train.pretrain",
+            description=__doc__,
+            config=(tyro.conf.OmitArgPrefixes,),
         )
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"train.pretrain: error: {' '.join(str(error).split())}", file=sys.stderr)
