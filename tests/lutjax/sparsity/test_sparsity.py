@@ -149,6 +149,13 @@ def test_wina_gates_on_weighted_magnitudes(setting):
     assert errors["wina"] < errors["magnitude"]
 
 
+def relative_error(setting, plan, fn, x, y):
+    """Of the first block's output: each token by its own size, root mean square."""
+    found = lutjax.lift(fn)(sparsify(setting.params, plan)["layers"]["0"], x)
+    of_tokens = jnp.linalg.norm(found - y, axis=-1) / jnp.linalg.norm(y, axis=-1)
+    return float(jnp.sqrt(jnp.mean(of_tokens**2)))
+
+
 def test_greedy_search_records_a_path_that_beats_uniform(setting, quantiles, search):
     for path, block in search.blocks.items():
         assert sum(block.shares.values()) == pytest.approx(1)
@@ -170,16 +177,31 @@ def test_greedy_search_records_a_path_that_beats_uniform(setting, quantiles, sea
         "uniform": plan_uniform(setting.params, quantiles, 0.5),
     }
     y = fn(blocks["layers/0"], x)
-    errors = {
-        name: float(
-            jnp.linalg.norm(lutjax.lift(fn)(sparsify(setting.params, plan)["layers"]["0"], x) - y)
-            / jnp.linalg.norm(y)
-        )
-        for name, plan in plans.items()
-    }
+    errors = {name: relative_error(setting, plan, fn, x, y) for name, plan in plans.items()}
     assert errors["greedy"] < errors["uniform"]
     assert errors["greedy"] == pytest.approx(search.blocks["layers/0"].errors[-1], rel=1e-3)
     assert plans["greedy"].sparsity == pytest.approx(0.5, abs=0.01)
+
+
+def test_lazy_steps_are_those_of_an_exhaustive_search(setting, quantiles, search):
+    """Each step of the recorded path against all raises at that point."""
+    fn, blocks, x = decoder_blocks(setting.model.config, setting.params, TOKENS)
+    y = fn(blocks["layers/0"], x)
+    block = search.blocks["layers/0"]
+    levels = dict.fromkeys(block.shares, 0.0)
+    for raised, error in zip(block.raised[:4], block.errors[:4], strict=True):
+        found = {}
+        for name, share in block.shares.items():
+            tried = {**levels, name: levels[name] + search.step / share}
+            path = {
+                f"layers/0/{n}": quantiles[f"layers/0/{n}"].quantile(v)
+                for n, v in tried.items()
+                if v
+            }
+            found[name] = relative_error(setting, plan_thresholds(setting.params, path), fn, x, y)
+        assert min(found, key=found.__getitem__) == raised
+        assert found[raised] == pytest.approx(error, rel=1e-4)
+        levels[raised] += search.step / block.shares[raised]
 
 
 def test_greedy_search_goes_on_from_its_file(setting, quantiles, search, tmp_path):
