@@ -14,12 +14,12 @@ from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
-FOLDER = pathlib.Path("pallas_kernels/lut_matmul")
+FOLDER = pathlib.Path("pallas_kernels/native")
 
 
 def native_library():
     """The module that builds the kernels, or None without jax."""
-    spec = importlib.util.spec_from_file_location("native_library", FOLDER / "native_library.py")
+    spec = importlib.util.spec_from_file_location("native_library", FOLDER / "library.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:

@@ -14,8 +14,9 @@ from jaxtyping import Array, Bool, Float
 
 from lutjax.arrays.base import CompressedArray
 from lutjax.arrays.dense_array import DenseArray
+from lutjax.arrays.lut_array import LutArray
 from lutjax.arrays.row_lut_array import RowLutArray
-from lutjax.arrays.split import Split
+from lutjax.arrays.split import Split, is_partitioned_automatically
 from lutjax.arrays.sum_array import SumArray
 from lutjax.arrays.view import MatrixView
 from pallas_kernels.sparse_matmul import sparse_matmul
@@ -30,8 +31,9 @@ from pallas_kernels.sparse_matmul import sparse_matmul
 class GatedArray(CompressedArray):
     """``x @ W`` becomes ``(x * [|x| > t]) @ W``, or ``(x * [|x| * norms > t]) @ W``.
 
-    The threshold is data: another one needs no compilation. With few rows of ``x`` (decoding), and
-    a dense or row-packed weight, the rows of ``W`` that meet only zeros are not read.
+    The threshold is data: another one needs no compilation. With few rows of ``x`` (decoding) the
+    rows of ``W`` that meet only zeros are skipped: of a dense or lookup-table weight on a CPU, of a
+    dense or row-packed one (:class:`RowLutArray`) on a GPU.
 
     The gate belongs to the product over K. The dense form (:meth:`materialize`), the transposed
     product and lookups are those of the weight inside. The gradient of ``x`` is zero where ``x``
@@ -173,8 +175,10 @@ class GatedArray(CompressedArray):
 
 def _product(inner: CompressedArray, x: jax.Array, thresholds: jax.Array) -> jax.Array:
     match inner:
-        case DenseArray():
+        case DenseArray() if not is_partitioned_automatically(inner.matrix):
             return sparse_matmul(x, inner.matrix, thresholds)
+        case LutArray() if inner.vector_size == 1 and not is_partitioned_automatically(inner.words):
+            return sparse_matmul(x, inner.block_codes(), thresholds)
         case RowLutArray():
             return sparse_matmul(x, inner.row_codes(), thresholds)
         case SumArray():

@@ -17,6 +17,7 @@ from lutjax.arrays.split import Split, is_partitioned_automatically, typed_entri
 from lutjax.arrays.view import MATRIX, MatrixView
 from lutjax.packing import BLOCK, unpack
 from pallas_kernels.lut_matmul import dequantize, lut_matmul
+from pallas_kernels.sparse_matmul import BlockCodes
 
 
 @functools.partial(
@@ -87,6 +88,13 @@ class LutArray(CompressedArray):
     def expanded_scales(self) -> Float[Array, "*batch g n"]:
         """The group scales, dequantised if they are quantised themselves."""
         return self.scales.expand() if isinstance(self.scales, QuantizedScales) else self.scales
+
+    def block_codes(self) -> BlockCodes:
+        """What the sparse product takes; without batch axes, and for single rows a code."""
+        scales = self.expanded_scales()
+        return BlockCodes(
+            self.words, scales, self.lut, self.offsets, self.matrix_shape[0], self.group_size
+        )
 
     def materialize_matrix(self) -> Float[Array, "*batch k n"]:
         """The dense stored matrix, in :attr:`dtype`."""

@@ -8,38 +8,16 @@ result does not depend on their number. The instruction set is chosen when the c
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import logging
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.layout import BLOCK
-from pallas_kernels.lut_matmul import native_library
 from pallas_kernels.manual_axes import varying_axes
+from pallas_kernels.native import LUT_MATMUL, availability
 
 BITS = (2, 3, 4, 8)
-
-_TARGET = "pallas_kernels_lut_matmul"
-
-
-def availability() -> str | None:
-    """None if the compiled library is at hand on this machine, else the reason why not."""
-    return _load()[1]
-
-
-def instruction_sets() -> tuple[str, ...]:
-    """The instruction sets that this machine has kernels for, the best one first.
-
-    Raises:
-      RuntimeError: If the library is not available.
-    """
-    library, reason = _load()
-    if library is None:
-        raise RuntimeError(reason)
-    return tuple(library.LutMatmulInstructions().decode().split(","))
 
 
 def supports(
@@ -79,7 +57,7 @@ def lut_matmul(
     """``x @ W`` or ``x @ W.T``; arguments and meaning as in the reference.
 
     The weight stays in float32 where the reference rounds it to ``x.dtype``. ``instructions``
-    names one of :func:`instruction_sets`; empty for the best.
+    names one of :func:`pallas_kernels.native.instruction_sets`; empty for the best.
     """
     reason = availability()
     if reason is not None:
@@ -97,7 +75,7 @@ def lut_matmul(
     result: Any = jax.ShapeDtypeStruct((rows.shape[0], columns), jnp.float32)
     if varying_axes(rows):  # ffi_call takes these from a whole type only
         result = jax.typeof(rows).update(shape=result.shape)
-    y = jax.ffi.ffi_call(_TARGET, result, vmap_method="sequential")(
+    y = jax.ffi.ffi_call(LUT_MATMUL, result, vmap_method="sequential")(
         rows,
         words,
         scales,
@@ -109,17 +87,3 @@ def lut_matmul(
         instructions=instructions,
     )
     return y.astype(x.dtype).reshape(*x.shape[:-1], columns)
-
-
-@functools.cache
-def _load() -> tuple[ctypes.CDLL | None, str | None]:
-    """The library, registered with XLA, or the reason why there is none."""
-    try:
-        library = ctypes.CDLL(str(native_library.find_or_build()))
-    except (native_library.BuildError, OSError) as error:
-        logging.getLogger(__name__).warning("CPU products run through XLA: %s", error)
-        return None, str(error)
-    library.LutMatmulInstructions.restype = ctypes.c_char_p
-    handler = jax.ffi.pycapsule(library.LutMatmul)
-    jax.ffi.register_ffi_target(_TARGET, handler, platform="cpu")
-    return library, None

@@ -1,10 +1,12 @@
 """Products that ignore small activations and do not read the rows of the weight they meet."""
 
 from pallas_kernels.sparse_matmul.api import IMPLEMENTATIONS, sparse_matmul
+from pallas_kernels.sparse_matmul.blocks import BlockCodes
 from pallas_kernels.sparse_matmul.rows import RowCodes, dequantize_rows, pack_rows, unpack_rows
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "BlockCodes",
     "RowCodes",
     "dequantize_rows",
     "pack_rows",

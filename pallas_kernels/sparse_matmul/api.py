@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.manual_axes import vary_over, varying_axes
-from pallas_kernels.sparse_matmul import dispatch, reference
+from pallas_kernels.sparse_matmul import dispatch, masked
+from pallas_kernels.sparse_matmul.blocks import BlockCodes
 from pallas_kernels.sparse_matmul.checks import check_arguments, matrix_shape
 from pallas_kernels.sparse_matmul.rows import RowCodes
 
@@ -21,7 +22,7 @@ _Static = tuple[tuple[int, ...], str | None]  # splits, implementation
 
 def sparse_matmul(
     x: Float[Array, "*batch K"],
-    weight: Float[Array, "K N"] | RowCodes,
+    weight: Float[Array, "K N"] | BlockCodes | RowCodes,
     thresholds: Any,
     *,
     splits: tuple[int, ...] | None = None,
@@ -41,8 +42,9 @@ def sparse_matmul(
 
     Args:
       x: ``[..., K]``.
-      weight: ``[K, N]``, or :class:`RowCodes`; or ``[K, N / 128, 128]``, the form of a dense weight
-        in which a TPU can read single rows.
+      weight: ``[K, N]``, or ``[K, N / 128, 128]``, the form of a dense weight in which a TPU can
+        read single rows; or lookup-table codes: :class:`BlockCodes` in the canonical layout, whose
+        rows a CPU skips, or :class:`RowCodes`, whose rows a GPU or TPU skips.
       thresholds: A number; or ``[S, 1]`` or ``[S, K]`` for S ranges of columns (S = 1 without
         ``splits``).
       splits: Numbers of columns of the S ranges.
@@ -120,8 +122,8 @@ def _fwd(static: _Static, x: Any, weight: Any, thresholds: Any) -> Any:
 
 
 def _bwd(static: _Static, residuals: tuple, cotangent: Any) -> Any:
-    masked = functools.partial(reference.sparse_matmul, splits=static[0], precision=None)
-    _, pullback = jax.vjp(masked, *residuals)
+    product = functools.partial(masked.sparse_matmul, splits=static[0])
+    _, pullback = jax.vjp(product, *residuals)
     dx, dweight, _ = pullback(cotangent)
     return dx, dweight, jnp.zeros_like(residuals[2])
 

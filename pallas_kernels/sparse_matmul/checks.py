@@ -6,6 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from pallas_kernels.lut_matmul import checks as lut_checks
+from pallas_kernels.sparse_matmul.blocks import BlockCodes
 from pallas_kernels.sparse_matmul.rows import RowCodes
 
 
@@ -13,6 +15,16 @@ def check_arguments(x: Any, weight: Any, thresholds: Any, splits: tuple[int, ...
     """Raises ValueError or TypeError, naming shapes, if the arguments do not fit each other."""
     if isinstance(weight, RowCodes):
         _check_codes(weight)
+    elif isinstance(weight, BlockCodes):
+        lut_checks.check_arguments(
+            x,
+            weight.words,
+            weight.scales,
+            weight.lut,
+            weight.offsets,
+            k=weight.k,
+            group_size=weight.group_size,
+        )
     elif weight.ndim not in (2, 3):
         raise ValueError(
             f"weight must have shape [K, N] or [K, N / L, L], got {weight.shape}; "
@@ -37,7 +49,7 @@ def check_arguments(x: Any, weight: Any, thresholds: Any, splits: tuple[int, ...
 
 def matrix_shape(weight: Any) -> tuple[int, int]:
     """K and N of a dense or packed weight."""
-    if isinstance(weight, RowCodes):
+    if isinstance(weight, (BlockCodes, RowCodes)):
         return weight.shape
     k, *rest = weight.shape
     return k, rest[0] if len(rest) == 1 else rest[0] * rest[1]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-IMPLEMENTATIONS = ("reference", "masked", "xla", "pallas_triton", "mosaic_tpu")
+IMPLEMENTATIONS = ("reference", "masked", "xla", "cpu_native", "pallas_triton", "mosaic_tpu")
 
 # Best first. The last of each list supports everything.
 _PREFERENCE = {
-    "cpu": ("xla", "masked"),
+    "cpu": ("cpu_native", "xla", "masked"),
     "cuda": ("pallas_triton", "masked"),
     "tpu": ("mosaic_tpu", "masked"),
 }

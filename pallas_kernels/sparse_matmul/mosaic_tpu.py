@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.manual_axes import shape_struct
+from pallas_kernels.sparse_matmul.blocks import ROWS_TOGETHER, BlockCodes
 from pallas_kernels.sparse_matmul.checks import matrix_shape
 from pallas_kernels.sparse_matmul.reference import column_ranges, keep
 from pallas_kernels.sparse_matmul.rows import RowCodes
@@ -43,6 +44,8 @@ def supports(x: Any, weight: Any, thresholds: Any, *, splits: tuple[int, ...]) -
     (k, n), m = matrix_shape(weight), x.shape[0]
     if m > MAX_ROWS:
         return f"{m} rows of x; the kernel is for decoding, at most {MAX_ROWS}"
+    if isinstance(weight, BlockCodes):
+        return ROWS_TOGETHER
     if 4 * k * (m + 1) > _SCALAR_BYTES:
         return f"K={k} with {m} rows of x does not fit the scalar memory"
     if len(splits) > 1:

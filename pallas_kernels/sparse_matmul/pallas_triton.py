@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.manual_axes import shape_struct
+from pallas_kernels.sparse_matmul.blocks import ROWS_TOGETHER, BlockCodes
 from pallas_kernels.sparse_matmul.checks import matrix_shape
 from pallas_kernels.sparse_matmul.reference import keep
 from pallas_kernels.sparse_matmul.rows import RowCodes, field_codes
@@ -51,6 +52,8 @@ def supports(x: Any, weight: Any, thresholds: Any, *, splits: tuple[int, ...]) -
     del thresholds
     if x.shape[0] > MAX_ROWS:
         return f"{x.shape[0]} rows of x; the kernel is for decoding, at most {MAX_ROWS}"
+    if isinstance(weight, BlockCodes):
+        return ROWS_TOGETHER
     if isinstance(weight, RowCodes):
         if weight.lut.shape[0] > 1:
             return "a table for each column"

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.sparse_matmul.blocks import BlockCodes, dequantize_blocks
 from pallas_kernels.sparse_matmul.checks import matrix_shape
 from pallas_kernels.sparse_matmul.rows import RowCodes, dequantize_rows
 
@@ -22,10 +23,12 @@ def keep(x: jax.Array, thresholds: jax.Array) -> jax.Array:
     return jnp.where(small, jnp.zeros((), x.dtype), x)
 
 
-def dense_matrix(weight: jax.Array | RowCodes, dtype: Any) -> jax.Array:
+def dense_matrix(weight: jax.Array | BlockCodes | RowCodes, dtype: Any) -> jax.Array:
     """The weight as ``[K, N]``: a lookup-table one is made dense in ``dtype``."""
     if isinstance(weight, RowCodes):
         return dequantize_rows(weight, dtype)
+    if isinstance(weight, BlockCodes):
+        return dequantize_blocks(weight, dtype)
     return weight.reshape(matrix_shape(weight))
 
 
@@ -37,7 +40,7 @@ def column_ranges(splits: tuple[int, ...]) -> list[tuple[int, int]]:
 
 def sparse_matmul(
     x: jax.Array,
-    weight: jax.Array | RowCodes,
+    weight: jax.Array | BlockCodes | RowCodes,
     thresholds: jax.Array,
     *,
     splits: tuple[int, ...],
@@ -47,8 +50,8 @@ def sparse_matmul(
 
     Args:
       x: ``[M, K]``.
-      weight: ``[K, N]``, ``[K, N / L, L]`` or :class:`RowCodes`. A lookup-table weight is rounded
-        to the dtype of ``x`` before the product.
+      weight: ``[K, N]``, ``[K, N / L, L]``, :class:`BlockCodes` or :class:`RowCodes`. A
+        lookup-table weight is rounded to the dtype of ``x`` before the product.
       thresholds: ``[len(splits), 1 or K]``.
       splits: Numbers of columns, adding up to N.
       precision: Of the product.

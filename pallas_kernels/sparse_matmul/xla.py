@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.manual_axes import vary_over, varying_axes
+from pallas_kernels.sparse_matmul.blocks import ROWS_TOGETHER, BlockCodes
 from pallas_kernels.sparse_matmul.checks import matrix_shape
 from pallas_kernels.sparse_matmul.reference import column_ranges, keep
 from pallas_kernels.sparse_matmul.rows import RowCodes, field_codes
@@ -33,6 +34,8 @@ def supports(x: Any, weight: Any, thresholds: Any, *, splits: tuple[int, ...]) -
     del thresholds, splits
     if x.shape[0] > MAX_ROWS:
         return f"{x.shape[0]} rows of x; the loop is for at most {MAX_ROWS}"
+    if isinstance(weight, BlockCodes):
+        return ROWS_TOGETHER
     if isinstance(weight, RowCodes) and weight.lut.shape[0] > 1:
         return "a table for each column"
     if weight.dtype == jnp.bfloat16 and not isinstance(weight, RowCodes):

@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 from lut_cases import CASES, TOLERANCE, Case, make, operands, oracle, relative_error
 
-from pallas_kernels.lut_matmul import cpu_native, lut_matmul, native_library
+from pallas_kernels import native
+from pallas_kernels.lut_matmul import cpu_native, lut_matmul
+from pallas_kernels.native import library, loader
 
 pytestmark = pytest.mark.skipif(
-    cpu_native.availability() is not None, reason=str(cpu_native.availability())
+    native.availability() is not None, reason=str(native.availability())
 )
 
-INSTRUCTIONS = cpu_native.instruction_sets() if cpu_native.availability() is None else ()
+INSTRUCTIONS = native.instruction_sets() if native.availability() is None else ()
 SUPPORTED = [case for case in CASES if case.p == 1]
 # Wide and single tiles, tiles that stick out, every way in which rows of x are grouped.
 EDGES = [
@@ -153,7 +155,7 @@ def test_wrong_buffers_are_errors_with_their_shapes():
     def call(shapes, dtypes, static):
         arrays = [jnp.zeros(shapes[n], dtypes[n]) for n in right if n != "y"]
         result = jax.ShapeDtypeStruct(shapes["y"], jnp.float32)
-        return jax.ffi.ffi_call(cpu_native._TARGET, result)(*arrays, **static)
+        return jax.ffi.ffi_call(native.LUT_MATMUL, result)(*arrays, **static)
 
     assert call(right, dtypes, static).shape == (2, 40)
     for _ in range(40):
@@ -182,10 +184,10 @@ def test_wrong_buffers_are_errors_with_their_shapes():
 @pytest.fixture
 def nothing_built(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native_library, "installed_name", lambda: "absent")
-    cpu_native._load.cache_clear()
+    monkeypatch.setattr(library, "installed_name", lambda: "absent")
+    loader._load.cache_clear()
     yield tmp_path
-    cpu_native._load.cache_clear()
+    loader._load.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -197,7 +199,7 @@ def test_without_a_compiler_it_says_so_and_xla_computes(
     monkeypatch.setenv("CXX", compiler)
     case = Case(dtype="float32")
     data = make(case)
-    assert reason in cpu_native.availability()
+    assert reason in native.availability()
     with pytest.raises(NotImplementedError, match=reason):
         lut_matmul(*operands(data), **case.static, implementation="cpu_native")
     y = lut_matmul(*operands(data), **case.static)
@@ -209,9 +211,9 @@ def test_without_a_compiler_it_says_so_and_xla_computes(
 SANITIZED = """
 import sys
 import jax.numpy as jnp
-from pallas_kernels.lut_matmul import cpu_native, native_library
+from pallas_kernels.native import library
 import pathlib
-native_library.find_or_build = lambda: pathlib.Path(sys.argv[1])
+library.find_or_build = lambda: pathlib.Path(sys.argv[1])
 import test_cpu_native as tests
 for case in tests.SUPPORTED:
     tests.check(case, "")
@@ -219,6 +221,11 @@ for instructions in tests.INSTRUCTIONS:
     for case in tests.EDGES:
         tests.check(case, instructions)
 tests.test_wrong_buffers_are_errors_with_their_shapes()
+import test_sparse_cpu_native as sparse
+for instructions in sparse.INSTRUCTIONS:
+    for case in sparse.EDGES:
+        sparse.check(case, instructions)
+sparse.test_wrong_buffers_are_errors_with_their_shapes()
 print("clean")
 """
 
@@ -226,23 +233,25 @@ print("clean")
 def test_sanitizers_find_nothing(tmp_path):
     runtimes = [
         subprocess.run(
-            [*native_library.compiler(), f"-print-file-name={name}"], capture_output=True, text=True
+            [*library.compiler(), f"-print-file-name={name}"], capture_output=True, text=True
         ).stdout.strip()
         for name in ("libasan.so", "libstdc++.so.6")
     ]
     if not all(os.path.isabs(path) for path in runtimes):
         pytest.skip("the compiler has no address sanitizer for programs that do not use it")
-    library = tmp_path / "library.so"
+    path = tmp_path / "library.so"
     flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1")
-    native_library.build(library, flags)
+    library.build(path, flags)
     here = pathlib.Path(__file__).parent
     environment = os.environ | {
         "LD_PRELOAD": " ".join(runtimes),
         "ASAN_OPTIONS": "detect_leaks=0",
-        "PYTHONPATH": os.pathsep.join([str(here), str(here.parents[2])]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(here), str(here.parent / "sparse_matmul"), str(here.parents[2])]
+        ),
     }
     done = subprocess.run(
-        [sys.executable, "-c", SANITIZED, str(library)],
+        [sys.executable, "-c", SANITIZED, str(path)],
         env=environment,
         capture_output=True,
         text=True,

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.sparse_matmul import RowCodes, pack_rows
+from pallas_kernels.layout import pack
+from pallas_kernels.sparse_matmul import BlockCodes, RowCodes, pack_rows
 from pallas_kernels.sparse_matmul.dispatch import backend
 
 # Relative Frobenius error: a few roundings of weight and result to the activation dtype (unit
@@ -28,6 +29,7 @@ class Case:
     bits: int = 0
     group_size: int = 32
     lanes: int | None = None
+    canonical: bool = False  # words as lut_matmul takes them instead of rows on their own
     dtype: str = "bfloat16"
     splits: tuple[int, ...] | None = None
     per_row: bool = False
@@ -37,7 +39,8 @@ class Case:
     sparsity: float = 0.5
 
     def __str__(self) -> str:
-        kind = f"{self.bits}b-g{self.group_size}-l{self.lanes}" if self.bits else "dense"
+        layout = "canonical" if self.canonical else f"l{self.lanes}"
+        kind = f"{self.bits}b-g{self.group_size}-{layout}" if self.bits else "dense"
         flags = "".join(
             f"-{flag}"
             for flag, on in (
@@ -81,6 +84,13 @@ CASES = [
     Case(bits=4, tables=256, dtype="float32", m=2),
     Case(bits=4, lanes=128, sparsity=1.0, dtype="float32"),
     Case(bits=4, lanes=32, k=256, group_size=256, dtype="float32"),
+    *(Case(bits=b, canonical=True, n=584, dtype="float32") for b in (2, 3, 4, 8)),
+    *(Case(bits=b, canonical=True, k=77, n=33, m=2, per_row=True) for b in (2, 3, 4)),
+    *(Case(bits=3, canonical=True, n=300, m=m, offsets=True, dtype="float32") for m in (1, 3, 4)),
+    Case(bits=3, canonical=True, k=200, n=96, group_size=88, splits=(31, 65), dtype="float32"),
+    Case(bits=4, canonical=True, n=96, tables=96, splits=(64, 32), offsets=True, dtype="float16"),
+    *(Case(bits=4, canonical=True, sparsity=s, dtype="float32") for s in (0.0, 1.0)),
+    Case(bits=4, canonical=True, m=9, splits=(128, 128), per_row=True, dtype="float32"),
 ]
 
 
@@ -103,13 +113,18 @@ def make(case: Case, seed: int = 0) -> tuple[tuple, np.ndarray]:
     lut = rng.standard_normal((case.tables, 2**case.bits, 1)).astype(jnp.bfloat16)
     scales = 0.5 + rng.random((groups, case.n)).astype(np.float32)
     offsets = rng.random((groups, case.n)).astype(np.float32) if case.offsets else None
-    weight = RowCodes(
-        pack_rows(jnp.asarray(codes), case.bits, case.lanes),
+    fields = (
         jnp.asarray(scales),
         jnp.asarray(lut, jnp.float32),
         None if offsets is None else jnp.asarray(offsets),
-        case.group_size,
     )
+    if case.canonical:
+        words = pack(jnp.asarray(codes), case.bits)
+        weight = BlockCodes(words, *fields, case.k, case.group_size)
+    else:
+        weight = RowCodes(
+            pack_rows(jnp.asarray(codes), case.bits, case.lanes), *fields, case.group_size
+        )
     column = np.arange(case.n)[None, :] if case.tables > 1 else 0
     group = np.arange(case.k) // case.group_size
     dense = lut.astype(np.float64)[column, codes, 0] * scales.astype(np.float64)[group]

@@ -1,7 +1,7 @@
 """Where the compiled C++ kernels come from: the package, the user's cache, or the compiler.
 
 Installing with a compiler at hand puts the library beside this file (see ``setup.py``). Otherwise
-it is compiled on first use, in about ten seconds, and kept in the user's cache under a name that
+it is compiled on first use, in about half a minute, and kept in the user's cache under a name that
 holds a hash of the sources and the version of jaxlib, whose headers it is compiled with.
 """
 
@@ -51,7 +51,7 @@ def find_or_build() -> pathlib.Path:
     installed = PACKAGE / installed_name()
     if installed.exists():
         return installed
-    cached = _cache_folder() / f"lut_matmul-{_source_hash()}-jaxlib-{jaxlib.__version__}.so"
+    cached = _cache_folder() / f"cpu_kernels-{_source_hash()}-jaxlib-{jaxlib.__version__}.so"
     if not cached.exists():
         compiler()  # before anything is said
         logging.getLogger(__name__).info("Compiling the CPU kernels once into %s", cached)
@@ -87,7 +87,8 @@ def build(path: pathlib.Path, extra_flags: tuple[str, ...] = ()) -> None:
                 for kernel, flags in kernels.items()
             }
             include = f"-I{jax.ffi.include_dir()}"
-            jobs["handler.o"] = (include, str(SOURCES / "lut_matmul.cc"))
+            for name in ("work", "lut_matmul", "sparse_matmul"):
+                jobs[f"{name}.o"] = (include, str(SOURCES / f"{name}.cc"))
             common = (*cxx, *_FLAGS, *extra_flags)
             with concurrent.futures.ThreadPoolExecutor() as pool:
                 commands = [

@@ -1,7 +1,7 @@
 // Vectors of W floats and of W 32-bit words, one struct an instruction set. A word holds the bytes
 // of four neighbouring columns, so that shifts alone bring each column's code to the low bits.
-#ifndef PALLAS_KERNELS_LUT_MATMUL_SIMD_H_
-#define PALLAS_KERNELS_LUT_MATMUL_SIMD_H_
+#ifndef PALLAS_KERNELS_NATIVE_SIMD_H_
+#define PALLAS_KERNELS_NATIVE_SIMD_H_
 
 #include <cstdint>
 #include <cstring>
@@ -39,12 +39,19 @@ struct Simd {
   static Word LoadBytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static Word Right(Word a, int bits) { return _mm512_srli_epi32(a, bits); }
   static Word Left(Word a, int bits) { return _mm512_slli_epi32(a, bits); }
+  // The same by a number of bits that is not known in advance.
+  static Word RightBy(Word a, int bits) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(bits)); }
+  static Word LeftBy(Word a, int bits) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(bits)); }
   static Word And(Word a, uint32_t b) { return _mm512_and_si512(a, _mm512_set1_epi32(b)); }
   static Word Add(Word a, Word b) { return _mm512_add_epi32(a, b); }
   static Float Convert(Word a) { return _mm512_cvtepi32_ps(a); }
   // Bits of a where the mask is set, of b elsewhere.
   static Word Select(uint32_t mask, Word a, Word b) {
     return _mm512_ternarylogic_epi32(_mm512_set1_epi32(mask), a, b, 0xCA);
+  }
+  static Float LoadBfloat16(const uint16_t* p) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(Left(_mm512_cvtepu16_epi32(halves), 16));
   }
   static Table LoadTable(const float* sixteen) { return {Load(sixteen)}; }
   // The entry that the low 4 bits name (3 bits are enough if kEntries is 8).
@@ -109,12 +116,18 @@ struct Simd {
   }
   static Word Right(Word a, int bits) { return _mm256_srli_epi32(a, bits); }
   static Word Left(Word a, int bits) { return _mm256_slli_epi32(a, bits); }
+  static Word RightBy(Word a, int bits) { return _mm256_srl_epi32(a, _mm_cvtsi32_si128(bits)); }
+  static Word LeftBy(Word a, int bits) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128(bits)); }
   static Word And(Word a, uint32_t b) { return _mm256_and_si256(a, _mm256_set1_epi32(b)); }
   static Word Add(Word a, Word b) { return _mm256_add_epi32(a, b); }
   static Float Convert(Word a) { return _mm256_cvtepi32_ps(a); }
   static Word Select(uint32_t mask, Word a, Word b) {
     const Word m = _mm256_set1_epi32(mask);
     return _mm256_or_si256(_mm256_and_si256(m, a), _mm256_andnot_si256(m, b));
+  }
+  static Float LoadBfloat16(const uint16_t* p) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(Left(_mm256_cvtepu16_epi32(halves), 16));
   }
   static Table LoadTable(const float* sixteen) { return {Load(sixteen), Load(sixteen + 8)}; }
   template <int kEntries>
@@ -155,6 +168,11 @@ struct Simd {
   static Word LoadBytes(const uint8_t* p) { return vreinterpretq_u32_u8(vld1q_u8(p)); }
   static Word Right(Word a, int bits) { return vshlq_u32(a, vdupq_n_s32(-bits)); }
   static Word Left(Word a, int bits) { return vshlq_u32(a, vdupq_n_s32(bits)); }
+  static Word RightBy(Word a, int bits) { return Right(a, bits); }
+  static Word LeftBy(Word a, int bits) { return Left(a, bits); }
+  static Float LoadBfloat16(const uint16_t* p) {
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
+  }
   static Word And(Word a, uint32_t b) { return vandq_u32(a, vdupq_n_u32(b)); }
   static Word Add(Word a, Word b) { return vaddq_u32(a, b); }
   static Float Convert(Word a) { return vcvtq_f32_u32(a); }
@@ -212,6 +230,13 @@ struct Simd {
   }
   static Word Right(Word a, int bits) { return a >> bits; }
   static Word Left(Word a, int bits) { return a << bits; }
+  static Word RightBy(Word a, int bits) { return a >> bits; }
+  static Word LeftBy(Word a, int bits) { return a << bits; }
+  static Float LoadBfloat16(const uint16_t* p) {
+    const uint32_t bits[4] = {uint32_t{p[0]} << 16, uint32_t{p[1]} << 16, uint32_t{p[2]} << 16,
+                              uint32_t{p[3]} << 16};
+    return Load(reinterpret_cast<const float*>(bits));
+  }
   static Word And(Word a, uint32_t b) { return a & b; }
   static Word Add(Word a, Word b) { return a + b; }
   static Float Convert(Word a) { return __builtin_convertvector(a, Float); }
@@ -240,4 +265,4 @@ struct Simd {
 
 }  // namespace
 
-#endif  // PALLAS_KERNELS_LUT_MATMUL_SIMD_H_
+#endif  // PALLAS_KERNELS_NATIVE_SIMD_H_

@@ -1,6 +1,6 @@
-// The interface between the XLA handler and the kernels, which are compiled once an instruction set.
-#ifndef PALLAS_KERNELS_LUT_MATMUL_KERNELS_H_
-#define PALLAS_KERNELS_LUT_MATMUL_KERNELS_H_
+// The interface between the XLA handlers and the kernels, which are compiled once an instruction set.
+#ifndef PALLAS_KERNELS_NATIVE_KERNELS_H_
+#define PALLAS_KERNELS_NATIVE_KERNELS_H_
 
 #include <cstdint>
 
@@ -20,6 +20,29 @@ struct Problem {
   int64_t tables;
   int bits;
   bool bfloat16_scales;
+  int64_t stride;  // columns in memory: n, or more if the problem is a range of a wider weight
+};
+
+// One product with a dense weight: columns [0, n) of a row-major matrix.
+struct DenseProblem {
+  const void* weight;  // float32 or bfloat16
+  float* y;            // [m, n], rows stride apart
+  int64_t m, n, stride;
+  bool bfloat16;
+};
+
+// A row of the weight that some row of x needs.
+struct LiveRow {
+  int64_t start;  // of the row in the weight: elements, or bytes of words
+  int32_t shift;  // of its codes within those bytes
+};
+
+struct Live {
+  const LiveRow* rows;
+  const float* x;       // [live rows, m], 0 where a row of x ignores what another one needs
+  const int64_t* ends;  // [groups, 2]: in a group, rows whose codes lie within a byte come first,
+                        // then those whose codes lie in two
+  int64_t count;
 };
 
 // The unit of work is a tile of columns, or a block of 8 rows for the transposed product; what a
@@ -30,7 +53,11 @@ struct Kernels {
   int64_t (*scratch)(const Problem&, bool transpose);  // floats a range needs
   void (*product)(const Problem&, int64_t first, int64_t last, float* scratch);
   void (*transposed)(const Problem&, int64_t first, int64_t last, float* scratch);
+  void (*sparse_dense)(const DenseProblem&, const Live&, int64_t first, int64_t last);
+  void (*sparse)(const Problem&, const Live&, int64_t first, int64_t last);
 };
+
+constexpr int64_t kFewRows = 4;  // rows of x that look codes up themselves, and may skip rows of W
 
 // Null where the compiler does not target the instruction set.
 const Kernels* Avx512Kernels();
@@ -40,4 +67,4 @@ const Kernels* PortableKernels();
 
 }  // namespace lut
 
-#endif  // PALLAS_KERNELS_LUT_MATMUL_KERNELS_H_
+#endif  // PALLAS_KERNELS_NATIVE_KERNELS_H_

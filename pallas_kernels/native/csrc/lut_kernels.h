@@ -1,67 +1,15 @@
-// The kernels, compiled once an instruction set (LUT_AVX512, LUT_AVX2, LUT_NEON, none) into an
-// object of its own. No standard library templates: an inline function of theirs, compiled for
-// AVX-512 here, could be the copy that the linker keeps for everybody.
+// Products with a lookup-table weight: a few rows of x, many rows of x, and the transposed product.
+#ifndef PALLAS_KERNELS_NATIVE_LUT_KERNELS_H_
+#define PALLAS_KERNELS_NATIVE_LUT_KERNELS_H_
 
-#include "kernels.h"
-
-#include "simd.h"
-
-#if defined(LUT_AVX512)
-#define LUT_ENTRY Avx512Kernels
-#elif defined(LUT_AVX2)
-#define LUT_ENTRY Avx2Kernels
-#elif defined(LUT_NEON)
-#define LUT_ENTRY NeonKernels
-#else
-#define LUT_ENTRY PortableKernels
-#endif
+#include "decoder.h"
 
 namespace {
 
-using lut::Problem;
-using Float = Simd::Float;
-using Word = Simd::Word;
-
-constexpr int kLanes = Simd::kLanes;
-constexpr int kTile = 4 * kLanes;  // columns: four a word
-constexpr int kBlock = 8;          // rows
-constexpr int kFewRows = 4;        // rows of x that look codes up themselves
 constexpr int kPanelRows = 128;    // of the dequantised panel; 32 KB with AVX-512
 constexpr int kRowsOfX = 512;      // that share a panel
 constexpr int kPanelTiles = 64;    // of the transposed panel
 constexpr int kAhead = 12;         // blocks between a prefetch and its use
-
-int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Where a tile of columns lies; the last tile may stick out of the matrix.
-struct Columns {
-  int64_t first, count;
-  bool whole() const { return count == kTile; }
-};
-
-Columns TileColumns(const Problem& p, int64_t tile) {
-  return {tile * kTile, Min(kTile, p.n - tile * kTile)};
-}
-
-// Natural order to the order of words: element i of out[j] is column 4 i + j.
-void LoadColumns(const float* p, const Columns& columns, Float out[4]) {
-  if (columns.whole()) return Simd::Deinterleave(p, out);
-  float values[kTile] = {0};
-  std::memcpy(values, p, columns.count * sizeof(float));
-  Simd::Deinterleave(values, out);
-}
-
-// Scales or offsets of one group and tile.
-void LoadScales(const void* scales, bool bfloat16, int64_t at, const Columns& columns,
-                Float out[4]) {
-  if (!bfloat16) return LoadColumns(static_cast<const float*>(scales) + at, columns, out);
-  const uint16_t* p = static_cast<const uint16_t*>(scales) + at;
-  uint32_t bits[kTile] = {0};
-  float values[kTile];
-  for (int i = 0; i < columns.count; ++i) bits[i] = uint32_t{p[i]} << 16;
-  std::memcpy(values, bits, sizeof(values));
-  Simd::Deinterleave(values, out);
-}
 
 float Sum(Float a) {
   float values[kLanes];
@@ -69,102 +17,6 @@ float Sum(Float a) {
   for (int step = kLanes / 2; step > 0; step /= 2)
     for (int i = 0; i < step; ++i) values[i] += values[i + step];
   return values[0];
-}
-
-// One table, one a column, or one whose entries are equally spaced and so need no looking up.
-enum Tables { kShared, kPerColumn, kLinear };
-
-float Spacing(const float* lut) { return lut[1] - lut[0]; }
-
-// Whether start + code * spacing, rounded once, is every entry.
-bool IsLinear(const float* lut, int entries) {
-  for (int i = 0; i < entries; ++i)
-    if (__builtin_fmaf(static_cast<float>(i), Spacing(lut), lut[0]) != lut[i]) return false;
-  return true;
-}
-
-// Looks up the codes of kBits bits.
-template <int kBits, Tables kTables>
-class Decoder {
- public:
-  Decoder(const Problem& p, const Columns& columns) : p_(p), columns_(columns) {
-    // Repeated to 16 entries, so that the bits above a code do not matter.
-    float entries[16] = {0};
-    if (kInRegisters)
-      for (int i = 0; i < 16; ++i) entries[i] = p.lut[i & ((1 << kBits) - 1)];
-    table_ = Simd::LoadTable(entries);
-    if (kBytes) byte_table_ = Simd::LoadByteTable(p.lut);
-    lut_ = p.lut + (kTables == kPerColumn ? columns.first << kBits : 0);
-    if (kTables != kPerColumn) return;
-    for (int j = 0; j < 4; ++j) {
-      uint32_t starts[kLanes];
-      for (int i = 0; i < kLanes; ++i)
-        starts[i] = 4 * i + j < columns.count ? static_cast<uint32_t>(4 * i + j) << kBits : 0;
-      tables_[j] = Simd::LoadBytes(reinterpret_cast<const uint8_t*>(starts));
-    }
-  }
-
-  // Calls use(row, j, value) for the 8 rows of a block and j < 4: element i of value is the table
-  // entry of column 4 i + j of the tile, counted from the first one.
-  template <class Use>
-  inline __attribute__((always_inline)) void Block(int64_t block, int tile, Use use) const {
-    const uint8_t* words = p_.words + block * kBits * p_.n + columns_.first + tile * kTile;
-    int64_t stride = p_.n;
-    uint8_t padded[kBits * kTile];
-    if (!columns_.whole()) {
-      for (int i = 0; i < kBits; ++i) {
-        std::memset(padded + i * kTile, 0, kTile);
-        std::memcpy(padded + i * kTile, words + i * stride, columns_.count);
-      }
-      words = padded;
-      stride = kTile;
-    }
-    Word bytes[kBits];
-    LUT_UNROLL
-    for (int i = 0; i < kBits; ++i) bytes[i] = Simd::LoadBytes(words + i * stride);
-    LUT_UNROLL
-    for (int row = 0; row < kBlock; ++row) {
-      const int byte = row * kBits / 8, shift = row * kBits % 8;
-      const bool crosses = shift + kBits > 8;
-      Word word = bytes[byte];
-      if (crosses) {
-        const uint32_t low = 0x01010101u * ((1u << (8 - shift)) - 1);
-        word = Simd::Select(low, Simd::Right(word, shift),
-                            Simd::Left(bytes[byte + 1 < kBits ? byte + 1 : byte], 8 - shift));
-      }
-      LUT_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const int right = 8 * j + (crosses ? 0 : shift);
-        use(row, j, Lookup(right ? Simd::Right(word, right) : word, j));
-      }
-    }
-  }
-
- private:
-  static constexpr bool kInRegisters = kTables == kShared && kBits <= 4;
-  static constexpr bool kBytes = kTables == kShared && kBits == 8;
-
-  inline __attribute__((always_inline)) Float Lookup(Word index, int j) const {
-    if (kInRegisters) return Simd::template Lookup<(kBits <= 3 ? 8 : 16)>(table_, index);
-    if (kBytes) return Simd::LookupByte(byte_table_, index);
-    index = Simd::And(index, (1u << kBits) - 1);
-    if (kTables == kLinear)
-      return Simd::MulAdd(Simd::Convert(index), Simd::Set(Spacing(lut_)), Simd::Set(lut_[0]));
-    return Simd::Gather(lut_, Simd::Add(index, tables_[j]));
-  }
-
-  const Problem& p_;
-  const Columns columns_;
-  const float* lut_;
-  Simd::Table table_;
-  Simd::ByteTable byte_table_;
-  Word tables_[4];
-};
-
-void StoreColumns(float* y, const Columns& columns, const Float values[4]) {
-  float natural[4][kLanes];
-  for (int j = 0; j < 4; ++j) Simd::Store(natural[j], values[j]);
-  for (int i = 0; i < columns.count; ++i) y[i] = natural[i % 4][i / 4];
 }
 
 // y for kM rows of x and kTiles tiles; every code is looked up once and multiplied with all rows.
@@ -190,7 +42,7 @@ void FewRows(const Problem& p, int64_t m0, int64_t tile) {
       if (b + kAhead < blocks)
         for (int i = 0; i < kBits; ++i)
           for (int byte = 0; byte < kTiles * kTile; byte += 64)
-            __builtin_prefetch(p.words + ((b + kAhead) * kBits + i) * p.n + columns.first + byte);
+            __builtin_prefetch(p.words + ((b + kAhead) * kBits + i) * p.stride + columns.first + byte);
       LUT_UNROLL
       for (int t = 0; t < kTiles; ++t)
         decoder.Block(b, t, [&](int row, int j, Float value) __attribute__((always_inline)) {
@@ -201,7 +53,7 @@ void FewRows(const Problem& p, int64_t m0, int64_t tile) {
         });
     }
     for (int t = 0; t < kTiles; ++t) {
-      const int64_t at = g * p.n + columns.first + t * kTile;
+      const int64_t at = g * p.stride + columns.first + t * kTile;
       Float scale[4], offset[4];
       LoadScales(p.scales, p.bfloat16_scales, at, columns, scale);
       if (p.offsets) LoadScales(p.offsets, p.bfloat16_scales, at, columns, offset);
@@ -216,14 +68,14 @@ void FewRows(const Problem& p, int64_t m0, int64_t tile) {
   }
   for (int m = 0; m < kM; ++m)
     for (int t = 0; t < kTiles; ++t)
-      StoreColumns(p.y + (m0 + m) * p.n + columns.first + t * kTile, columns, total[m][t]);
+      StoreColumns(p.y + (m0 + m) * p.stride + columns.first + t * kTile, columns, total[m][t]);
 }
 
 // One block of 8 rows of the weight, scaled: [8][4][kLanes], rows `stride` floats apart.
 template <int kBits, Tables kTables>
 void Dequantize(const Problem& p, const Decoder<kBits, kTables>& decoder, int64_t block,
                 const Columns& columns, int64_t stride, float* out) {
-  const int64_t at = block * kBlock / p.group * p.n + columns.first;
+  const int64_t at = block * kBlock / p.group * p.stride + columns.first;
   Float scale[4], offset[4];
   for (int j = 0; j < 4; ++j) offset[j] = Simd::Zero();
   LoadScales(p.scales, p.bfloat16_scales, at, columns, scale);
@@ -301,7 +153,7 @@ void ManyRows(const Problem& p, int64_t first, int64_t last, float* scratch) {
       for (int64_t m = 0; m < count; ++m) {
         Float values[4];
         for (int j = 0; j < 4; ++j) values[j] = Simd::Load(c + m * kTile + j * kLanes);
-        StoreColumns(p.y + (m0 + m) * p.n + columns.first, columns, values);
+        StoreColumns(p.y + (m0 + m) * p.stride + columns.first, columns, values);
       }
     }
   }
@@ -392,44 +244,21 @@ int64_t Scratch(const Problem& p, bool transpose) {
   return kPanelRows * kTile + Min(p.m, kRowsOfX) * (kTile + p.k);
 }
 
-template <int kBits, Tables kTables>
-void RunTables(const Problem& p, int64_t first, int64_t last, float* scratch, bool transpose) {
-  (transpose ? Transposed<kBits, kTables> : Product<kBits, kTables>)(p, first, last, scratch);
-}
-
-template <int kBits>
-void RunBits(const Problem& p, int64_t first, int64_t last, float* scratch, bool transpose) {
-  if (p.tables > 1) return RunTables<kBits, kPerColumn>(p, first, last, scratch, transpose);
-  // Where the table fits a register or two, looking up is as fast as computing.
-  if (kBits == 8 && IsLinear(p.lut, 1 << kBits))
-    return RunTables<8, kLinear>(p, first, last, scratch, transpose);
-  RunTables<kBits, kShared>(p, first, last, scratch, transpose);
-}
-
-void Run(const Problem& p, int64_t first, int64_t last, float* scratch, bool transpose) {
-  switch (p.bits) {
-    case 2: return RunBits<2>(p, first, last, scratch, transpose);
-    case 3: return RunBits<3>(p, first, last, scratch, transpose);
-    case 4: return RunBits<4>(p, first, last, scratch, transpose);
-    case 8: return RunBits<8>(p, first, last, scratch, transpose);
+// The two products for DispatchTables.
+struct RunProduct {
+  template <int kBits, Tables kTables>
+  static void Run(const Problem& p, int64_t first, int64_t last, float* scratch) {
+    Product<kBits, kTables>(p, first, last, scratch);
   }
-}
+};
 
-void RunProduct(const Problem& p, int64_t first, int64_t last, float* scratch) {
-  Run(p, first, last, scratch, false);
-}
-
-void RunTransposed(const Problem& p, int64_t first, int64_t last, float* scratch) {
-  Run(p, first, last, scratch, true);
-}
+struct RunTransposed {
+  template <int kBits, Tables kTables>
+  static void Run(const Problem& p, int64_t first, int64_t last, float* scratch) {
+    Transposed<kBits, kTables>(p, first, last, scratch);
+  }
+};
 
 }  // namespace
 
-namespace lut {
-
-const Kernels* LUT_ENTRY() {
-  static const Kernels kernels = {Simd::kName, kTile, Scratch, RunProduct, RunTransposed};
-  return &kernels;
-}
-
-}  // namespace lut
+#endif  // PALLAS_KERNELS_NATIVE_LUT_KERNELS_H_

@@ -1,0 +1,191 @@
+// Looking codes up, and moving columns between memory and the order of words; for the kernels of one
+// instruction set. No standard library templates: an inline function of theirs, compiled for AVX-512
+// here, could be the copy that the linker keeps for everybody.
+#ifndef PALLAS_KERNELS_NATIVE_DECODER_H_
+#define PALLAS_KERNELS_NATIVE_DECODER_H_
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace {
+
+using lut::kFewRows;
+using lut::LiveRow;
+using lut::Problem;
+using Float = Simd::Float;
+using Word = Simd::Word;
+
+constexpr int kLanes = Simd::kLanes;
+constexpr int kTile = 4 * kLanes;  // columns: four a word
+constexpr int kBlock = 8;          // rows
+
+template <bool kValue>
+struct Bool {
+  static constexpr bool value = kValue;
+};
+
+int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Where a tile of columns lies; the last tile may stick out of the matrix.
+struct Columns {
+  int64_t first, count;
+  bool whole() const { return count == kTile; }
+};
+
+Columns TileColumns(const Problem& p, int64_t tile) {
+  return {tile * kTile, Min(kTile, p.n - tile * kTile)};
+}
+
+// Natural order to the order of words: element i of out[j] is column 4 i + j.
+void LoadColumns(const float* p, const Columns& columns, Float out[4]) {
+  if (columns.whole()) return Simd::Deinterleave(p, out);
+  float values[kTile] = {0};
+  std::memcpy(values, p, columns.count * sizeof(float));
+  Simd::Deinterleave(values, out);
+}
+
+// Scales or offsets of one group and tile.
+void LoadScales(const void* scales, bool bfloat16, int64_t at, const Columns& columns,
+                Float out[4]) {
+  if (!bfloat16) return LoadColumns(static_cast<const float*>(scales) + at, columns, out);
+  const uint16_t* p = static_cast<const uint16_t*>(scales) + at;
+  uint16_t padded[kTile] = {0};
+  if (!columns.whole()) p = static_cast<uint16_t*>(std::memcpy(padded, p, 2 * columns.count));
+  float values[kTile];
+  for (int j = 0; j < 4; ++j) Simd::Store(values + j * kLanes, Simd::LoadBfloat16(p + j * kLanes));
+  Simd::Deinterleave(values, out);
+}
+
+// One table, one a column, or one whose entries are equally spaced and so need no looking up.
+enum Tables { kShared, kPerColumn, kLinear };
+
+float Spacing(const float* lut) { return lut[1] - lut[0]; }
+
+// Whether start + code * spacing, rounded once, is every entry.
+bool IsLinear(const float* lut, int entries) {
+  for (int i = 0; i < entries; ++i)
+    if (__builtin_fmaf(static_cast<float>(i), Spacing(lut), lut[0]) != lut[i]) return false;
+  return true;
+}
+
+// Looks up the codes of kBits bits.
+template <int kBits, Tables kTables>
+class Decoder {
+ public:
+  Decoder(const Problem& p, const Columns& columns) : p_(p), columns_(columns) {
+    // Repeated to 16 entries, so that the bits above a code do not matter.
+    float entries[16] = {0};
+    if (kInRegisters)
+      for (int i = 0; i < 16; ++i) entries[i] = p.lut[i & ((1 << kBits) - 1)];
+    table_ = Simd::LoadTable(entries);
+    if (kBytes) byte_table_ = Simd::LoadByteTable(p.lut);
+    lut_ = p.lut + (kTables == kPerColumn ? columns.first << kBits : 0);
+    if (kTables != kPerColumn) return;
+    for (int j = 0; j < 4; ++j) {
+      uint32_t starts[kLanes];
+      for (int i = 0; i < kLanes; ++i)
+        starts[i] = 4 * i + j < columns.count ? static_cast<uint32_t>(4 * i + j) << kBits : 0;
+      tables_[j] = Simd::LoadBytes(reinterpret_cast<const uint8_t*>(starts));
+    }
+  }
+
+  // Calls use(row, j, value) for the 8 rows of a block and j < 4: element i of value is the table
+  // entry of column 4 i + j of the tile, counted from the first one.
+  template <class Use>
+  inline __attribute__((always_inline)) void Block(int64_t block, int tile, Use use) const {
+    const uint8_t* words = p_.words + block * kBits * p_.stride + columns_.first + tile * kTile;
+    int64_t stride = p_.stride;
+    uint8_t padded[kBits * kTile];
+    if (!columns_.whole()) {
+      for (int i = 0; i < kBits; ++i) {
+        std::memset(padded + i * kTile, 0, kTile);
+        std::memcpy(padded + i * kTile, words + i * stride, columns_.count);
+      }
+      words = padded;
+      stride = kTile;
+    }
+    Word bytes[kBits];
+    LUT_UNROLL
+    for (int i = 0; i < kBits; ++i) bytes[i] = Simd::LoadBytes(words + i * stride);
+    LUT_UNROLL
+    for (int row = 0; row < kBlock; ++row) {
+      const int byte = row * kBits / 8, shift = row * kBits % 8;
+      const bool crosses = shift + kBits > 8;
+      Word word = bytes[byte];
+      if (crosses) {
+        const uint32_t low = 0x01010101u * ((1u << (8 - shift)) - 1);
+        word = Simd::Select(low, Simd::Right(word, shift),
+                            Simd::Left(bytes[byte + 1 < kBits ? byte + 1 : byte], 8 - shift));
+      }
+      LUT_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const int right = 8 * j + (crosses ? 0 : shift);
+        use(row, j, Lookup(right ? Simd::Right(word, right) : word, j));
+      }
+    }
+  }
+
+  // Calls use(j, value) for one row of a tile, whose codes lie `shift` bits into the bytes; those
+  // that cross into the next bytes go on there.
+  template <bool kCrosses, class Use>
+  inline __attribute__((always_inline)) void Row(const uint8_t* bytes, int64_t stride, int shift,
+                                                 Use use) const {
+    Word word = Simd::RightBy(Simd::LoadBytes(bytes), shift);
+    if (kCrosses) {
+      const Word next = Simd::LeftBy(Simd::LoadBytes(bytes + stride), 8 - shift);
+      word = Simd::Select(0x01010101u * ((1u << (8 - shift)) - 1), word, next);
+    }
+    LUT_UNROLL
+    for (int j = 0; j < 4; ++j) use(j, Lookup(j ? Simd::Right(word, 8 * j) : word, j));
+  }
+
+ private:
+  static constexpr bool kInRegisters = kTables == kShared && kBits <= 4;
+  static constexpr bool kBytes = kTables == kShared && kBits == 8;
+
+  inline __attribute__((always_inline)) Float Lookup(Word index, int j) const {
+    if (kInRegisters) return Simd::template Lookup<(kBits <= 3 ? 8 : 16)>(table_, index);
+    if (kBytes) return Simd::LookupByte(byte_table_, index);
+    index = Simd::And(index, (1u << kBits) - 1);
+    if (kTables == kLinear)
+      return Simd::MulAdd(Simd::Convert(index), Simd::Set(Spacing(lut_)), Simd::Set(lut_[0]));
+    return Simd::Gather(lut_, Simd::Add(index, tables_[j]));
+  }
+
+  const Problem& p_;
+  const Columns columns_;
+  const float* lut_;
+  Simd::Table table_;
+  Simd::ByteTable byte_table_;
+  Word tables_[4];
+};
+
+void StoreColumns(float* y, const Columns& columns, const Float values[4]) {
+  float natural[4][kLanes];
+  for (int j = 0; j < 4; ++j) Simd::Store(natural[j], values[j]);
+  for (int i = 0; i < columns.count; ++i) y[i] = natural[i % 4][i / 4];
+}
+
+// Calls Product::Run for the problem's bits and kind of table.
+template <class Product, int kBits, class... Rest>
+void DispatchTables(const Problem& p, Rest... rest) {
+  if (p.tables > 1) return Product::template Run<kBits, kPerColumn>(p, rest...);
+  // Where the table fits a register or two, looking up is as fast as computing.
+  if (kBits == 8 && IsLinear(p.lut, 1 << kBits))
+    return Product::template Run<8, kLinear>(p, rest...);
+  Product::template Run<kBits, kShared>(p, rest...);
+}
+
+template <class Product, class... Rest>
+void Dispatch(const Problem& p, Rest... rest) {
+  switch (p.bits) {
+    case 2: return DispatchTables<Product, 2>(p, rest...);
+    case 3: return DispatchTables<Product, 3>(p, rest...);
+    case 4: return DispatchTables<Product, 4>(p, rest...);
+    case 8: return DispatchTables<Product, 8>(p, rest...);
+  }
+}
+
+}  // namespace
+
+#endif  // PALLAS_KERNELS_NATIVE_DECODER_H_

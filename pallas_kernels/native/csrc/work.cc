@@ -1,0 +1,93 @@
+#include "work.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+
+namespace lut {
+namespace {
+
+constexpr int64_t kOperationsPerThread = 200'000;  // tens of microseconds
+
+// Instruction sets of this machine, best first; the last runs everywhere.
+int Available(const Kernels* list[3]) {
+  int count = 0;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx2 && __builtin_cpu_supports("avx512f")) list[count++] = Avx512Kernels();
+  if (avx2) list[count++] = Avx2Kernels();
+#elif defined(__aarch64__)
+  list[count++] = NeonKernels();
+#endif
+  list[count++] = PortableKernels();
+  return count;
+}
+
+// Threads take ranges until none is left. The caller works too and waits only for ranges that
+// were taken, so a pool whose threads are all busy, or waiting like this one, is no deadlock.
+class Work {
+ public:
+  Work(Range range, int64_t units, int64_t parts)
+      : range_(std::move(range)), units_(units), parts_(parts) {}
+
+  void Run() {
+    for (int64_t part; (part = next_.fetch_add(1)) < parts_;) {
+      const bool ok = range_(units_ * part / parts_, units_ * (part + 1) / parts_);
+      std::lock_guard<std::mutex> lock(mutex_);
+      failed_ |= !ok;
+      if (++done_ == parts_) finished_.notify_all();
+    }
+  }
+
+  bool Wait() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    finished_.wait(lock, [this] { return done_ == parts_; });
+    return !failed_;
+  }
+
+ private:
+  const Range range_;
+  const int64_t units_, parts_;
+  std::atomic<int64_t> next_{0};
+  std::mutex mutex_;
+  std::condition_variable finished_;
+  int64_t done_ = 0;
+  bool failed_ = false;
+};
+
+}  // namespace
+
+const Kernels* Find(const std::string& name) {
+  const Kernels* list[3];
+  const int count = Available(list);
+  if (name.empty()) return list[0];
+  for (int i = 0; i < count; ++i)
+    if (name == list[i]->name) return list[i];
+  return nullptr;
+}
+
+bool Parallel(xla::ffi::ThreadPool& pool, int64_t units, int64_t operations, Range range) {
+  const int64_t wanted = std::max<int64_t>(1, operations / kOperationsPerThread);
+  const int64_t parts = std::min({units, wanted, std::max<int64_t>(1, pool.num_threads())});
+  if (parts <= 1) return range(0, units);
+  const auto work = std::make_shared<Work>(std::move(range), units, parts);
+  for (int64_t i = 1; i < parts; ++i) pool.Schedule([work] { work->Run(); });
+  work->Run();
+  return work->Wait();
+}
+
+}  // namespace lut
+
+// The instruction sets of this machine, best first, separated by commas.
+extern "C" const char* NativeInstructions() {
+  static const std::string names = [] {
+    const lut::Kernels* list[3];
+    std::string s;
+    for (int i = 0, count = lut::Available(list); i < count; ++i)
+      s += (i ? "," : "") + std::string(list[i]->name);
+    return s;
+  }();
+  return names.c_str();
+}

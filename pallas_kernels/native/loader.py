@@ -1,0 +1,57 @@
+"""Loads the C++ kernels once and registers their handlers with XLA."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import pathlib
+
+import jax
+
+from pallas_kernels.native import library
+
+LUT_MATMUL = "pallas_kernels_lut_matmul"
+
+SPARSE_DENSE = "pallas_kernels_sparse_dense"
+SPARSE_PACKED = "pallas_kernels_sparse_packed"
+
+_HANDLERS = {LUT_MATMUL: "LutMatmul", SPARSE_DENSE: "SparseDense", SPARSE_PACKED: "SparsePacked"}
+
+
+def availability() -> str | None:
+    """None if the compiled library is at hand on this machine, else the reason why not."""
+    return _load()[2]
+
+
+def library_path() -> pathlib.Path | None:
+    """Where the library lies, or None if there is none."""
+    return _load()[1]
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """The instruction sets that this machine has kernels for, the best one first.
+
+    Raises:
+      RuntimeError: If the library is not available.
+    """
+    loaded, _, reason = _load()
+    if loaded is None:
+        raise RuntimeError(reason)
+    return tuple(loaded.NativeInstructions().decode().split(","))
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, pathlib.Path | None, str | None]:
+    """The library and its path, or the reason why there is none."""
+    try:
+        path = library.find_or_build()
+        loaded = ctypes.CDLL(str(path))
+    except (library.BuildError, OSError) as error:
+        logging.getLogger(__name__).warning("CPU products run through XLA: %s", error)
+        return None, None, str(error)
+    loaded.NativeInstructions.restype = ctypes.c_char_p
+    for target, symbol in _HANDLERS.items():
+        handler = jax.ffi.pycapsule(getattr(loaded, symbol))
+        jax.ffi.register_ffi_target(target, handler, platform="cpu")
+    return loaded, path, None

@@ -1,0 +1,82 @@
+"""A lookup-table weight in the canonical layout, as the sparse product takes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.lut_matmul import dequantize
+
+ROWS_TOGETHER = "canonical words keep eight rows together; pack_rows makes RowCodes of them"
+"""The reason of kernels that skip rows by not loading them."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["words", "scales", "lut", "offsets"],
+    meta_fields=["k", "group_size"],
+)
+@dataclasses.dataclass(frozen=True)
+class BlockCodes:
+    """A lookup-table weight as :func:`pallas_kernels.lut_matmul.lut_matmul` takes it.
+
+    The words keep eight rows together (:mod:`pallas_kernels.layout`). C++ on a CPU skips the
+    lookups of single rows in them; kernels that skip loads need :class:`RowCodes`.
+
+    Attributes:
+      words: ``uint8[ceil(K / 8), bits, N]``.
+      scales: ``[ceil(K / G), N]``.
+      lut: ``[T, 2**bits, 1]``; T = 1 or N tables.
+      offsets: Like ``scales``, or None.
+      k: Rows K of the weight.
+      group_size: Rows G that share a scale.
+    """
+
+    words: jax.Array
+    scales: jax.Array
+    lut: jax.Array
+    offsets: jax.Array | None
+    k: int
+    group_size: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """K and N."""
+        return self.k, self.words.shape[-1]
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return self.words.shape[-2]
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the scales."""
+        return self.scales.dtype
+
+    def columns(self, start: int, stop: int) -> BlockCodes:
+        """A range of columns."""
+        return dataclasses.replace(
+            self,
+            words=self.words[..., start:stop],
+            scales=self.scales[:, start:stop],
+            lut=self.lut[start:stop] if self.lut.shape[0] > 1 else self.lut,
+            offsets=None if self.offsets is None else self.offsets[:, start:stop],
+        )
+
+
+def dequantize_blocks(weight: BlockCodes, dtype: Any = jnp.float32) -> jax.Array:
+    """The dense matrix ``dtype[K, N]``, computed in float32 and rounded once."""
+    return dequantize(
+        weight.words,
+        weight.scales,
+        weight.lut,
+        weight.offsets,
+        k=weight.k,
+        group_size=weight.group_size,
+        dtype=dtype,
+    )

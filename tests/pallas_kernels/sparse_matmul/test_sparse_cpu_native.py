@@ -1,0 +1,165 @@
+"""The native sparse product: every instruction set, what it skips, and wrong buffers."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sparse_cases import TOLERANCE, Case, make, oracle, relative_error
+
+from pallas_kernels import native
+from pallas_kernels.sparse_matmul import cpu_native, sparse_matmul
+
+pytestmark = pytest.mark.skipif(
+    native.availability() is not None, reason=str(native.availability())
+)
+
+INSTRUCTIONS = native.instruction_sets() if native.availability() is None else ()
+# Wide and narrow runs of columns, edges of both, all numbers of rows, codes in one byte and in two.
+EDGES = [
+    *(Case(k=77, n=2100, m=m, dtype="float32", per_row=True) for m in (1, 2, 3, 4)),
+    Case(k=40, n=75, splits=(3, 72)),
+    *(
+        Case(bits=b, canonical=True, k=150, n=2100 if m == 1 else 70, m=m, dtype="float32")
+        for b in (2, 3, 4, 8)
+        for m in (1, 3)
+    ),
+    Case(bits=3, canonical=True, n=700, m=4, offsets=True, per_row=True, dtype="float32"),
+    Case(bits=4, canonical=True, k=77, n=96, group_size=20, splits=(31, 65), dtype="float32"),
+]
+
+
+def check(case: Case, instructions: str) -> None:
+    operands, dense = make(case)
+    assert cpu_native.supports(*operands, splits=case.ranges) is None
+    y = cpu_native.sparse_matmul(*operands, splits=case.ranges, instructions=instructions)
+    assert relative_error(y, oracle(case, operands, dense)) < TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+def test_every_instruction_set_equals_the_formula(instructions):
+    for case in EDGES:
+        check(case, instructions)
+
+
+def test_equally_spaced_bytes_are_computed():
+    case = Case(bits=8, canonical=True, n=70, dtype="float32")
+    (x, weight, thresholds), _ = make(case)
+    lut = jnp.arange(-128.0, 128.0).reshape(1, 256, 1)
+    weight = type(weight)(weight.words, weight.scales, lut, None, weight.k, weight.group_size)
+    expected = sparse_matmul(x, weight, thresholds, implementation="reference")
+    y = sparse_matmul(x, weight, thresholds, implementation="cpu_native")
+    assert relative_error(y, np.asarray(expected, np.float64)) < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("bits", [0, 3])
+def test_a_column_does_not_depend_on_its_neighbours_or_on_threads(bits):
+    case = Case(k=512, n=4096, bits=bits, canonical=True, dtype="float32")
+    (x, weight, thresholds), _ = make(case)
+    whole = sparse_matmul(x, weight, thresholds, implementation="cpu_native")
+    for start, stop in ((0, 64), (64, 1000), (4032, 4096)):
+        part = weight.columns(start, stop) if bits else weight[:, start:stop]
+        y = sparse_matmul(x, part, thresholds, implementation="cpu_native")
+        assert jnp.array_equal(y, whole[:, start:stop])
+
+
+def test_it_is_the_default_on_a_cpu():
+    for case in (Case(dtype="float32"), Case(bits=4, canonical=True)):
+        operands, _ = make(case)
+        y = sparse_matmul(*operands)
+        assert jnp.array_equal(y, sparse_matmul(*operands, implementation="cpu_native"))
+
+
+def test_as_a_function_of_jax():
+    case = Case(m=3, k=200, n=24, bits=4, canonical=True, group_size=64, dtype="float32")
+    (x, weight, thresholds), _ = make(case)
+
+    def product(name):
+        return lambda x, weight: sparse_matmul(x, weight, thresholds, implementation=name)
+
+    def grad(name):
+        def loss(x, scales):
+            own = type(weight)(weight.words, scales, weight.lut, None, case.k, case.group_size)
+            return jnp.sum(jnp.sin(jax.checkpoint(product(name))(x, own)))
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(x, weight.scales)
+
+    for actual, expected in zip(grad("cpu_native"), grad("reference"), strict=True):
+        # sin of sums of 200 products in float32
+        np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3)
+
+    both = jax.tree.map(lambda a: jnp.stack([a, jnp.flip(a, -1)]), weight)
+    mapped = jax.vmap(product("cpu_native"), in_axes=(None, 0))(x, both)
+    flipped = jax.tree.map(lambda a: a[1], both)
+    assert jnp.array_equal(mapped[1], product("cpu_native")(x, flipped))
+    _, scanned = jax.jit(
+        lambda x, both: jax.lax.scan(lambda x, w: (x, product("cpu_native")(x, w)), x, both)
+    )(x, both)
+    assert jnp.array_equal(scanned, mapped)
+
+
+def test_codes_of_dead_rows_take_no_part():
+    case = Case(bits=4, canonical=True, k=64, dtype="float32")
+    (x, weight, thresholds), _ = make(case)
+    infinite = weight.lut.at[0, 0, 0].set(jnp.inf)
+    words = jnp.full_like(weight.words, 0x11).at[1].set(0)  # eight rows are infinite
+    weight = type(weight)(words, weight.scales, infinite, None, weight.k, weight.group_size)
+    assert not np.isfinite(np.asarray(sparse_matmul(x, weight, thresholds))).any()
+    y = np.asarray(sparse_matmul(x.at[0, 8:16].set(0), weight, thresholds))
+    assert np.isfinite(y).all() and y.any()
+
+
+def test_wrong_buffers_are_errors_with_their_shapes():
+    """The custom calls themselves, below the argument checks: wrong buffers must not be read."""
+    rng = np.random.default_rng(0)
+    packed = {
+        "x": (2, 60),
+        "thresholds": (2, 60),
+        "words": (8, 4, 40),
+        "scales": (2, 40),
+        "lut": (1, 16),
+        "offsets": (2, 40),
+        "y": (2, 40),
+    }
+    dense = {"x": (2, 60), "thresholds": (2, 60), "weight": (60, 40), "y": (2, 40)}
+    common = {"splits": np.array([10, 30]), "instructions": ""}
+    calls = {
+        native.SPARSE_PACKED: (packed, common | {"k": 60, "group_size": 32}),
+        native.SPARSE_DENSE: (dense, common),
+    }
+
+    def call(target, shapes, static, **dtypes):
+        dtypes = {"words": jnp.uint8, **dtypes}
+        arrays = [jnp.zeros(shapes[n], dtypes.get(n, jnp.float32)) for n in shapes if n != "y"]
+        result = jax.ShapeDtypeStruct(shapes["y"], jnp.float32)
+        return jax.ffi.ffi_call(target, result)(*arrays, **static)
+
+    for target, (right, static) in calls.items():
+        assert call(target, right, static).shape == (2, 40)
+        for _ in range(25):
+            name = rng.choice(list(right))
+            shape = list(right[name])
+            if rng.random() < 0.3:
+                shape = shape[1:] if rng.random() < 0.5 else [1, *shape]
+            else:
+                axis = rng.integers(len(shape))
+                shape[axis] = max(shape[axis] + int(rng.choice([-1, 1, 7, -shape[axis]])), 0)
+            # Empty offsets mean none, and XLA drops a call whose result is empty.
+            if tuple(shape) == right[name] or (name in ("offsets", "y") and 0 in shape):
+                continue
+            with pytest.raises(Exception, match=r"sparse_matmul: .*x\[|rank|dimensions"):
+                call(target, right | {name: tuple(shape)}, static)
+        for splits in ([], [40, 0], [10, 31], [-10, 50], [2**62, 2**62, 40]):
+            with pytest.raises(Exception, match="sparse_matmul: splits"):
+                call(target, right, static | {"splits": np.array(splits, np.int64)})
+        with pytest.raises(Exception, match="instruction set"):
+            call(target, right, static | {"instructions": "mmx"})
+    right, static = calls[native.SPARSE_PACKED]
+    for bad in ({"k": 65}, {"k": 56}, {"k": -1}, {"group_size": 0}, {"group_size": -8}):
+        with pytest.raises(Exception, match="sparse_matmul: "):
+            call(native.SPARSE_PACKED, right, static | bad)
+    with pytest.raises(Exception, match="bfloat16"):
+        call(native.SPARSE_PACKED, right, static, scales=jnp.float16)
+    with pytest.raises(Exception, match="bfloat16"):
+        call(native.SPARSE_DENSE, dense, common, weight=jnp.float16)
