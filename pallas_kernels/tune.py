@@ -10,6 +10,7 @@ import dataclasses
 import statistics
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,12 @@ from pallas_kernels.layout import packed_shape
 from pallas_kernels.lut_matmul import dispatch, mosaic_gpu, tuning
 
 GROUP = 128
+MOST = 24
+"""Candidates that are timed, the best estimates first."""
 ROTATED_BYTES = 128 << 20
 
 
-def seconds(config: mosaic_gpu.Config, m: int, k: int, n: int, bits: int) -> float:
+def seconds(config: Any, m: int, k: int, n: int, bits: int) -> float:
     """Median time of one product, over copies of the weight that exceed the cache."""
     copies = min(32, max(1, ROTATED_BYTES // (k * n * bits // 8)))
     keys = jax.random.split(jax.random.key(0), copies)
@@ -44,8 +47,8 @@ def seconds(config: mosaic_gpu.Config, m: int, k: int, n: int, bits: int) -> flo
 
 def tune(m: int, k: int, n: int, bits: int) -> dict:
     """The entry of the fastest configuration that compiles."""
-    best: tuple[float, mosaic_gpu.Config] | None = None
-    for config in mosaic_gpu.candidates(m, bits, k=k, n=n):
+    best: tuple[float, Any] | None = None
+    for config in mosaic_gpu.candidates(m, bits, k=k, n=n, group_size=GROUP)[:MOST]:
         try:
             took = seconds(config, m, k, n, bits)
         except Exception as error:
@@ -65,7 +68,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="+", default=["4096x4096", "4096x28672"], metavar="KxN")
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2])
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 64])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 64, 512])
     args = parser.parse_args()
     kind = dispatch.device_kind("cuda")
     if kind is None:

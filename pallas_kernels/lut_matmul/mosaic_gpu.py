@@ -1,4 +1,6 @@
-"""The lookup-table product as a Mosaic GPU kernel for Hopper.
+"""The lookup-table product as a Mosaic GPU kernel for Hopper: few rows of activations.
+
+More rows and the transposed product go to ``mosaic_gpu_tile``.
 
 The transposed weight is the register operand of ``wgmma`` and is made by lookups in shared memory:
 one byte permute and one load for two 4-bit codes. A producer warpgroup streams words, activations
@@ -19,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-from pallas_kernels.lut_matmul import dispatch, mosaic_gpu_asm, tuning
+from pallas_kernels.lut_matmul import dispatch, mosaic_gpu_asm, mosaic_gpu_tile, tuning
 from pallas_kernels.lut_matmul.epilogue import add_offsets
 from pallas_kernels.lut_matmul.mosaic_gpu_layout import (
     SLICE_K,
@@ -35,10 +37,10 @@ from pallas_kernels.manual_axes import shape_struct
 plgpu: Any = mosaic_gpu  # its interface moves with every release; see `mosaic_gpu_asm.available`
 
 _DECODE_ROWS = 64
-_PREFILL_ROWS = 104  # what shared memory holds beside the table
 _SHARED_MEMORY = 226 * 1024
 _MEMORY_REGISTERS = 40
 _MULTIPROCESSORS = 132
+_PADDED_N = 2 * TILE_N  # a multiple of every block's columns or of its slices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +84,17 @@ def supports(
         return f"{bits}-bit codes; the Hopper kernel has 2, 3, 4 and 8"
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"activations of {x.dtype}; the tensor cores take bfloat16 and float16"
-    if transpose:
-        return "the transposed product; the Hopper kernel contracts over K only"
     if lut.shape[0] > 1 or lut.shape[2] > 1:
         return f"lut of shape {lut.shape}; the Hopper kernel takes one table of single values"
     if scales.shape[0] > 1 and not (group_size in (16, 32, 64) or group_size % SLICE_K == 0):
         return (
             f"group_size={group_size}; use 32, 64, a multiple of {SLICE_K} or one group a column"
             f" (group_size >= {k})"
+        )
+    if transpose and scales.shape[0] > 1 and group_size < TILE_N:
+        return (
+            f"the transposed product with group_size={group_size}; the Hopper kernel needs groups"
+            f" of {TILE_N}, of a multiple of {SLICE_K} or of a column"
         )
     reason = mosaic_gpu_asm.available()
     if reason is not None:
@@ -108,10 +113,8 @@ def supports(
 
 def default_config(m: int, bits: int, *, n: int, k: int) -> Config:
     """Enough blocks for every multiprocessor and as many stages as shared memory holds."""
-    rows = _block_m(m)
-    tiles = 2 if rows <= _DECODE_ROWS else 1
-    warpgroups = 4 if rows <= 16 and bits <= 4 and k >= 4 * SLICE_K else 2
-    shapes = ((warpgroups, tiles), (warpgroups, 1), (1, tiles), (1, 1))
+    warpgroups = 4 if m <= 16 and bits <= 4 and k >= 4 * SLICE_K else 2
+    shapes = ((warpgroups, 2), (warpgroups, 1), (1, 2), (1, 1))
     fitting = (
         Config(w, stages, 1, t)
         for w, t in shapes
@@ -120,20 +123,28 @@ def default_config(m: int, bits: int, *, n: int, k: int) -> Config:
     )
     config = next(fitting)
     steps = -(-k // config.block_k)
-    blocks = -(-n // config.block_n) * -(-m // rows)
+    blocks = -(-n // config.block_n)
     most = min(steps // 2, -(-_MULTIPROCESSORS // blocks)) if blocks < 100 else 1
     splits = max(d for d in range(1, max(1, most) + 1) if steps % d == 0)
     return dataclasses.replace(config, splits=splits)
 
 
-def _tuned(m: int, bits: int, *, k: int, n: int) -> Config | None:
+def _tuned(m: int, bits: int, *, k: int, n: int) -> Config | mosaic_gpu_tile.Config | None:
     kind = dispatch.device_kind("cuda")
     found = tuning.lookup("mosaic_gpu", kind, bits=bits, m=m, k=k, n=n)
-    return Config(**found) if found else None
+    if found is None or ("rows" in found) != (m > _DECODE_ROWS):
+        return None
+    return mosaic_gpu_tile.Config(**found) if m > _DECODE_ROWS else Config(**found)
 
 
-def candidates(m: int, bits: int, *, k: int, n: int) -> list[Config]:
+def candidates(
+    m: int, bits: int, *, k: int, n: int, group_size: int
+) -> list[Config] | list[mosaic_gpu_tile.Config]:
     """Configurations worth timing, the heuristic one first."""
+    if m > _DECODE_ROWS:
+        return mosaic_gpu_tile.candidates(
+            m, bits, group=group_size, columns=n, contracted=k, transpose=False
+        )
     first = default_config(m, bits, n=n, k=k)
     others = [
         Config(warpgroups, stages, splits, tiles)
@@ -156,11 +167,8 @@ def _fits(m: int, bits: int, config: Config) -> bool:
 
 
 def _block_m(m: int) -> int:
-    """Rows of ``x`` of a block: few tiles of equal size."""
-    largest = _DECODE_ROWS if m <= 2 * _DECODE_ROWS else _PREFILL_ROWS
-    tiles = -(-m // largest)
-    rows = -(-m // tiles)
-    return -(-rows // 8) * 8
+    """Rows of ``x`` of a block, which holds all of them."""
+    return -(-m // 8) * 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,15 +197,25 @@ def make_problem(
     *,
     k: int,
     group_size: int,
-    config: Config | None = None,
+    config: Config | mosaic_gpu_tile.Config | None = None,
     padded: tuple[int, int] | None = None,
-) -> _Problem:
+    transpose: bool = False,
+) -> _Problem | mosaic_gpu_tile.Problem:
     """Pads the sizes of a product to the tiles of ``config`` (None: a tuned or heuristic one).
 
     ``padded`` is the K and N of words that are packed already; tiles then divide those.
     """
     _, bits, n = words.shape
-    config = config or _tuned(m, bits, k=k, n=n) or default_config(m, bits, n=n, k=k)
+    if config is None and not transpose:
+        config = _tuned(m, bits, k=k, n=n)
+    if transpose or m > _DECODE_ROWS:
+        assert not isinstance(config, Config), "many rows take a mosaic_gpu_tile.Config"
+        padded = padded or (-(-k // SLICE_K) * SLICE_K, -(-n // _PADDED_N) * _PADDED_N)
+        return mosaic_gpu_tile.make_problem(
+            m, bits, k=k, group_size=group_size, padded=padded, transpose=transpose, config=config
+        )
+    assert not isinstance(config, mosaic_gpu_tile.Config), "few rows take a Config"
+    config = config or default_config(m, bits, n=n, k=k)
 
     def fits(candidate: Config) -> bool:
         block = candidate.block_k  # holds whole groups, or a group holds whole blocks
@@ -208,7 +226,7 @@ def make_problem(
     config = next(filter(fits, (dataclasses.replace(config, warpgroups=w) for w in counts)))
     step = config.block_k * config.splits
     if padded is None:
-        padded = (-(-k // step) * step, -(-n // config.block_n) * config.block_n)
+        padded = (-(-k // step) * step, -(-n // _PADDED_N) * _PADDED_N)
     elif padded[0] % step:
         config = dataclasses.replace(config, splits=1)
     return _Problem(
@@ -222,7 +240,9 @@ def make_problem(
     )
 
 
-def prepack(words: jax.Array, lut: jax.Array, problem: _Problem, dtype: Any) -> tuple:
+def prepack(
+    words: jax.Array, lut: jax.Array, problem: _Problem | mosaic_gpu_tile.Problem, dtype: Any
+) -> tuple:
     """Words in fragments, and the table of bytes."""
     planes = pack_fragments(words, problem.padded_k, problem.padded_n)
     return planes, lookup_table(lut, problem.bits, dtype)
@@ -238,16 +258,24 @@ def lut_matmul(
     k: int,
     group_size: int,
     transpose: bool = False,
-    config: Config | None = None,
+    config: Config | mosaic_gpu_tile.Config | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """The product for ``x`` of shape ``[M, K]``."""
+    """The product for ``x`` of shape ``[M, K]``, or ``[M, N]`` when transposed."""
     if interpret and config is None:
         # An interpreted thread may block a core for good, and small machines have two.
-        config = Config(warpgroups=2, stages=2, splits=1)
-    problem = make_problem(x.shape[0], words, k=k, group_size=group_size, config=config)
+        m = x.shape[0]
+        if transpose or m > _DECODE_ROWS:
+            config = mosaic_gpu_tile.Config(min(_block_m(m), 128), 1, stages=2, cluster=1)
+        else:
+            config = Config(warpgroups=2, stages=2, splits=1)
+    problem = make_problem(
+        x.shape[0], words, k=k, group_size=group_size, config=config, transpose=transpose
+    )
     planes, table = prepack(words, lut, problem, x.dtype)
-    y = apply(x, planes, scales, table, problem, interpret=interpret)[:, : words.shape[2]]
+    out_dtype = x.dtype if offsets is None else jnp.float32
+    y = apply(x, planes, scales, table, problem, out_dtype=out_dtype, interpret=interpret)
+    y = y[:, : k if transpose else words.shape[2]]
     y = add_offsets(y, x, offsets, k=k, group_size=group_size, transpose=transpose)
     return y.astype(x.dtype)
 
@@ -257,14 +285,18 @@ def apply(
     planes: tuple,
     scales: jax.Array,
     table: jax.Array,
-    problem: _Problem,
+    problem: _Problem | mosaic_gpu_tile.Problem,
     *,
+    out_dtype: Any = jnp.float32,
     interpret: Any = False,
 ) -> jax.Array:
-    """Runs the kernel on prepacked operands; ``float32[M, padded N]``."""
+    """Runs the kernel on prepacked operands; ``out_dtype[M, padded N]``, K when transposed."""
+    if isinstance(problem, mosaic_gpu_tile.Problem):
+        return mosaic_gpu_tile.apply(
+            x, planes, scales, table, problem, out_dtype=out_dtype, interpret=interpret
+        )
     m, padded_k = x.shape[0], problem.padded_k
-    tiles_m = -(-m // problem.block_m)
-    x = jnp.pad(x, ((0, tiles_m * problem.block_m - m), (0, padded_k - x.shape[1])))
+    x = jnp.pad(x, ((0, problem.block_m - m), (0, padded_k - x.shape[1])))
     x = x.reshape(-1, padded_k // SLICE_K, SLICE_K).swapaxes(0, 1)
     groups = -(-padded_k // problem.group)
     scales = jnp.pad(
@@ -280,7 +312,7 @@ def apply(
         functools.partial(
             _kernel, problem=problem, dtype=x.dtype, planes=len(planes), interpret=bool(interpret)
         ),
-        out_type=shape_struct((splits, tiles_m, problem.padded_n, problem.block_m), jnp.float32, x),
+        out_type=shape_struct((splits, problem.padded_n, problem.block_m), jnp.float32, x),
         scratch_types=[
             plgpu.SMEM((table_rows(problem.bits), 64), jnp.uint32),
             plgpu.SMEM((config.block_n, problem.block_m), jnp.float32),
@@ -288,15 +320,15 @@ def apply(
             # the interpreter has no register operands
             *([plgpu.SMEM((config.warpgroups, TILE_N, SLICE_K), x.dtype)] if interpret else []),
         ],
-        grid=(problem.padded_n // config.block_n, tiles_m, splits),
-        grid_names=("n", "m", "split"),
+        grid=(problem.padded_n // config.block_n, splits),
+        grid_names=("n", "split"),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         **options,
     )
     y = kernel(*planes, x, scales, *tables)
     y = y[0] if splits == 1 else jnp.sum(y, axis=0)
-    return y.swapaxes(1, 2).reshape(-1, problem.padded_n)[:m]
+    return y.T[:m].astype(out_dtype)
 
 
 def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
@@ -304,7 +336,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
     x_ref, s_ref, t0_ref, t1_ref, o_ref, table, total, barrier, *operand = refs
     config, bits, block_m = problem.config, problem.bits, problem.block_m
     layout = plgpu.Layout
-    tile_n, tile_m, split = (lax.axis_index(name) for name in ("n", "m", "split"))
+    tile_n, split = lax.axis_index("n"), lax.axis_index("split")
     warpgroup = lax.axis_index("warpgroup")
     lengths = vector_lengths(bits)
     group = min(problem.group, SLICE_K)
@@ -312,30 +344,6 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
     def meet():
         plgpu.barrier_arrive(barrier)
         plgpu.barrier_wait(barrier)
-
-    def fill_table():
-        rows = table_rows(bits)
-
-        def copy(start: int, count: int):
-            part = pl.ds(start, count)
-            first, second = (
-                lax.broadcast_in_dim(
-                    mosaic_gpu_asm.load(t.at[part], layout.WGMMA.reduce(1)),
-                    (count, 64),
-                    (0,),
-                )
-                for t in (t0_ref, t1_ref)
-            )
-            if bits == 2:
-                lane = plgpu.broadcasted_iota(jnp.int32, (count, 64), 1, layout=layout.WGMMA)
-                first = jnp.where(lane % 2 == 0, first, second)
-            table[part, :] = first
-
-        for part in range(rows // 64):
-
-            @pl.when(warpgroup == part % config.warpgroups)
-            def _(part=part):
-                copy(64 * part, 64)
 
     def multiply(index, *args):
         del index
@@ -379,7 +387,9 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
         return tuple(new)
 
     def compute(pipeline):
-        fill_table()
+        mosaic_gpu_asm.fill_table(
+            table, t0_ref, t1_ref, bits=bits, warpgroup=warpgroup, warpgroups=config.warpgroups
+        )
         meet()
         zero = plgpu.layout_cast(jnp.zeros((TILE_N, block_m), jnp.float32), layout.WGMMA)
         sums = pipeline((zero,) * config.tiles)
@@ -395,7 +405,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
                     total[part, :] = value
                 if turn == config.warpgroups - 1:
                     plgpu.commit_smem()
-                    out = o_ref.at[split, tile_m, pl.ds(tile_n * config.block_n, config.block_n)]
+                    out = o_ref.at[split, pl.ds(tile_n * config.block_n, config.block_n)]
                     plgpu.copy_smem_to_gmem(total, out)
                     plgpu.wait_smem_to_gmem(0)
 
@@ -414,7 +424,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
     in_specs += [
         plgpu.BlockSpec(
             (config.warpgroups, block_m, SLICE_K),
-            lambda k: (first_step + k, tile_m, 0),
+            lambda k: (first_step + k, 0, 0),
             transforms=(plgpu.TilingTransform((8, tile_k)), plgpu.SwizzleTransform(2 * tile_k)),
         ),
         plgpu.BlockSpec(

@@ -7,15 +7,21 @@ whether this jax has them.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.lut_matmul.mosaic_gpu_layout import vector_lengths, words_of_step
+from pallas_kernels.lut_matmul.mosaic_gpu_layout import (
+    table_rows,
+    vector_lengths,
+    words_of_step,
+)
 
 
 @functools.cache
@@ -51,6 +57,35 @@ def transposed(ref: Any) -> Any:
     return plgpu.transpose_ref(ref, (1, 0))
 
 
+def fill_table(
+    table: Any, first: Any, second: Any, *, bits: int, warpgroup: Any, warpgroups: int
+) -> None:
+    """Copies the entries to every lane's place in shared memory; all warpgroups take part.
+
+    Args:
+      table: ``uint32[table_rows(bits), 64]`` in shared memory.
+      first: ``uint32[table_rows(bits)]``, see ``mosaic_gpu_layout.lookup_table``.
+      second: Likewise; it differs at 2 bits only, where the two alternate.
+      bits: Bits a code.
+      warpgroup: Index of the warpgroup.
+      warpgroups: How many there are.
+    """
+    layout = plgpu.Layout.WGMMA
+    for part in range(table_rows(bits) // 64):
+
+        @pl.when(warpgroup == part % warpgroups)
+        def _(part=part):
+            rows = pl.ds(64 * part, 64)
+            low, high = (
+                jax.lax.broadcast_in_dim(load(t.at[rows], layout.reduce(1)), (64, 64), (0,))
+                for t in (first, second)
+            )
+            if bits == 2:
+                lane = plgpu.broadcasted_iota(jax.numpy.int32, (64, 64), 1, layout=layout)
+                low = jax.numpy.where(lane % 2 == 0, low, high)
+            table[rows, :] = low
+
+
 def _address(byte: int, word: str, register: str) -> str:
     """PTX: the address of the lane's copy of entry ``byte`` of ``word``."""
     return (
@@ -59,51 +94,114 @@ def _address(byte: int, word: str, register: str) -> str:
     )
 
 
+def _lookup_lines(bits: int, step: int, words: list[str], results: list[str]) -> list[str]:
+    """PTX for the four registers of one step of 16 rows, from the names of its words."""
+    lines: list[str] = []
+    if bits == 4:
+        for q in range(4):
+            lines += [_address(q, words[0], f"a{q}"), f"ld.shared.b32 {results[q]}, [a{q}];"]
+    elif bits == 2:
+        for c in range(2):
+            lines += [
+                _address(2 * (step % 2) + c, words[0], f"a{c}"),
+                f"ld.shared.v2.b32 {{{results[2 * c]}, {results[2 * c + 1]}}}, [a{c}];",
+            ]
+    elif bits == 3:
+        nibble, crumb = 4 * (step % 2), 2 * (step % 4) - 4
+        if nibble:
+            lines.append(f"shr.u32 p, {words[0]}, {nibble}; and.b32 p, p, 0x0f0f0f0f;")
+        else:
+            lines.append(f"and.b32 p, {words[0]}, 0x0f0f0f0f;")
+        if crumb == 0:
+            high = words[1]
+        else:
+            direction = f"shl.b32 h, {words[1]}" if crumb < 0 else f"shr.u32 h, {words[1]}"
+            lines.append(f"{direction}, {abs(crumb)};")
+            high = "h"
+        lines.append(f"lop3.b32 p, {high}, 0x30303030, p, 0xEA;")
+        for q in range(4):
+            lines += [_address(q, "p", f"a{q}"), f"ld.shared.b32 {results[q]}, [a{q}];"]
+    else:
+        for q in range(4):  # register 2 c + r from word c, bytes 2 r and 2 r + 1
+            c, r = divmod(q, 2)
+            for v in range(2):
+                lines += [
+                    _address(2 * r + v, words[c], f"a{v}"),
+                    f"ld.shared.b32 p{v}, [a{v}];",
+                ]
+            lines.append(f"prmt.b32 {results[q]}, p0, p1, 0x5410;")
+    return lines
+
+
+def _assemble(lines: list[str], operands: int) -> str:
+    """The text of inline PTX whose last two operands are the lane's offset and the table."""
+    body = "\n".join(lines)
+    body = body.replace("$LANE", f"${4 + operands}").replace("$BASE", f"${5 + operands}")
+    registers = "a0, a1, a2, a3, p, h, p0, p1, w0, w1, r0, r1, r2, r3"
+    return f"{{\n.reg .b32 {registers};\n{body}\n}}"
+
+
 def _step_asm(bits: int, step: int) -> tuple[str, int]:
     """PTX for the four registers of one step of 16 rows; and how many words it takes.
 
     Operands: ``$0..$3`` results, then the words, then the lane's offset and the table's address.
     """
+    count = len(words_of_step(bits, step))
+    words = [f"${4 + i}" for i in range(count)]
+    return _assemble(_lookup_lines(bits, step, words, [f"${q}" for q in range(4)]), count), count
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a thread of the transposed kernel finds its words of a plane, in words of 32 bits.
+
+    At ``lane * lane_words + warp // 2 * odd_pair + warp % 2 * odd_warp + half * half_words + block
+    * block_words``; the codes of step 0 are at bit ``warp % 2 * odd_bits + warp * warp_bits``.
+    """
+
+    lane_words: int
+    odd_pair: int
+    odd_warp: int
+    half_words: int
+    block_words: int
+    odd_bits: int = 0
+    warp_bits: int = 0
+
+
+_PLACES = {
+    2: [_Place(4, 1, 0, 2, 128, odd_bits=16)],
+    3: [_Place(4, 1, 0, 2, 128, odd_bits=4), _Place(2, 0, 0, 1, 64, warp_bits=2)],
+    4: [_Place(4, 2, 1, 512, 128)],
+    8: [_Place(4, 512, 2, 1024, 128)],
+}
+
+
+def _transposed_asm(bits: int, block: int) -> tuple[str, int]:
+    """PTX for the four registers of 16 rows k and block ``block`` of 16 columns n.
+
+    Operands: ``$0..$3`` results; for each plane the address of block 0 and, below 4 bits, a shift;
+    then the lane's offset and the table's address. Returns the text and the number of operands
+    between the results and those two.
+    """
+    places = _PLACES[bits]
+    shifted = any(place.odd_bits or place.warp_bits for place in places)
     lines: list[str] = []
-    if bits == 4:
-        words = 1
-        for q in range(4):
-            lines += [_address(q, "$4", f"a{q}"), f"ld.shared.b32 ${q}, [a{q}];"]
-    elif bits == 2:
-        words = 1
-        for c in range(2):
-            lines += [
-                _address(2 * (step % 2) + c, "$4", f"a{c}"),
-                f"ld.shared.v2.b32 {{${2 * c}, ${2 * c + 1}}}, [a{c}];",
-            ]
-    elif bits == 3:
-        words = 2
-        nibble, crumb = 4 * (step % 2), 2 * (step % 4) - 4
-        if nibble:
-            lines.append(f"shr.u32 p, $4, {nibble}; and.b32 p, p, 0x0f0f0f0f;")
-        else:
-            lines.append("and.b32 p, $4, 0x0f0f0f0f;")
-        if crumb == 0:
-            high = "$5"
-        else:
-            move = f"shl.b32 h, $5, {-crumb};" if crumb < 0 else f"shr.u32 h, $5, {crumb};"
-            lines.append(move)
-            high = "h"
-        lines.append(f"lop3.b32 p, {high}, 0x30303030, p, 0xEA;")
-        for q in range(4):
-            lines += [_address(q, "p", f"a{q}"), f"ld.shared.b32 ${q}, [a{q}];"]
-    else:
-        words = 2
-        for q in range(4):  # register 2 c + r from word c, bytes 2 r and 2 r + 1
-            c, r = divmod(q, 2)
-            for v in range(2):
-                lines += [
-                    _address(2 * r + v, f"${4 + c}", f"a{v}"),
-                    f"ld.shared.b32 p{v}, [a{v}];",
-                ]
-            lines.append(f"prmt.b32 ${q}, p0, p1, 0x5410;")
-    body = "\n".join(lines).replace("$LANE", f"${4 + words}").replace("$BASE", f"${5 + words}")
-    return "{\n.reg .b32 a0, a1, a2, a3, p, h, p0, p1;\n" + body + "\n}", words
+    for i, place in enumerate(places):
+        address = f"[${4 + i} + {4 * block * place.block_words}]"
+        lines.append(
+            f"ld.shared.v2.b32 {{w0, w1}}, {address};"
+            if bits == 8
+            else f"ld.shared.b32 w{i}, {address};"
+        )
+        if shifted:
+            lines.append(f"shr.u32 w{i}, w{i}, ${4 + len(places) + i};")
+    lines += _lookup_lines(bits, 0, ["w0", "w1"], [f"r{q}" for q in range(4)])
+    # register 2 c + r becomes 2 r + c
+    lines += [
+        f"movmatrix.sync.aligned.m8n8.trans.b16 ${2 * (q % 2) + q // 2}, r{q};" for q in range(4)
+    ]
+    operands = len(places) * (1 + shifted)
+    return _assemble(lines, operands), operands
 
 
 def dequantize(words: tuple, table_ref: Any, *, bits: int, steps: range, dtype: Any) -> Any:
@@ -116,54 +214,143 @@ def dequantize(words: tuple, table_ref: Any, *, bits: int, steps: range, dtype: 
       steps: The steps of 16 rows within the slice.
       dtype: bfloat16 or float16.
     """
-    from jax.experimental.mosaic import gpu as mgpu
-    from jaxlib.mlir import dialects, ir
-    from jaxlib.mlir.dialects import arith, llvm, vector  # noqa: F401
-
-    build: Any = dialects  # MLIR's builders have no useful types
     layout, lengths = plgpu.Layout, vector_lengths(bits)
-    entry_log2 = 3 if bits == 2 else 2
     arg_types = tuple(
         layout.WG_STRIDED(w.shape, vec_size=n) for w, n in zip(words, lengths, strict=True)
     )
+    shape = (64, 16 * len(steps))
 
     @plgpu.inline_mgpu(
         arg_types=(*arg_types, plgpu.RefType()),
-        return_type=plgpu.ShapeDtypeStruct((64, 16 * len(steps)), dtype, layout=layout.WGMMA),
+        return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=layout.WGMMA),
     )
     def lookup(ctx, *operands):
         del ctx
         *planes, table = operands
-        i32 = ir.IntegerType.get_signless(32)
-        element = ir.BF16Type.get() if dtype == jax.numpy.bfloat16 else ir.F16Type.get()
-        pair = ir.VectorType.get((2,), element)
-        one = ir.VectorType.get((1,), i32)
-        four = ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
-        base = build.llvm.ptrtoint(i32, mgpu.utils.memref_ptr(table))
-        lane = build.arith.andi(mgpu.utils.thread_idx(), build.arith.constant(i32, 31))
-        lane = build.arith.shli(lane, build.arith.constant(i32, entry_log2))
-        result = layout.WGMMA.to_mgpu()
-        registers = np.empty(result.registers_shape((64, 16 * len(steps))), dtype=object)
-        places = list(np.ndindex(registers.shape))  # step, then c, then r
+        build = _Builder(table, bits)
         flat = [list(plane.registers.flat) for plane in planes]
-        for i, step in enumerate(steps):
+        registers: list[Any] = []
+        for step in steps:
             used = []
             for plane, word in words_of_step(bits, step):
                 row, column = divmod(word, lengths[plane])
                 used.append(build.vector.extract(flat[plane][row], [], [column]))
-            asm, _ = _step_asm(bits, step)
-            constraints = ",".join(["=r"] * 4 + ["r"] * (len(used) + 2))
-            values = build.llvm.inline_asm(
-                four,
-                [*used, lane, base],
-                asm,
-                constraints,
-                has_side_effects=False,
-                asm_dialect=0,
-            )
-            for q in range(4):
-                value = build.vector.from_elements(one, [build.llvm.extractvalue(i32, values, [q])])
-                registers[places[4 * i + q]] = build.vector.bitcast(pair, value)
-        return mgpu.FragmentedArray(_registers=registers, _layout=result, _is_signed=None)
+            registers += build.look_up(_step_asm(bits, step)[0], used)
+        return build.array(registers, shape, dtype)
 
     return lookup(*words, table_ref)
+
+
+def dequantize_transposed(
+    word_refs: list, table_ref: Any, *, bits: int, half: int | None, dtype: Any
+) -> Any:
+    """``dtype[64, 64]`` of the weight itself, rows k by columns n, as a wgmma operand.
+
+    Warp w takes the 16 rows of step 4 ``half`` + w, and of every warp of the forward kernel the 16
+    columns n that it holds; transposing the registers' 8 x 8 matrices swaps the parts of k and n.
+
+    Args:
+      word_refs: For each plane ``uint32[words of a thread, 128]`` in shared memory: a slice.
+      table_ref: ``uint32[rows, 64]`` in shared memory.
+      bits: Bits a code.
+      half: Which 64 rows of the slice; None: the warpgroup's index modulo 2.
+      dtype: bfloat16 or float16.
+    """
+    shape = (64, 64)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(),) * (len(word_refs) + 1),
+        return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=plgpu.Layout.WGMMA),
+    )
+    def lookup(ctx, *operands):
+        del ctx
+        *planes, table = operands
+        build = _Builder(table, bits)
+        places = _PLACES[bits]
+        used = [build.start(*pair, half) for pair in zip(planes, places, strict=True)]
+        if _transposed_asm(bits, 0)[1] > len(places):
+            used += [build.shift(place) for place in places]
+        registers: list[Any] = []
+        for block in range(4):
+            registers += build.look_up(_transposed_asm(bits, block)[0], used, converges=True)
+        return build.array(registers, shape, dtype)
+
+    return lookup(*word_refs, table_ref)
+
+
+class _Builder:
+    """MLIR's builders and the values that every lookup needs."""
+
+    def __init__(self, table: Any, bits: int):
+        from jax.experimental.mosaic import gpu as mgpu
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, llvm, vector
+
+        self._mgpu: Any = mgpu
+        self._ir: Any = ir
+        self._arith: Any = arith
+        self._llvm: Any = llvm
+        self.vector: Any = vector
+        self._i32 = ir.IntegerType.get_signless(32)
+        self._thread = mgpu.utils.thread_idx()
+        self._table = self._address(table)
+        self._lane = self._bits(0, 5)
+        self._entry = self._times(self._lane, 8 if bits == 2 else 4)
+
+    def _constant(self, value: int) -> Any:
+        return self._arith.constant(self._i32, value)
+
+    def _times(self, value: Any, factor: int) -> Any:
+        return self._arith.muli(value, self._constant(factor))
+
+    def _bits(self, first: int, count: int) -> Any:
+        """Some bits of the thread's index: 0..4 the lane, 5..6 the warp, 7 the warpgroup."""
+        moved = self._arith.shrui(self._thread, self._constant(first))
+        return self._arith.andi(moved, self._constant(2**count - 1))
+
+    def _address(self, ref: Any) -> Any:
+        """The address of a reference in shared memory."""
+        return self._llvm.ptrtoint(self._i32, self._mgpu.utils.memref_ptr(ref))
+
+    def start(self, plane: Any, place: _Place, half: int | None) -> Any:
+        """The address of the thread's words of block 0."""
+        address = self._address(plane)
+        for bits, factor in (
+            (self._lane, place.lane_words),
+            (self._bits(6, 1), place.odd_pair),
+            (self._bits(5, 1), place.odd_warp),
+            (self._bits(7, 1) if half is None else self._constant(half), place.half_words),
+        ):
+            address = self._arith.addi(address, self._times(bits, 4 * factor))
+        return address
+
+    def shift(self, place: _Place) -> Any:
+        """The first bit of the thread's codes in its words."""
+        odd = self._times(self._bits(5, 1), place.odd_bits)
+        return self._arith.addi(odd, self._times(self._bits(5, 2), place.warp_bits))
+
+    def look_up(self, asm: str, operands: list, *, converges: bool = False) -> list:
+        """The four registers that the PTX of a step computes; ``converges``: it needs all lanes."""
+        four = self._ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
+        operands = [*operands, self._entry, self._table]
+        values = self._llvm.inline_asm(
+            four,
+            operands,
+            asm,
+            ",".join(["=r"] * 4 + ["r"] * len(operands)),
+            has_side_effects=converges,
+            asm_dialect=0,
+        )
+        return [self._llvm.extractvalue(self._i32, values, [q]) for q in range(4)]
+
+    def array(self, values: list, shape: tuple, dtype: Any) -> Any:
+        """An array of 16-bit floats in the layout of a wgmma operand, from its registers."""
+        ir, vector = self._ir, self.vector
+        element = ir.BF16Type.get() if dtype == jax.numpy.bfloat16 else ir.F16Type.get()
+        layout = plgpu.Layout.WGMMA.to_mgpu()
+        registers = np.empty(layout.registers_shape(shape), dtype=object)
+        one, pair = ir.VectorType.get((1,), self._i32), ir.VectorType.get((2,), element)
+        # in order of step, then c, then r
+        for place, value in zip(np.ndindex(registers.shape), values, strict=True):
+            registers[place] = vector.bitcast(pair, vector.from_elements(one, [value]))
+        return self._mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)

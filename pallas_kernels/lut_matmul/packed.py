@@ -184,7 +184,13 @@ def _apply(x: jax.Array, weight: PackedWeight, interpret: Any) -> jax.Array:
         gpu_problem = mosaic_gpu.make_problem(x.shape[0], words, **static, padded=weight.padded[:2])
         table = mosaic_gpu.lookup_table(weight.table, weight.bits, x.dtype)
         y = mosaic_gpu.apply(
-            x, weight.planes, weight.scales, table, gpu_problem, interpret=interpret
+            x,
+            weight.planes,
+            weight.scales,
+            table,
+            gpu_problem,
+            out_dtype=x.dtype if weight.offsets is None else jnp.float32,
+            interpret=interpret,
         )[:, : weight.n]
     y = add_offsets(y, x, weight.offsets, **static, transpose=False)
     return y.astype(x.dtype)

@@ -160,14 +160,22 @@ class Sass:
 
     def main_loop(self) -> collections.Counter:
         """Opcodes of the smallest loop that multiplies matrices."""
+        return collections.Counter(opcode.split(".")[0] for opcode, _ in self._main_loop())
+
+    def products_in_flight(self) -> int:
+        """How many products the main loop leaves unfinished wherever it waits for one."""
+        waits = [o for opcode, o in self._main_loop() if opcode.startswith("WARPGROUP.DEPBAR")]
+        return min(int(operands.split(",")[1], 16) for operands in waits)
+
+    def _main_loop(self) -> list[tuple[str, str]]:
         loops = []
         for address, opcode, operands in self.instructions:
             target = re.search(r"\((\.L_x?_?\w+)\)", operands) if opcode == "BRA" else None
             if target and self._labels.get(target.group(1), address) < address:
                 first = self._labels[target.group(1)]
-                body = [o for a, o, _ in self.instructions if first <= a <= address]
-                loops.append(collections.Counter(o.split(".")[0] for o in body))
-        return min((loop for loop in loops if loop["HGMMA"]), key=lambda loop: loop.total())
+                loops.append([(o, p) for a, o, p in self.instructions if first <= a <= address])
+        multiplying = [loop for loop in loops if any(o.startswith("HGMMA") for o, _ in loop)]
+        return min(multiplying, key=len)
 
 
 def sass(function, *args) -> Sass:

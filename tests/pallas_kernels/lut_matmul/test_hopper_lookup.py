@@ -21,7 +21,7 @@ from pallas_kernels.lut_matmul.mosaic_gpu_layout import (
 )
 
 BITS = [2, 3, 4, 8]
-BASE = 4096
+BASE = 1 << 20
 
 
 def shared_memory(bits: int, table: np.ndarray) -> np.ndarray:
@@ -40,31 +40,56 @@ def prmt(a: int, b: int, selector: int) -> int:
     return sum(byte << 8 * i for i, byte in enumerate(picked))
 
 
-def run_ptx(asm: str, operands: list[int], shared: np.ndarray) -> list[int]:
-    """Runs the few instructions of the inline PTX on one thread."""
+def run_ptx(
+    asm: str, operands: list[int], shared: np.ndarray, words: np.ndarray | None = None
+) -> list[int]:
+    """Runs the few instructions of the inline PTX on one thread; ``words`` begin at address 0.
+
+    The registers before the transposition of matrices between lanes, if there is one.
+    """
     state: dict[str, int] = {f"${4 + i}": value for i, value in enumerate(operands)}
+    transposes = "movmatrix" in asm
 
     def value(name: str) -> int:
         name = name.strip()
         return state[name] if name in state else int(name, 0)
 
     def load(register: str, offset: int = 0) -> int:
-        address = value(register) - BASE + offset
+        address = value(register) + offset
         assert address % 4 == 0
-        return int(shared.flat[address // 4])
+        if address < BASE:
+            assert words is not None
+            return int(words[address // 4])
+        return int(shared.flat[(address - BASE) // 4])
 
+    def ld(rest: str) -> list:
+        *names, offset = (
+            re.findall(r"\$?\w+", rest)
+            if "+" in rest
+            else (
+                *re.findall(r"\$?\w+", rest),
+                "0",
+            )
+        )
+        return [*names, int(offset)]
+
+    moved: dict[str, str] = {}
     for statement in asm.replace("{\n", "").split(";"):
         statement = statement.strip()
         if not statement or statement.startswith(".reg") or statement == "}":
             continue
         op, rest = statement.split(" ", 1)
         if op == "ld.shared.v2.b32":
-            first, second, address = re.findall(r"\$\d|[ap]\d", rest)
-            state[first], state[second] = load(address), load(address, 4)
+            first, second, address, offset = ld(rest)
+            state[first], state[second] = load(address, offset), load(address, offset + 4)
             continue
         target, *sources = (part.strip() for part in rest.split(","))
         if op == "ld.shared.b32":
-            state[target] = load(sources[0].strip("[]"))
+            _, address, offset = ld(rest)
+            state[target] = load(address, offset)
+            continue
+        if op == "movmatrix.sync.aligned.m8n8.trans.b16":
+            moved[target] = sources[0]
             continue
         a, *others = (value(s) for s in sources)
         match op:
@@ -83,6 +108,8 @@ def run_ptx(asm: str, operands: list[int], shared: np.ndarray) -> list[int]:
                 state[target] = (a & others[0]) | others[1]
             case _:
                 raise AssertionError(f"unknown instruction {op}")
+    if transposes:
+        return [state[moved[f"${i}"]] for i in range(4)]
     return [state[f"${i}"] for i in range(4)]
 
 
@@ -134,3 +161,43 @@ def test_fragments_hold_the_transposed_weight(bits, dtype):
             expected = dense[128 * part : 128 * part + 128, 64 * tile : 64 * tile + 64].T
             used_n, used_k = max(0, min(64, 100 - 64 * tile)), max(0, min(128, 200 - 128 * part))
             np.testing.assert_array_equal(weight[:used_n, :used_k], expected[:used_n, :used_k])
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_transposed_ptx_reads_the_words_of_the_forward_kernel(bits):
+    half = 1
+    rng = np.random.default_rng(bits)
+    codes = rng.integers(0, 2**bits, (128, 64)).astype(np.uint8)
+    lut = rng.standard_normal((1, 2**bits, 1)).astype(np.float32)
+    planes = pack_fragments(pack(jnp.asarray(codes), bits), 128, 64)
+    shared = shared_memory(bits, np.asarray(lookup_table(jnp.asarray(lut), bits, jnp.bfloat16)))
+    flat = [np.asarray(plane).ravel() for plane in planes]
+    starts = [0, 4 * flat[0].size]
+    words = np.concatenate(flat)
+    places = mosaic_gpu_asm._PLACES[bits]
+    fragment = np.zeros((64, 64), np.uint16)
+    for warp in range(4):
+        for block in range(4):
+            asm, count = mosaic_gpu_asm._transposed_asm(bits, block)
+            registers = np.zeros((4, 8, 4, 2), np.uint16)  # register, g, t, v
+            for lane in range(32):
+                addresses = [
+                    start
+                    + 4 * lane * p.lane_words
+                    + 4 * (warp // 2 * p.odd_pair + warp % 2 * p.odd_warp + half * p.half_words)
+                    for start, p in zip(starts, places, strict=False)
+                ]
+                shifts = [warp % 2 * p.odd_bits + warp * p.warp_bits for p in places]
+                operands = [*addresses, *(shifts if count > len(places) else [])]
+                found = run_ptx(
+                    asm, [*operands, lane * (8 if bits == 2 else 4), BASE], shared, words
+                )
+                for q, value in enumerate(found):
+                    registers[q, lane // 4, lane % 4] = value & 0xFFFF, value >> 16
+            matrices = registers.reshape(4, 8, 8).swapaxes(1, 2)  # movmatrix
+            for q in range(4):  # register 2 c + r holds rows 8 r.. and columns 8 c..
+                c, r = divmod(q, 2)
+                rows = slice(16 * warp + 8 * r, 16 * warp + 8 * r + 8)
+                fragment[rows, 16 * block + 8 * c : 16 * block + 8 * c + 8] = matrices[q]
+    values = np.asarray(jnp.asarray(lut[0, :, 0], jnp.bfloat16)).view(np.uint16)
+    np.testing.assert_array_equal(fragment, values[codes[64 * half : 64 * half + 64]])

@@ -56,8 +56,15 @@ HOPPER_CASES = [
     Case(bits=3, dtype="float16"),
     Case(k=576, group_size=128, n=192),
     Case(bits=8, k=77, group_size=77, n=33, m=1, offsets=True),
-    Case(m=130, group_size=32, scale_dtype="bfloat16"),
     Case(k=768, group_size=384),
+    # many rows: scales multiply the weight, in its dtype or in float32
+    Case(m=130, group_size=32, scale_dtype="bfloat16"),
+    Case(m=70, k=300, n=200, bits=3, group_size=128, dtype="float16"),
+    Case(m=66, k=130, n=40, bits=8, group_size=16, offsets=True),
+    Case(transpose=True, m=3, k=300, n=200, group_size=64),
+    Case(transpose=True, m=130, bits=3, k=256, group_size=1024, scale_dtype="bfloat16"),
+    Case(transpose=True, bits=2, k=200, n=72, group_size=128, dtype="float16"),
+    Case(transpose=True, bits=8, k=384, group_size=384, offsets=True),
 ]
 
 
@@ -85,11 +92,9 @@ def test_matches_the_oracle(name, case):
 
 @pytest.mark.parametrize("case", HOPPER_CASES, ids=str)
 def test_hopper_kernel_matches_the_oracle(case):
+    interpretable("mosaic_gpu", case)
     data = make(case)
     with interpret_kernels():
-        reason = reason_against("mosaic_gpu", operands(data), case.static)
-        if reason is not None and "interpret mode" in reason:
-            pytest.skip(reason)
         y = lut_matmul(*operands(data), **case.static, implementation="mosaic_gpu")
     assert relative_error(y, oracle(case, data)) <= TOLERANCE[case.dtype]
 
@@ -122,9 +127,64 @@ def test_identity_reproduces_the_dense_weight_bit_for_bit(dtype, m_rows, offsets
     np.testing.assert_array_equal(y, weight)
 
 
-def test_two_runs_give_equal_bits():
+def interpretable(name: str, case: Case) -> None:
+    """Skips where this jax cannot interpret the kernel."""
+    with interpret_kernels():
+        reason = reason_against(name, operands(make(case)), case.static)
+    if reason is not None:
+        assert "interpret mode" in reason
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize(
+    "name,bits,dtype",
+    [
+        ("reference", 3, "float16"),
+        ("xla", 2, "bfloat16"),
+        ("xla", 4, "float32"),
+        ("pallas_triton", 3, "bfloat16"),
+        ("pallas_triton", 8, "float32"),
+        ("mosaic_gpu", 4, "bfloat16"),
+        ("mosaic_gpu", 2, "float16"),
+    ],
+)
+def test_identity_gives_the_weight_and_two_runs_give_equal_bits(name, bits, dtype, transpose):
+    case = Case(k=72, n=80, m=80 if transpose else 72, bits=bits, dtype=dtype, transpose=transpose)
+    interpretable(name, case)
+    data = make(case)
+    data["x"] = jnp.eye(case.m, dtype=dtype)
+    weight = reference.dequantize(
+        *operands(data)[1:], k=case.k, group_size=case.group_size, dtype=jnp.dtype(dtype)
+    )
+    with interpret_kernels():
+        y, again = (
+            lut_matmul(*operands(data), **case.static, implementation=name) for _ in range(2)
+        )
+    np.testing.assert_array_equal(y, weight.T if transpose else weight)
+    np.testing.assert_array_equal(y, again)
+
+
+def test_two_runs_of_the_tpu_kernel_give_equal_bits():
     case = Case(m=5, k=200, n=72, group_size=96, bits=3)
     np.testing.assert_array_equal(small_tpu(case), small_tpu(case))
+
+
+def test_few_rows_of_the_hopper_kernel_give_the_weight_and_equal_bits():
+    case = Case(m=40, k=40, n=72, bits=3, group_size=32)
+    interpretable("mosaic_gpu", case)
+    data = make(case)
+    data["x"] = jnp.eye(case.k, dtype=case.dtype)
+    weight = reference.dequantize(
+        *operands(data)[1:], k=case.k, group_size=case.group_size, dtype=jnp.bfloat16
+    )
+    with interpret_kernels():
+        y, again = (
+            lut_matmul(*operands(data), **case.static, implementation="mosaic_gpu")
+            for _ in range(2)
+        )
+    np.testing.assert_array_equal(y, weight)
+    np.testing.assert_array_equal(y, again)
 
 
 def test_a_kernel_of_another_platform_is_refused_with_the_way_out():

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from pallas_kernels import tune
-from pallas_kernels.lut_matmul import mosaic_gpu, tuning
+from pallas_kernels.lut_matmul import mosaic_gpu, mosaic_gpu_tile, tuning
 
 
 @pytest.fixture
@@ -38,23 +38,32 @@ def test_an_entry_serves_its_shape_and_the_rows_up_to_its_own(folder):
 
 
 def test_the_kernel_takes_the_tuned_configuration(folder):
-    tuning.save("mosaic_gpu", "NVIDIA H200", [entry(16, 3)])
+    tile = {"rows": 104, "tiles": 1, "stages": 3, "splits": 2, "cluster": 2}
+    tuning.save("mosaic_gpu", "NVIDIA H200", [entry(16, 3), {**entry(128, 1), "config": tile}])
     words = jax.ShapeDtypeStruct((64, 4, 256), "uint8")
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         problem = mosaic_gpu.make_problem(8, words, k=512, group_size=128)
         other = mosaic_gpu.make_problem(32, words, k=512, group_size=128)
+        many = mosaic_gpu.make_problem(100, words, k=512, group_size=128)
     assert problem.config.stages == 3 and problem.config.warpgroups == 2
+    assert many.config == mosaic_gpu_tile.Config(104, 1, 3, splits=2)
     assert other.config == mosaic_gpu.default_config(32, 4, n=256, k=512)
 
 
 @pytest.mark.parametrize("m", [1, 16, 64, 512])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_candidates_fit_shared_memory_and_divide_the_weight(m, bits):
-    for config in mosaic_gpu.candidates(m, bits, k=4096, n=4096)[1:]:
-        assert mosaic_gpu._fits(m, bits, config)
-        assert 4096 % (config.block_k * config.splits) == 0
+    found = mosaic_gpu.candidates(m, bits, k=4096, n=4096, group_size=128)
+    assert len(found) > 3 and len(set(found)) == len(found)
+    for config in found[1:]:
+        if isinstance(config, mosaic_gpu_tile.Config):
+            assert mosaic_gpu_tile._fits(bits, config)
+            assert 4096 % (mosaic_gpu.SLICE_K * config.splits) == 0
+        else:
+            assert mosaic_gpu._fits(m, bits, config)
+            assert 4096 % (config.block_k * config.splits) == 0
 
 
 def test_the_tuner_says_what_it_needs(capsys, monkeypatch):
@@ -83,5 +92,28 @@ def test_words_packed_once_serve_any_number_of_rows(bits, m, group_size):
     problem = mosaic_gpu.make_problem(m, words, k=5000, group_size=group_size, padded=sizes)
     config = problem.config
     assert (problem.padded_k, problem.padded_n) == sizes
+    if m > 64:
+        assert sizes[0] == mosaic_gpu.SLICE_K * config.splits * problem.steps
+        assert mosaic_gpu_tile._fits(bits, config)
+        return
     assert sizes[0] % (config.block_k * config.splits) == 0 and sizes[1] % config.block_n == 0
     assert mosaic_gpu._fits(m, bits, config)
+
+
+@pytest.mark.parametrize("m", [1, 16, 512])
+@pytest.mark.parametrize("group_size", [64, 128, 384, 5000])
+def test_transposed_blocks_hold_whole_groups_or_groups_whole_blocks(m, group_size):
+    words = jax.ShapeDtypeStruct((625, 4, 300), "uint8")
+    problem = mosaic_gpu.make_problem(m, words, k=5000, group_size=group_size, transpose=True)
+    assert (problem.contracted, problem.columns) == (384, 5120)
+    sizes = problem.group, problem.span
+    assert max(sizes) % min(sizes) == 0
+
+
+def test_more_rows_and_columns_never_cost_less():
+    def best(m, columns):
+        sizes = {"columns": columns, "contracted": 4096}
+        found = mosaic_gpu_tile.candidates(m, 4, group=128, transpose=False, **sizes)
+        return mosaic_gpu_tile.clocks(m, 4, found[0], **sizes)
+
+    assert best(128, 4096) <= best(512, 4096) <= best(512, 8192) <= best(4096, 8192)
