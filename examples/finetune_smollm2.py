@@ -14,7 +14,6 @@ from pydoc_data.topics import topics
 
 from lutjax.io import demo_model_path
 from train.finetune import FinetuneConfig, finetune
-from train.metrics import perplexity
 
 
 def write_topics(path: Path, names: list[str]) -> str:
@@ -53,8 +52,8 @@ def main() -> None:
             checkpoint_every=10,
         )
     )
-    for step, loss in sorted(result.evaluations.items()):
-        print(f"step {step}: held-out perplexity {perplexity(loss):.3f}")
+    for step, found in sorted(result.evaluations.items()):
+        print(f"step {step}: held-out perplexity {found['eval_perplexity']:.3f}")
 
 
 if __name__ == "__main__":

@@ -134,6 +134,6 @@ def _float32(adapter: dict[str, LowRankArray]) -> dict[str, LowRankArray]:
     return {
         path: dataclasses.replace(
             part, left=part.left.astype(jnp.float32), right=part.right.astype(jnp.float32)
-        )
+        ).astype(jnp.float32)
         for path, part in adapter.items()
     }

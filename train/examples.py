@@ -1,4 +1,4 @@
-"""Texts and conversations as tokens, of which some are learnt, packed into rows of one length."""
+"""Records as tokens and what to predict from them, packed into rows of one length."""
 
 from __future__ import annotations
 
@@ -16,16 +16,21 @@ from lutjax.io import Tokenizer
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
+NOTHING = -1
+"""The target of a token that nothing is predicted from."""
+
+
 class Example(NamedTuple):
     """A tokenised text.
 
     Attributes:
       tokens: `int32[n]`.
-      learnt: `bool[n]`, which of them the model learns to predict.
+      targets: `int32[n]`, what the model learns to predict at each token: the next one, the class
+        of the text, or `NOTHING`.
     """
 
     tokens: np.ndarray
-    learnt: np.ndarray
+    targets: np.ndarray
 
 
 def read_records(source: str) -> list[dict[str, Any]]:
@@ -110,11 +115,69 @@ def _encode_spans(
 ) -> Example:
     """Tokens, learnt where they begin within one of the spans of characters."""
     encoding = tokenizer.backend.encode(text, add_special_tokens=special)
+    tokens = np.asarray(encoding.ids, np.int32)
     starts = np.asarray([start for start, _ in encoding.offsets], np.int64)
     learnt = np.zeros(len(starts), bool)
     for begin, end in spans:
         learnt |= (starts >= begin) & (starts < (len(text) if end is None else end))
-    return Example(np.asarray(encoding.ids, np.int32), learnt)
+    following = np.append(np.where(learnt, tokens, NOTHING)[1:], NOTHING)
+    return Example(tokens, following.astype(np.int32))
+
+
+def classes_of(records: Iterable[Mapping[str, Any]], field: str) -> tuple[Any, ...]:
+    """The different labels, in order.
+
+    Raises:
+      ValueError: If a record has none, or there are fewer than two.
+
+    >>> classes_of([{"label": 1}, {"label": 0}, {"label": 1}], "label")
+    (0, 1)
+    """
+    labels = {_field(record, field) for record in records}
+    if len(labels) < 2:
+        raise ValueError(f"all records have the {field} {labels.pop()!r}; two are needed at least")
+    return tuple(sorted(labels))
+
+
+def encode_labelled(
+    record: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    length: int,
+    *,
+    fields: Sequence[str],
+    label: str,
+    classes: Sequence[Any],
+) -> Example:
+    """Tokenises a record whose class is predicted at its last token.
+
+    Args:
+      record: Has the fields.
+      tokenizer: Of the model.
+      length: Tokens to keep, from the first.
+      fields: Texts, joined by a line break.
+      label: The field of the class.
+      classes: Those that there are.
+
+    Raises:
+      ValueError: If a field is missing, the text is empty or the class is unknown.
+    """
+    text = "\n".join(_field(record, field) for field in fields)
+    tokens = np.asarray(tokenizer.backend.encode(text).ids[:length], np.int32)
+    if not len(tokens):
+        raise ValueError(f"a record's {', '.join(fields)} has no token to predict {label!r} from")
+    if record[label] not in classes:
+        raise ValueError(
+            f"a record has the {label} {record[label]!r}; the training data has {list(classes)}"
+        )
+    targets = np.full(len(tokens), NOTHING, np.int32)
+    targets[-1] = classes.index(record[label])
+    return Example(tokens, targets)
+
+
+def _field(record: Mapping[str, Any], field: str) -> Any:
+    if record.get(field) is None:
+        raise ValueError(f"a record has the fields {sorted(record)}, and no {field!r}")
+    return record[field]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,12 +187,12 @@ class Rows:
     Attributes:
       tokens: `int32[R, T]`, 0 where there is no text.
       segments: `int32[R, T]`, the number of the text within its row from 1, 0 for none.
-      learnt: `bool[R, T]`, tokens to predict from those before them in their text.
+      targets: `int32[R, T]`, what to predict at each token, or `NOTHING`.
     """
 
     tokens: np.ndarray
     segments: np.ndarray
-    learnt: np.ndarray
+    targets: np.ndarray
 
     def __len__(self) -> int:
         """The number of rows, R."""
@@ -137,13 +200,13 @@ class Rows:
 
     def take(self, index: Any) -> Rows:
         """Some of the rows."""
-        return Rows(self.tokens[index], self.segments[index], self.learnt[index])
+        return Rows(self.tokens[index], self.segments[index], self.targets[index])
 
     @property
     def fingerprint(self) -> str:
         """Hash of everything: a resumed run must have the same."""
         digest = hashlib.sha256()
-        for array in (self.tokens, self.segments, self.learnt):
+        for array in (self.tokens, self.segments, self.targets):
             digest.update(array.tobytes())
         return digest.hexdigest()[:16]
 
@@ -162,14 +225,14 @@ class Rows:
 def cut(examples: Iterable[Example], length: int) -> list[Example]:
     """Cuts examples into pieces of at most `length` tokens; those without a target are left out.
 
-    >>> [len(e.tokens) for e in cut([Example(np.arange(5), np.ones(5, bool))], 2)]
+    >>> [len(e.tokens) for e in cut([Example(np.arange(5), np.array([1, 2, 3, 4, -1]))], 2)]
     [2, 2]
     """
     pieces = []
-    for tokens, learnt in examples:
+    for tokens, targets in examples:
         for start in range(0, len(tokens), length):
-            piece = Example(tokens[start : start + length], learnt[start : start + length])
-            if piece.learnt[1:].any():
+            piece = Example(tokens[start : start + length], targets[start : start + length])
+            if (piece.targets != NOTHING).any():
                 pieces.append(piece)
     return pieces
 
@@ -184,11 +247,11 @@ def pack(examples: Sequence[Example], length: int) -> Rows:
     Raises:
       ValueError: If there is no example, or one is too long.
 
-    >>> pack([Example(np.array([7, 8]), np.array([True, True]))] * 3, 5).segments.tolist()
+    >>> pack([Example(np.array([7, 8]), np.array([8, -1]))] * 3, 5).segments.tolist()
     [[1, 1, 2, 2, 0], [1, 1, 0, 0, 0]]
     """
     if not examples:
-        raise ValueError("there is no example with a token to learn")
+        raise ValueError("there is no example with something to learn")
     rows: list[list[int]] = []
     room: dict[int, list[int]] = {}  # rows by their free tokens
     sizes: list[int] = []  # its keys, ascending
@@ -215,7 +278,7 @@ def pack(examples: Sequence[Example], length: int) -> Rows:
     packed = Rows(
         np.zeros((len(rows), length), np.int32),
         np.zeros((len(rows), length), np.int32),
-        np.zeros((len(rows), length), bool),
+        np.full((len(rows), length), NOTHING, np.int32),
     )
     for r, members in enumerate(rows):
         start = 0
@@ -223,34 +286,32 @@ def pack(examples: Sequence[Example], length: int) -> Rows:
             span = slice(start, start + len(examples[i].tokens))
             packed.tokens[r, span] = examples[i].tokens
             packed.segments[r, span] = number
-            packed.learnt[r, span] = examples[i].learnt
-            packed.learnt[r, start] = False  # nothing comes before it
+            packed.targets[r, span] = examples[i].targets
             start = span.stop
     return packed
 
 
-def load_rows(
-    source: str, tokenizer: Tokenizer, length: int, held_out: float = 0.0
+def split_rows(
+    examples: Sequence[Example], length: int, held_out: float = 0.0, *, source: str = "the data"
 ) -> tuple[Rows, Rows | None]:
-    """Reads, tokenises, cuts and packs; the last part of the examples may be held out.
+    """Packs examples; the last part of them may be held out.
 
     Args:
-      source: See :func:`read_records`.
-      tokenizer: Of the model.
+      examples: Of at most `length` tokens each.
       length: Tokens of a row.
       held_out: Share of the examples that are not for training.
+      source: What errors call them.
 
     Returns:
       The rows for training, and those held out (None without).
 
     Raises:
-      ValueError: If there is too little text.
+      ValueError: If there are too few examples.
     """
-    pieces = cut((encode_record(record, tokenizer) for record in read_records(source)), length)
-    count = len(pieces) - max(1, round(held_out * len(pieces))) if held_out else len(pieces)
+    count = len(examples) - max(1, round(held_out * len(examples))) if held_out else len(examples)
     if count < 1:
         raise ValueError(
-            f"{source} gives {len(pieces)} examples of at most {length} tokens with something to "
+            f"{source} gives {len(examples)} examples of at most {length} tokens with something to "
             "learn; use more text or shorter sequences"
         )
-    return pack(pieces[:count], length), pack(pieces[count:], length) if held_out else None
+    return pack(examples[:count], length), pack(examples[count:], length) if held_out else None

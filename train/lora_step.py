@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32
 
 from lutjax.adapters import lora
 from lutjax.arrays import LowRankArray
+from lutjax.models import Decoder
 
 
 class Batch(NamedTuple):
@@ -22,24 +23,50 @@ class Batch(NamedTuple):
     Attributes:
       tokens: `int32[A, B, T]`.
       segments: `int32[A, B, T]`, see `Decoder`.
-      learnt: `bool[A, B, T]`, tokens to predict.
+      targets: `int32[A, B, T]`, what to predict at each token, negative for nothing.
     """
 
     tokens: Int32[Array, "a b t"]
     segments: Int32[Array, "a b t"]
-    learnt: Bool[Array, "a b t"]
+    targets: Int32[Array, "a b t"]
 
 
-class TrainState(NamedTuple):
-    """What training changes; the base is not among it.
+class Trained(NamedTuple):
+    """What is trained.
 
     Attributes:
       adapter: Low-rank parts by parameter path, in float32.
-      optimizer: The optimiser's state.
+      head: `float32[D, C]`, from the last hidden state to the scores of classes; None for a
+        language model.
     """
 
     adapter: dict[str, LowRankArray]
+    head: Float32[Array, "d c"] | None = None
+
+
+class TrainState(NamedTuple):
+    """What training changes; the base is not among it."""
+
+    trained: Trained
     optimizer: Any
+
+
+class Sums(NamedTuple):
+    """Sums over the tokens at which something is predicted.
+
+    Attributes:
+      loss: Cross-entropy in nats.
+      targets: Number of these tokens.
+      correct: Those of which the likeliest prediction is right.
+    """
+
+    loss: Float32[Array, ""]
+    targets: Float32[Array, ""]
+    correct: Float32[Array, ""]
+
+
+Objective = Callable[[Trained, Any, Batch], Sums]
+"""(trained, base, one part of a batch) -> sums."""
 
 
 class Step(NamedTuple):
@@ -47,85 +74,137 @@ class Step(NamedTuple):
 
     Attributes:
       update: (state, base, batch) -> (state, metrics); the state is donated.
-      evaluate: (adapter, base, batch) -> (summed loss in nats, number of tokens).
+      evaluate: (trained, base, batch) -> sums.
     """
 
     update: Callable[..., tuple[TrainState, dict[str, Array]]]
-    evaluate: Callable[..., tuple[Array, Array]]
+    evaluate: Callable[..., Sums]
+
+
+def next_token(apply_fn: Callable[..., Any]) -> Objective:
+    """The objective of a language model.
+
+    Args:
+      apply_fn: The lifted `Decoder.apply`.
+    """
+
+    def objective(trained: Trained, base: Any, part: Batch) -> Sums:
+        params = lora.attach(base, trained.adapter)
+        logits = apply_fn({"params": params}, part.tokens, segments=part.segments)
+        return _sums(logits, part.targets)
+
+    return objective
+
+
+def classification(hidden_fn: Callable[..., Any]) -> Objective:
+    """The objective of a classifier, whose head has no bias.
+
+    Args:
+      hidden_fn: The lifted function that :func:`hidden_states` gives.
+    """
+
+    def objective(trained: Trained, base: Any, part: Batch) -> Sums:
+        params = lora.attach(base, trained.adapter)
+        hidden = hidden_fn({"params": params}, part.tokens, segments=part.segments)
+        return _sums(hidden.astype(jnp.float32) @ trained.head, part.targets)
+
+    return objective
+
+
+def hidden_states(model: Decoder) -> Callable[..., Float[Array, "b t d"]]:
+    """``model.apply`` up to the normalised last hidden state, without the head over the vocabulary.
+
+    Under ``jit``, the head is not computed.
+    """
+
+    def apply(variables: Any, tokens: Array, *, segments: Array) -> Float[Array, "b t d"]:
+        _, captured = model.apply(
+            variables,
+            tokens,
+            segments=segments,
+            capture_intermediates=lambda module, _: module.name == "norm",
+            mutable=["intermediates"],
+        )
+        return captured["intermediates"]["norm"]["__call__"][0]
+
+    return apply
 
 
 def make_step(
-    apply_fn: Callable[..., Any],
+    objective: Objective,
     optimizer: optax.GradientTransformation,
     mesh: Mesh | None = None,
 ) -> Step:
     """The functions of a run.
 
-    The loss is the mean over all learnt tokens of the batch, however they are spread over parts
-    and devices. With a mesh, each device of its axis ``data`` runs its own rows (so kernels see
-    local arrays) and the gradients of the adapter, which are small, are summed.
+    The loss is the mean over all targets of the batch, however they are spread over parts and
+    devices. With a mesh, each device of its axis ``data`` runs its own rows (so kernels see local
+    arrays) and the gradients of what is trained, which are small, are summed.
 
     Args:
-      apply_fn: The lifted `Decoder.apply`.
-      optimizer: Of the adapter.
+      objective: :func:`next_token` or :func:`classification`.
+      optimizer: Of what is trained.
       mesh: With an axis ``data``; other axes are left to the compiler.
     """
 
-    def summed_loss(adapter: Any, base: Any, part: Batch) -> Array:
-        params = lora.attach(base, adapter)
-        logits = apply_fn({"params": params}, part.tokens, segments=part.segments)[:, :-1]
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, part.tokens[:, 1:])
-        return jnp.where(part.learnt[:, 1:], losses, 0.0).sum()
+    def loss_and_sums(trained: Trained, base: Any, part: Batch) -> tuple[Array, Sums]:
+        sums = objective(trained, base, part)
+        return sums.loss, sums
 
-    def gradients(adapter: Any, base: Any, batch: Batch) -> Any:
-        """Sums over the parts of the batch of the loss and its gradient."""
-        whole = jax.value_and_grad(summed_loss)
-        if batch.tokens.shape[0] == 1:
-            return whole(adapter, base, jax.tree.map(lambda a: a[0], batch))
+    def gradients(trained: Trained, base: Any, batch: Batch) -> tuple[Any, Sums]:
+        """Sums over the parts of the batch."""
+        whole = jax.grad(loss_and_sums, has_aux=True)
+        return _over_parts(lambda part: whole(trained, base, part), batch)
 
-        def add(total: Any, part: Batch) -> Any:
-            return jax.tree.map(jnp.add, total, whole(adapter, base, part)), None
-
-        zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(whole, adapter, base, _first(batch)))
-        return jax.lax.scan(add, zero, batch)[0]
-
-    def losses(adapter: Any, base: Any, batch: Batch) -> Array:
-        return jax.lax.map(lambda part: summed_loss(adapter, base, part), batch).sum()
+    def sums(trained: Trained, base: Any, batch: Batch) -> Sums:
+        return _over_parts(lambda part: objective(trained, base, part), batch)
 
     if mesh is not None:
-        gradients, losses = (_over_data(fn, mesh) for fn in (gradients, losses))
+        gradients, sums = (_over_data(fn, mesh) for fn in (gradients, sums))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, base: Any, batch: Batch) -> Any:
-        count = _count(batch)
-        loss, gradient = gradients(state.adapter, base, batch)
+        gradient, (loss, count, _) = gradients(state.trained, base, batch)
         gradient = jax.tree.map(lambda g: g / count, gradient)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.adapter)
-        adapter = optax.apply_updates(state.adapter, updates)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trained)
+        trained = optax.apply_updates(state.trained, updates)
         metrics = {"loss": loss / count, "gradient_norm": optax.tree.norm(gradient)}
-        return TrainState(adapter, optimizer_state), metrics
+        return TrainState(trained, optimizer_state), metrics
 
-    @jax.jit
-    def evaluate(adapter: Any, base: Any, batch: Batch) -> Any:
-        return losses(adapter, base, batch), _count(batch)
-
-    return Step(update, evaluate)
+    return Step(update, jax.jit(sums))
 
 
-def _count(batch: Batch) -> Float32[Array, ""]:
-    return batch.learnt[..., 1:].sum().astype(jnp.float32)
+def _sums(scores: Float[Array, "b t c"], targets: Int32[Array, "b t"]) -> Sums:
+    real = targets >= 0
+    wanted = jnp.where(real, targets, 0)
+    losses = optax.softmax_cross_entropy_with_integer_labels(scores, wanted)
+    correct = real & (jnp.argmax(scores, axis=-1) == wanted)
+    return Sums(
+        jnp.where(real, losses, 0.0).sum(),
+        real.sum().astype(jnp.float32),
+        correct.sum().astype(jnp.float32),
+    )
 
 
-def _first(batch: Batch) -> Batch:
-    return jax.tree.map(lambda a: a[0], batch)
+def _over_parts(fn: Callable[[Batch], Any], batch: Batch) -> Any:
+    """The sum of ``fn(part)``, one part after the other."""
+    first = jax.tree.map(lambda a: a[0], batch)
+    if batch.tokens.shape[0] == 1:
+        return fn(first)
+
+    def add(total: Any, part: Batch) -> Any:
+        return jax.tree.map(jnp.add, total, fn(part)), None
+
+    zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(fn, first))
+    return jax.lax.scan(add, zero, batch)[0]
 
 
 def _over_data(fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """Runs ``fn(adapter, base, batch)`` on each device's rows and sums what it returns."""
+    """Runs ``fn(trained, base, batch)`` on each device's rows and sums what it returns."""
     replicated, rows = PartitionSpec(), PartitionSpec(None, "data")
 
-    def local(adapter: Any, base: Any, batch: Batch) -> Any:
-        return jax.lax.psum(fn(adapter, base, batch), "data")
+    def local(trained: Any, base: Any, batch: Batch) -> Any:
+        return jax.lax.psum(fn(trained, base, batch), "data")
 
     return jax.shard_map(
         local,

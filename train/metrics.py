@@ -74,6 +74,13 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file at once: whoever reads it sees the old text or the new one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def _keep_until(path: Path, last: int) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -83,9 +90,7 @@ def _keep_until(path: Path, last: int) -> None:
             continue
         if record["step"] <= last:
             kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(path, "".join(kept))
 
 
 def _tensorboard(directory: Path) -> Any:

@@ -5,7 +5,7 @@ from lutjax.io.compress import compress_checkpoint
 from lutjax.io.compressed import CompressedCheckpoint, open_compressed, read_params, save
 from lutjax.io.demo import demo_model_path
 from lutjax.io.load import load, load_params, load_tokenizer, open_checkpoint
-from lutjax.io.peft import load_peft, save_peft
+from lutjax.io.peft import load_peft, load_peft_head, save_peft
 from lutjax.io.tokenizer import TextStream, Tokenizer
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "load",
     "load_params",
     "load_peft",
+    "load_peft_head",
     "load_tokenizer",
     "open_checkpoint",
     "open_compressed",

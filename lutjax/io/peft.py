@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from jaxtyping import Array, Float
 
 from lutjax.arrays import LowRankArray
 from lutjax.io.names import checkpoint_name, parameter_path
@@ -27,6 +28,7 @@ from lutjax.io.safetensors import SafetensorsReader, read_json
 CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
+_HEAD = _PREFIX + "score.weight"
 _TENSOR = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 
 # Options under which the formula above is not what PEFT computes.
@@ -40,6 +42,7 @@ def save_peft(
     base_model: str | None = None,
     alpha: float | None = None,
     rslora: bool = False,
+    head: Float[Array, "d c"] | None = None,
 ) -> None:
     """Writes an adapter that `peft.PeftModel.from_pretrained` loads.
 
@@ -54,6 +57,8 @@ def save_peft(
       alpha: PEFT's `lora_alpha`; by default such that the scale is 1. Only the division of the
         product between B and the scale depends on it.
       rslora: whether the scale is alpha / sqrt(r) instead of alpha / r.
+      head: `float[D, C]`, the trained head of a classifier of C classes, as in transformers'
+        `AutoModelForSequenceClassification`.
 
     Raises:
       FileExistsError: if something is at `directory`.
@@ -77,9 +82,11 @@ def save_peft(
         for name, factor in (("A", left.T), ("B", right.T / np.float32(scale))):
             values = np.ascontiguousarray(factor).astype(dtype)
             tensors[f"{_PREFIX}{module}.lora_{name}.weight"] = values
+    if head is not None:
+        tensors[_HEAD] = np.ascontiguousarray(np.asarray(head).T)
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if head is None else "SEQ_CLS",
         "base_model_name_or_path": base_model,
         "r": rank,
         "lora_alpha": alpha,
@@ -90,7 +97,7 @@ def save_peft(
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
-        "modules_to_save": None,
+        "modules_to_save": None if head is None else ["score"],
         "inference_mode": True,
     }
     with new_directory(directory) as temporary:
@@ -109,7 +116,7 @@ def load_peft(directory: str | Path, *, dtype: Any = None) -> dict[str, LowRankA
 
     Returns:
       Low-rank parts by parameter path, the scale folded into `right`; put them on a model with
-      `lutjax.adapters.lora.attach`.
+      `lutjax.adapters.lora.attach`. The head of a classifier is for `load_peft_head`.
 
     Raises:
       FileNotFoundError: if a file is missing.
@@ -127,6 +134,8 @@ def load_peft(directory: str | Path, *, dtype: Any = None) -> dict[str, LowRankA
     reader = SafetensorsReader.open_file(directory / TENSORS_NAME)
     factors: dict[str, dict[str, np.ndarray]] = {}
     for name in reader.infos:
+        if name == _HEAD:
+            continue
         match = _TENSOR.fullmatch(name)
         if match is None:
             raise ValueError(
@@ -142,6 +151,25 @@ def load_peft(directory: str | Path, *, dtype: Any = None) -> dict[str, LowRankA
         _path(module, directory): _low_rank(module, pair, config, dtype, directory)
         for module, pair in factors.items()
     }
+
+
+def load_peft_head(directory: str | Path) -> Float[Array, "d c"]:
+    """Reads the head of a classifier that was saved with its adapter.
+
+    Args:
+      directory: as in :func:`load_peft`.
+
+    Returns:
+      `float[D, C]`.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    file = Path(directory) / TENSORS_NAME
+    reader = SafetensorsReader.open_file(file)
+    if _HEAD not in reader.infos:
+        raise ValueError(f"{file} has no {_HEAD!r}: it is no adapter of a classifier")
+    return jnp.asarray(np.ascontiguousarray(reader.read(_HEAD).T))
 
 
 def _module(path: str, part: LowRankArray) -> str:
@@ -214,7 +242,7 @@ def _refuse_unsupported(config: Mapping[str, Any], source: Path) -> None:
             raise ValueError(f"{source}: {field}={config[field]!r} is not plain LoRA")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{source}: bias={config['bias']!r}; only 'none' is read")
-    if config.get("modules_to_save"):
+    if config.get("modules_to_save") not in (None, [], ["score"]):
         raise ValueError(
             f"{source}: modules_to_save={config['modules_to_save']!r}: whole modules are not read"
         )

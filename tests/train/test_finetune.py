@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -19,13 +20,20 @@ import pytest
 
 import lutjax
 from lutjax.adapters import lora
-from lutjax.io import load_peft
+from lutjax.io import load_peft, load_peft_head
 from lutjax.models import DecoderConfig
 from lutjax.paths import named_leaves
 from tests.lutjax.tiny_checkpoint import assert_same_bits, dense_params, write_hf
 from train.finetune import FinetuneConfig, finetune, main
-from train.lora_step import Batch, TrainState, make_step
-from train.metrics import read_metrics
+from train.lora_step import (
+    Batch,
+    Trained,
+    TrainState,
+    hidden_states,
+    make_step,
+    next_token,
+)
+from train.metrics import MetricsWriter, read_metrics
 
 CONFIG = DecoderConfig(
     vocab_size=39,
@@ -86,8 +94,9 @@ def random_batch(parts: int) -> Batch:
     shape = (parts, 4 // parts, 9)
     segments = np.broadcast_to(np.array([1] * 4 + [2] * 3 + [0] * 2), shape)
     learnt = (rng.random(shape) < 0.7) & (segments > 0)
-    tokens = rng.integers(0, CONFIG.vocab_size, shape)
-    return Batch(jnp.asarray(tokens, jnp.int32), jnp.asarray(segments, jnp.int32), learnt)
+    tokens, targets = (rng.integers(0, CONFIG.vocab_size, shape) for _ in range(2))
+    arrays = (tokens, segments, np.where(learnt, targets, -1))
+    return Batch(*(jnp.asarray(a, jnp.int32) for a in arrays))
 
 
 def random_adapter(base, rank=2):
@@ -109,16 +118,17 @@ def test_gradients_are_those_of_the_dense_model_projected(config):
 
     def loss(params):
         logits = model.apply({"params": params}, batch.tokens[0], segments=batch.segments[0])
-        log_p = jax.nn.log_softmax(logits[:, :-1])
-        chosen = jnp.take_along_axis(log_p, batch.tokens[0, :, 1:, None], axis=-1)[..., 0]
-        learnt = batch.learnt[0, :, 1:]
-        return -(chosen * learnt).sum() / learnt.sum()
+        log_p = jax.nn.log_softmax(logits)
+        targets = batch.targets[0]
+        chosen = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+        return -jnp.where(targets >= 0, chosen, 0).sum() / (targets >= 0).sum()
 
     expected_loss, gradient = jax.jit(jax.value_and_grad(loss))(dense)
     # SGD at rate 1 shows the gradient as the change of the adapter.
     optimizer = optax.sgd(1.0)
-    step = make_step(lutjax.lift(model.apply, strict=True), optimizer)
-    state = TrainState(adapter, optimizer.init(adapter))
+    step = make_step(next_token(lutjax.lift(model.apply, strict=True)), optimizer)
+    trained = Trained(adapter)
+    state = TrainState(trained, optimizer.init(trained))
     state, metrics = step.update(jax.tree.map(jnp.copy, state), base, batch)
     np.testing.assert_allclose(metrics["loss"], expected_loss, rtol=1e-5)
     for path, part in adapter.items():
@@ -127,28 +137,30 @@ def test_gradients_are_those_of_the_dense_model_projected(config):
         scale = np.abs(dw).max()
         # float32 sums in another order, relative to the largest entry.
         np.testing.assert_allclose(
-            part.left - state.adapter[path].left, dw @ right.T, atol=1e-4 * scale
+            part.left - state.trained.adapter[path].left, dw @ right.T, atol=1e-4 * scale
         )
         np.testing.assert_allclose(
-            part.right - state.adapter[path].right, left.T @ dw, atol=1e-4 * scale
+            part.right - state.trained.adapter[path].right, left.T @ dw, atol=1e-4 * scale
         )
 
     halves = Batch(*(a.reshape(2, 2, 9) for a in batch))
     parts, metrics = step.update(
-        TrainState(jax.tree.map(jnp.copy, adapter), optimizer.init(adapter)), base, halves
+        TrainState(jax.tree.map(jnp.copy, trained), optimizer.init(trained)), base, halves
     )
     np.testing.assert_allclose(metrics["loss"], expected_loss, rtol=1e-5)
     for path in adapter:
-        np.testing.assert_allclose(parts.adapter[path].right, state.adapter[path].right, atol=1e-5)
+        np.testing.assert_allclose(
+            parts.trained.adapter[path].right, state.trained.adapter[path].right, atol=1e-5
+        )
 
 
 def test_only_the_adapter_is_differentiated_and_returned(config):
     model, params, _ = lutjax.load(config.model)
-    adapter = random_adapter(params)
-    step = make_step(lutjax.lift(model.apply, strict=True), optax.sgd(1.0))
-    state = TrainState(adapter, optax.sgd(1.0).init(adapter))
+    trained = Trained(random_adapter(params))
+    step = make_step(next_token(lutjax.lift(model.apply, strict=True)), optax.sgd(1.0))
+    state = TrainState(trained, optax.sgd(1.0).init(trained))
     traced = step.update.trace(state, params, random_batch(1))
-    assert jax.tree.structure(traced.out_info[0].adapter) == jax.tree.structure(adapter)
+    assert jax.tree.structure(traced.out_info[0].trained) == jax.tree.structure(trained)
     kernels = {leaf.shape for path, leaf in named_leaves(params) if path.endswith("_proj/kernel")}
     assert not kernels & set(_product_shapes(traced.jaxpr.jaxpr))
 
@@ -167,13 +179,13 @@ def _product_shapes(jaxpr):
 
 def test_qlora_learns_and_leaves_the_base_alone(qlora_run):
     config, result = qlora_run
-    assert result.evaluations[24] < result.evaluations[0] - 0.3
+    assert result.evaluations[24]["eval_loss"] < result.evaluations[0]["eval_loss"] - 0.3
     assert len(result.losses) == 24
     quantized = lutjax.quantize(lutjax.load(config.model)[1], bits=4, group_size=16)
     assert_same_bits(result.start.base, quantized)
     records = read_metrics(config.output)
     assert [r["step"] for r in records] == list(range(25))
-    assert records[-1]["eval_loss"] == result.evaluations[24]
+    assert records[-1]["eval_loss"] == result.evaluations[24]["eval_loss"]
     assert records[1]["learning_rate"] < records[3]["learning_rate"] > records[-1]["learning_rate"]
 
 
@@ -182,12 +194,12 @@ def test_results_load_again(qlora_run):
     _, params, _ = lutjax.load(config.output / "model")
     assert_same_bits(params, result.params)
     adapter = load_peft(config.output / "adapter")
-    assert_same_bits(adapter, jax.tree.map(np.asarray, result.adapter))
+    assert_same_bits(adapter, jax.tree.map(np.asarray, result.trained.adapter))
     # It started at zero, so that the adapter is the delta for the original as well.
     assert not (config.output / "delta_adapter").exists()
     again = finetune(config, quiet=True)
     assert again.losses == {}
-    assert_same_bits(again.adapter, result.adapter)
+    assert_same_bits(again.trained.adapter, result.trained.adapter)
 
 
 def run_command(config: FinetuneConfig) -> list[str]:
@@ -221,7 +233,7 @@ def test_a_killed_run_resumes_to_the_same_bits(qlora_run):
     assert 1 < first <= reached + 1
     assert first > reached - config.checkpoint_every  # at most one interval is lost
     assert resumed.losses == {n: loss for n, loss in result.losses.items() if n >= first}
-    assert_same_bits(resumed.adapter, result.adapter)
+    assert_same_bits(resumed.trained.adapter, result.trained.adapter)
     assert losses_of(config) == losses_of(whole)
 
 
@@ -244,7 +256,7 @@ def test_lq_lora_writes_a_delta_for_the_original(config):
     delta = load_peft(config.output / "delta_adapter")
     for path, part in delta.items():
         assert part.rank == 8
-        change = result.adapter[path].materialize() - initial[path].materialize()
+        change = result.trained.adapter[path].materialize() - initial[path].materialize()
         np.testing.assert_allclose(part.materialize(), change, atol=1e-5)
         assert np.abs(change).max() > 1e-3
     # A decomposed checkpoint goes on with its own low-rank parts.
@@ -256,7 +268,7 @@ def test_lq_lora_writes_a_delta_for_the_original(config):
         output=config.output / "more",
     )
     continued = finetune(more, quiet=True)
-    assert_same_bits(continued.start.adapter, result.adapter)
+    assert_same_bits(continued.start.adapter, result.trained.adapter)
     with pytest.raises(ValueError, match="needs a dense model"):
         finetune(dataclasses.replace(more, method="qlora", output=config.output / "x"), quiet=True)
 
@@ -289,6 +301,96 @@ def test_two_by_two_devices_train_alike(qlora_run):
     np.testing.assert_allclose(found, list(expected.losses.values()), rtol=1e-5)
 
 
+def test_tensorboard_gets_the_numbers_if_it_is_installed(tmp_path, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, directory):
+            written.append(directory)
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def close(self):
+            written.append("closed")
+
+    module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "tensorboardX", module)
+    with MetricsWriter(tmp_path, 0, quiet=True) as writer:
+        writer.write({"step": 3, "loss": 2.5})
+    assert written == [str(tmp_path / "tensorboard"), ("loss", 2.5, 3), "closed"]
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)  # not installed
+    with MetricsWriter(tmp_path, 3, quiet=True) as writer:
+        writer.write({"step": 4, "loss": 2.0})
+    assert len(written) == 3
+    assert [r["step"] for r in read_metrics(tmp_path)] == [3, 4]
+
+
+@pytest.fixture(scope="module")
+def classifier_run(config):
+    """Which of two words does a text have? In bfloat16, with remat, and a part at a time."""
+    directory = Path(config.model).parent
+    rng = np.random.default_rng(1)
+    lines = ["sentence,other,label"]
+    for i in range(120):
+        word = ("alpha", "beta")[i % 2]
+        others = " ".join(rng.choice(["the", "of"], 2))
+        lines.append(f"{others} {word},{rng.choice(['the', 'of'])},{('good', 'bad')[i % 2]}")
+    data = directory / "labelled.csv"
+    data.write_text("\n".join(lines) + "\n")
+    config = dataclasses.replace(
+        config,
+        task="classification",
+        data=str(data),
+        text_fields=("sentence", "other"),
+        method="qlora",
+        output=directory / "classifier",
+        sequence_length=48,
+        accumulate=2,
+        steps=60,
+        eval_every=60,
+        checkpoint_every=30,
+        eval_fraction=0.2,
+        dtype="bfloat16",
+        remat=True,
+    )
+    jax.config.update("jax_disable_most_optimizations", True)
+    with jax.numpy_dtype_promotion("standard"):
+        return config, finetune(config, quiet=True)
+
+
+def test_a_classifier_learns(classifier_run):
+    config, result = classifier_run
+    assert result.classes == ("bad", "good")
+    before, after = result.evaluations[0], result.evaluations[60]
+    np.testing.assert_allclose(before["eval_loss"], np.log(2), rtol=1e-6)  # the head starts at zero
+    assert after["eval_accuracy"] > 0.95
+    assert read_metrics(config.output)[-1]["eval_accuracy"] == after["eval_accuracy"]
+
+
+def test_a_classifier_resumes_and_loads_again(classifier_run):
+    config, result = classifier_run
+    again = finetune(config, quiet=True)
+    assert again.losses == {}
+    assert_same_bits(again.trained, result.trained)
+    np.testing.assert_array_equal(load_peft_head(config.output / "adapter"), result.trained.head)
+    assert set(load_peft(config.output / "adapter")) == set(result.trained.adapter)
+    assert json.loads((config.output / "classes.json").read_text()) == ["bad", "good"]
+    with pytest.raises(ValueError, match=r"cannot resume.*classes: "):
+        changed = Path(config.data).with_name("other.csv")
+        changed.write_text(Path(config.data).read_text().replace("good", "fine"))
+        finetune(dataclasses.replace(config, data=str(changed)), quiet=True)
+
+
+def test_classes_are_predicted_from_the_last_hidden_state(config):
+    """The head's product with the normalised state, from logits of a model whose head it is."""
+    model, params, _ = lutjax.load(config.model)
+    hidden = hidden_states(model)({"params": params}, jnp.array([[1, 2, 3]]), segments=None)
+    logits = model.apply({"params": params}, jnp.array([[1, 2, 3]]))
+    # float32 sums in another order.
+    np.testing.assert_allclose(hidden @ params["lm_head"]["kernel"], logits, atol=1e-5)
+
+
 def test_resuming_another_configuration_is_refused(qlora_run):
     config, _ = qlora_run
     with pytest.raises(ValueError, match=r"cannot resume.*learning_rate: 0.02 in the checkpoint"):
@@ -300,6 +402,7 @@ def test_resuming_another_configuration_is_refused(qlora_run):
     [
         ({"batch_size": 6, "accumulate": 4}, "batch_size=6 does not split into accumulate=4"),
         ({"rank": 0}, "rank=0 must be at least 1"),
+        ({"task": "regression"}, "task='regression' is unknown; use language or classification"),
         ({"method": "dora"}, "method='dora' is unknown; use one of lora, qlora"),
         ({"eval_fraction": 1.0}, "eval_fraction=1.0"),
         ({"checkpoint_every": 0}, "checkpoint_every=0"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import datasets
 import numpy as np
 import pytest
 import tokenizers
@@ -12,7 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lutjax.io import Tokenizer
-from train.examples import Example, cut, encode_record, load_rows, pack, read_records
+from train.examples import (
+    NOTHING,
+    Example,
+    classes_of,
+    cut,
+    encode_labelled,
+    encode_record,
+    pack,
+    read_records,
+    split_rows,
+)
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
@@ -33,7 +44,9 @@ def tokenizer() -> Tokenizer:
 
 
 def learnt_text(example: Example, tokenizer: Tokenizer) -> str:
-    return tokenizer.decode(example.tokens[example.learnt].tolist(), skip_special_tokens=False)
+    return tokenizer.decode(
+        example.targets[example.targets != NOTHING].tolist(), skip_special_tokens=False
+    )
 
 
 def test_the_answers_of_a_chat_are_learnt(tokenizer):
@@ -52,7 +65,8 @@ def test_the_answers_of_a_chat_are_learnt(tokenizer):
 def test_completions_and_texts(tokenizer):
     record = {"prompt": "a b", "completion": " c"}
     assert learnt_text(encode_record(record, tokenizer), tokenizer) == " c<|end|>"
-    assert learnt_text(encode_record({"text": "a b"}, tokenizer), tokenizer) == "a b<|end|>"
+    text = encode_record({"text": "a b"}, tokenizer)
+    assert learnt_text(text, tokenizer) == " b<|end|>"  # nothing comes before its first token
     with pytest.raises(ValueError, match=r"fields \['body'\]"):
         encode_record({"body": "a"}, tokenizer)
 
@@ -69,7 +83,7 @@ def test_a_template_that_rewrites_the_past_is_refused(tokenizer):
 @given(st.lists(st.integers(2, 12), min_size=1, max_size=30))
 def test_packing_keeps_every_example_whole(sizes):
     examples = [
-        Example(np.arange(n, dtype=np.int32) + 100 * i, np.arange(n) % 2 == 0)
+        Example(np.arange(n, dtype=np.int32) + 100 * i, np.where(np.arange(n) % 2, 7, NOTHING))
         for i, n in enumerate(sizes)
     ]
     rows = pack(examples, 12)
@@ -79,33 +93,75 @@ def test_packing_keeps_every_example_whole(sizes):
         assert (np.diff(np.flatnonzero(segments)) == 1).all()  # padding at the end only
         for number in range(1, segments.max() + 1):
             where = segments == number
-            tokens, learnt = rows.tokens[row][where], rows.learnt[row][where]
+            tokens, targets = rows.tokens[row][where], rows.targets[row][where]
             i = tokens[0] // 100
             np.testing.assert_array_equal(tokens, examples[i].tokens)
-            assert not learnt[0]
-            np.testing.assert_array_equal(learnt[1:], examples[i].learnt[1:])
+            np.testing.assert_array_equal(targets, examples[i].targets)
             found[i] = True
     assert len(found) == len(sizes)
-    assert not rows.learnt[rows.segments == 0].any()
+    assert (rows.targets[rows.segments == 0] == NOTHING).all()
     # Any two rows together hold more than one row could.
     used = np.sort((rows.segments > 0).sum(axis=1))
     assert len(used) < 2 or used[0] + used[1] > 12
 
 
 def test_cutting_drops_pieces_without_a_target():
-    learnt = np.array([False] * 4 + [True, True, True, False, True])
-    pieces = cut([Example(np.arange(9), learnt)], 4)
-    assert [p.tokens.tolist() for p in pieces] == [[4, 5, 6, 7]]  # [8] has nothing before it
+    targets = np.array([NOTHING] * 4 + [5, 6, NOTHING, 8, NOTHING])
+    pieces = cut([Example(np.arange(9), targets)], 4)
+    assert [p.tokens.tolist() for p in pieces] == [[4, 5, 6, 7]]  # nothing comes after [8]
+    assert pieces[0].targets.tolist() == [5, 6, NOTHING, 8]  # the last from the piece it ends
 
 
 def test_every_epoch_has_all_rows_in_an_order_of_its_own():
-    rows = pack([Example(np.full(4, i), np.ones(4, bool)) for i in range(6)], 4)
+    rows = pack([Example(np.full(4, i), np.full(4, i)) for i in range(6)], 4)
     seen = np.concatenate([rows.batch(0, step, 4).tokens[:, 0] for step in range(3)])
     first, second = seen[:6], seen[6:]
     assert sorted(first) == sorted(second) == list(range(6))
     assert list(first) != list(second)
     np.testing.assert_array_equal(rows.batch(0, 1, 4).tokens, rows.batch(0, 1, 4).tokens)
     assert rows.fingerprint != rows.take(slice(1, None)).fingerprint
+
+
+def test_a_class_is_predicted_at_the_last_token(tokenizer):
+    records = [{"a": "x", "b": "yes", "kind": "no"}, {"a": "zz", "b": "", "kind": "even"}]
+    classes = classes_of(records, "kind")
+    assert classes == ("even", "no")
+
+    def encode(record, length=9):
+        fields = ("a", "b")
+        return encode_labelled(
+            record, tokenizer, length, fields=fields, label="kind", classes=classes
+        )
+
+    example = encode(records[0])
+    assert tokenizer.decode(example.tokens.tolist()) == "x\nyes"
+    assert example.targets.tolist() == [NOTHING] * 4 + [1]
+    assert encode(records[1], 2).targets.tolist() == [NOTHING, 0]
+    for record, message in [
+        ({"a": "x", "kind": "no"}, "no 'b'"),
+        ({"a": "x", "b": "y", "kind": "odd"}, r"the kind 'odd'; the training data has \['even'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            encode(record)
+    with pytest.raises(ValueError, match="all records have the kind 'no'"):
+        classes_of(records[:1], "kind")
+
+
+def test_formats_and_the_hub(tmp_path):
+    """All formats give the same records; a hub name is what `load_dataset` makes of it."""
+    records = [{"text": f"number {i}", "label": i % 2} for i in range(3)]
+    dataset = datasets.Dataset.from_list(records)
+    (tmp_path / "repository").mkdir()
+    paths = {name: tmp_path / f"data.{name}" for name in ("json", "csv", "parquet")}
+    paths["json"].write_text(json.dumps(records))
+    dataset.to_csv(paths["csv"])
+    dataset.to_parquet(paths["parquet"])
+    dataset.to_parquet(tmp_path / "repository" / "train-0.parquet")
+    dataset.select([0]).to_parquet(tmp_path / "repository" / "validation-0.parquet")
+    for path in paths.values():
+        assert read_records(str(path)) == records
+    assert read_records(str(tmp_path / "repository")) == records
+    assert read_records(f"{tmp_path / 'repository'}::validation") == records[:1]
 
 
 def test_files(tmp_path, tokenizer):
@@ -116,12 +172,12 @@ def test_files(tmp_path, tokenizer):
     plain.write_text("abc\n" * 30)
     assert read_records(str(plain)) == [{"text": "abc\n" * 30}]
     assert read_records(str(path)) == records
-    rows, held_out = load_rows(str(path), tokenizer, 32, 0.1)
+    rows, held_out = split_rows([encode_record(r, tokenizer) for r in records], 32, 0.1)
     assert held_out is not None
     assert sum(r.segments.max(axis=1).sum() for r in (rows, held_out)) == 20
     assert held_out.segments.max(axis=1).sum() == 2
     with pytest.raises(FileNotFoundError, match=r"missing.jsonl does not exist"):
         read_records(str(tmp_path / "missing.jsonl"))
-    (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(ValueError, match="gives 0 examples"):
-        load_rows(str(tmp_path / "empty.txt"), dataclasses.replace(tokenizer, eos_token=None), 8)
+    empty = encode_record({"text": ""}, dataclasses.replace(tokenizer, eos_token=None))
+    with pytest.raises(ValueError, match=r"empty\.txt gives 0 examples"):
+        split_rows(cut([empty], 8), 8, source="empty.txt")

@@ -14,7 +14,14 @@ import safetensors.numpy
 from lutjax import lift, quantize
 from lutjax.adapters import lora
 from lutjax.arrays import DenseArray, LowRankArray, ProductArray, SumArray, is_compressed
-from lutjax.io import load_peft, open_compressed, read_params, save, save_peft
+from lutjax.io import (
+    load_peft,
+    load_peft_head,
+    open_compressed,
+    read_params,
+    save,
+    save_peft,
+)
 from lutjax.io.checkpoint import nest
 from lutjax.models import Decoder, DecoderConfig
 from tests.lutjax.tiny_checkpoint import assert_same_bits, dense_params, write_hf
@@ -94,6 +101,20 @@ def test_bfloat16_factors_stay_bfloat16(tmp_path):
     assert found.left.dtype == jnp.bfloat16
     np.testing.assert_array_equal(found.right, adapter[Q].right)  # the scale is 1 by default
     assert load_peft(tmp_path / "a", dtype=jnp.float32)[Q].left.dtype == jnp.float32
+
+
+def test_the_head_of_a_classifier(tmp_path):
+    adapter, head = random_adapter({Q: 4}), jnp.arange(96, dtype=jnp.float32).reshape(32, 3)
+    save_peft(tmp_path / "a", adapter, head=head)
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert (config["task_type"], config["modules_to_save"]) == ("SEQ_CLS", ["score"])
+    tensors = safetensors.numpy.load_file(tmp_path / "a/adapter_model.safetensors")
+    np.testing.assert_array_equal(tensors["base_model.model.score.weight"], head.T)
+    np.testing.assert_array_equal(load_peft_head(tmp_path / "a"), head)
+    assert set(load_peft(tmp_path / "a")) == {Q}
+    save_peft(tmp_path / "b", adapter)
+    with pytest.raises(ValueError, match="no adapter of a classifier"):
+        load_peft_head(tmp_path / "b")
 
 
 def test_patterns_written_by_peft_are_obeyed(tmp_path):
@@ -314,3 +335,30 @@ def test_peft_gives_the_same_logits(tmp_path, params):
     back = load_peft(tmp_path / "again")
     again = apply({"params": lora.attach(params, back)}, jnp.asarray(tokens, jnp.int32))
     np.testing.assert_allclose(again, expected, atol=1e-3)
+
+
+@pytest.mark.outside
+@pytest.mark.filterwarnings("ignore")  # of the other libraries
+def test_peft_gives_the_same_classes(tmp_path, params):
+    """The scores of transformers' classifier with our adapter and head."""
+    peft = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from train.lora_step import hidden_states
+
+    write_hf(tmp_path / "base", CONFIG, dense_params(CONFIG))
+    adapter = lora.stack(random_adapter(every_kernel(4)), weights=(20,))
+    head = jnp.asarray(np.random.default_rng(0).normal(size=(32, 3)), jnp.float32)
+    save_peft(tmp_path / "adapter", adapter, base_model=str(tmp_path / "base"), head=head)
+    tokens = np.arange(8)[None]
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=3
+    )
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
+    expected = theirs(torch.tensor(tokens)).logits.detach().numpy()
+    hidden = lift(hidden_states(Decoder(CONFIG)))(
+        {"params": lora.attach(params, adapter)},
+        jnp.asarray(tokens, jnp.int32),
+        segments=jnp.ones((1, 8), jnp.int32),
+    )
+    np.testing.assert_allclose(hidden[:, -1] @ head, expected, atol=1e-3)
