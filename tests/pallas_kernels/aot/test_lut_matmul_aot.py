@@ -45,38 +45,55 @@ BUNDLES = {
 }
 
 
-@pytest.mark.parametrize("target,bits", BUNDLES, ids=lambda v: str(v))
-def test_tpu_bundles_per_1024_codes(target, bits):
-    compilers.need_tpu()
-    x, words, scales, lut = shapes(16, bits, 128)
+def tpu_product(target, *, m=16, bits=4, group=128, **kind):
+    """The kernel on prepacked operands, their shapes, and the codes of a tile."""
+    x, words, scales, lut = shapes(m, bits, group, **kind)
+    transpose = kind.get("transpose", False)
     with compilers.abstract(target):
-        problem = mosaic_tpu.make_problem(x, words, lut, k=K, group_size=128, transpose=False)
+        problem = mosaic_tpu.make_problem(x, words, lut, k=K, group_size=group, transpose=transpose)
         packed = jax.eval_shape(
             lambda w, s, t: mosaic_tpu.prepack(w, s, t, problem=problem), words, scales, lut
         )
-    count = compilers.bundles(
-        target, lambda x, p: mosaic_tpu.apply(x, p, problem, k=K, n=N), x, packed
-    )
-    codes = problem.config.block_k * problem.config.block_n
+    tile = problem.config.block_k * problem.config.block_n
+    return lambda x, p: mosaic_tpu.apply(x, p, problem, k=K, n=N), (x, packed), tile
+
+
+@pytest.mark.parametrize("target,bits", BUNDLES, ids=lambda v: str(v))
+def test_tpu_bundles_per_1024_codes(target, bits):
+    compilers.need_tpu()
+    function, operands, codes = tpu_product(target, bits=bits)
+    count = compilers.bundles(target, function, *operands)
     assert count / (codes / 1024) <= BUNDLES[target, bits]
 
 
 @pytest.mark.parametrize("target", ["v5e", "v6e", "tpu7x"])
 @pytest.mark.parametrize(
     "kind",
-    [{}, {"transpose": True}, {"per_channel": True}, {"dtype": jnp.float32}, {"m": 512}],
-    ids=["decode", "transposed", "channel", "float32", "prefill"],
+    [
+        {"transpose": True},
+        {"per_channel": True},
+        {"dtype": jnp.float32},
+        {"m": 512, "group": 64},
+        {"bits": 8},
+    ],
+    ids=["transposed", "channel", "float32", "prefill", "8bits"],
 )
 def test_tpu_kernels_compile(target, kind):
     compilers.need_tpu()
-    kind = {"m": 16, "bits": 4, "group": 64, **kind}
-    transpose = kind.get("transpose", False)
+    function, operands, _ = tpu_product(target, **kind)
+    compilers.compile_for(target, function, *operands)
+
+
+def test_tpu_kernel_compiles_through_the_public_function():
+    compilers.need_tpu()
+    k, n = 1000, 500
     compilers.compile_for(
-        target,
-        lambda *a: lut_matmul(
-            *a, k=K, group_size=64, transpose=transpose, implementation="mosaic_tpu"
-        ),
-        *shapes(**kind),
+        "v6e",
+        lambda *a: lut_matmul(*a, k=k, group_size=64, implementation="mosaic_tpu"),
+        S((16, k), jnp.bfloat16),
+        S((k // 8, 3, n), jnp.uint8),
+        S((-(-k // 64), n), jnp.float32),
+        S((1, 8, 1), jnp.float32),
     )
 
 
