@@ -29,9 +29,10 @@ _PREFERENCE = {
 }
 _OTHER_PLATFORMS = ("xla", "reference")
 
-# Rows of x from which a GPU dequantises tiles and multiplies them as dense matrices: the dense
-# product is then bound by arithmetic. An estimate; no kernel was timed yet.
-_DENSE_ROWS = 1024
+# Rows of x from which a GPU dequantises tiles of canonical words and multiplies them as dense
+# matrices. Estimated for K = N = 4096 from instruction counts, as no kernel was timed yet: Triton
+# dequantises anew for each 64 rows, 6.5 us; XLA once, 16 us, and then multiplies in 11 us.
+_DENSE_ROWS = 256
 
 # From here on the transposed native kernel, which backward passes use, loses to a dense product of
 # dequantised tiles: 11.1 against 5.5 ms of processor time at M = 512, 2.7 against 2.0 at 128.

@@ -30,7 +30,7 @@ class PackedWeight:
     Attributes:
       planes: Packed codes in the implementation's layout (canonical words for those without one).
       scales: ``[ceil(K / G), N]``.
-      table: ``float32[T, 2**bits, p]``.
+      table: ``float32[T, 2**bits, p]``, or the implementation's form of it.
       offsets: Like ``scales``, or None.
       implementation: Whose layout it is.
       k: The number of rows K.
@@ -100,6 +100,7 @@ def prepack(
         raise NotImplementedError(f"implementation {implementation!r} cannot run this: {reason}")
     planes: tuple = (words,)
     padded: tuple = ()
+    table = lut
     if implementation == "mosaic_tpu":
         from pallas_kernels.lut_matmul import mosaic_tpu
 
@@ -113,12 +114,12 @@ def prepack(
         from pallas_kernels.lut_matmul import mosaic_gpu
 
         gpu_problem = mosaic_gpu.make_problem(16, words, k=k, group_size=group_size)
-        planes = mosaic_gpu.prepack(words, lut, gpu_problem, dtype)[0]
+        planes, table = mosaic_gpu.prepack(words, lut, gpu_problem, dtype)
         padded = (gpu_problem.padded_k, gpu_problem.padded_n)
     return PackedWeight(
         planes=planes,
         scales=scales,
-        table=lut,
+        table=table,
         offsets=offsets,
         implementation=implementation,
         k=k,
@@ -182,12 +183,11 @@ def _apply(x: jax.Array, weight: PackedWeight, interpret: Any) -> jax.Array:
         from pallas_kernels.lut_matmul import mosaic_gpu
 
         gpu_problem = mosaic_gpu.make_problem(x.shape[0], words, **static, padded=weight.padded[:2])
-        table = mosaic_gpu.lookup_table(weight.table, weight.bits, x.dtype)
         y = mosaic_gpu.apply(
             x,
             weight.planes,
             weight.scales,
-            table,
+            weight.table,
             gpu_problem,
             out_dtype=x.dtype if weight.offsets is None else jnp.float32,
             interpret=interpret,

@@ -19,13 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.layout import BLOCK, unpack
-from pallas_kernels.lut_matmul import reference
+from pallas_kernels.lut_matmul import dispatch, reference
 
 MAX_FOLDED_ROWS = 2
 """Rows of activations up to which a table per row costs less than dequantising (measured)."""
 
 _TILE = 1 << 20
 """Weights dequantised at a time: 4 MB, about a last-level cache's share of one core."""
+
+_TILE_ACCELERATOR = 1 << 25
+"""The same on a GPU or TPU: 64 MB in bfloat16; every round of the loop costs launches there."""
 
 _LOOKUPS = 1 << 19
 """Looked-up values held at a time when the activations are folded into the table."""
@@ -113,7 +116,8 @@ def _tiled(x, words, scales, lut, offsets, *, k, group_size, transpose):
 def _tile_rows(n: int, p: int) -> int:
     """Rows of a tile: whole blocks of codes."""
     block = BLOCK * p
-    return max(_TILE // n // block, 1) * block
+    weights = _TILE if dispatch.compiling_for("cpu") else _TILE_ACCELERATOR
+    return max(weights // n // block, 1) * block
 
 
 def _dot(x, weight, transpose):

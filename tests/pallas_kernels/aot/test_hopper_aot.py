@@ -6,6 +6,7 @@ Nothing runs here: "compiles", never "runs" or "fast".
 from __future__ import annotations
 
 import functools
+import re
 
 import compilers
 import jax
@@ -146,3 +147,24 @@ def test_a_kernel_with_too_much_shared_memory_does_not_compile():
             S((4 * K // 128, N), jnp.float32),
             table,
         )
+
+
+@pytest.mark.parametrize("m", [16, 512])
+def test_bias_and_low_rank_terms_are_added_in_one_pass_after_the_kernel(m):
+    compilers.need_gpu()
+    x, words, scales, lut = shapes(m, 4, 128)
+    pack = functools.partial(prepack, k=K, group_size=128, implementation="mosaic_gpu")
+    with compilers.abstract("h200"):
+        weight = jax.eval_shape(pack, words, scales, lut)
+
+    def product(x, weight, left, right, bias):
+        return packed_matmul(x, weight) + (x @ left) @ right + bias[None]
+
+    factors = (S((K, 32), x.dtype), S((32, N), x.dtype), S((N,), x.dtype))
+    compiled, _ = compilers.compile_for("h200", product, x, weight, *factors)
+    text = compiled.as_text()
+    lines = text[text.index("ENTRY") :].splitlines()
+    (kernel,) = (line.split()[0] for line in lines if "mosaic_gpu" in line)
+    users = [line for line in lines if re.search(re.escape(kernel) + r"\b", line.split("=", 1)[-1])]
+    assert len(users) == 1 and users[0].strip().startswith("ROOT") and " fusion(" in users[0]
+    assert re.search(r"%bias\b|%bias\.\d", users[0]) is not None
