@@ -66,6 +66,7 @@ def prepare(
     recipe: lutjax.Recipe,
     targets: tuple[str, ...],
     key: jax.Array,
+    rounds: int | None = None,
     peft: str | None = None,
 ) -> Start:
     """Compresses the base and makes the adapter, as the method says.
@@ -81,6 +82,7 @@ def prepare(
       targets: Globs of the matrices that get an adapter, for ``lora`` and ``qlora``; the others
         give one to every matrix that the recipe quantises.
       key: For random factors.
+      rounds: Of the decomposition, see :func:`lutjax.decompose`.
       peft: Directory of a PEFT adapter to go on with, for ``lora`` and ``qlora``.
 
     Raises:
@@ -100,7 +102,9 @@ def prepare(
         if peft is not None:
             raise ValueError(f"method={method!r} makes its own adapter; leave out the PEFT one")
         name: Any = {"lq-lora": "lq", "loftq": "loftq"}[method]
-        params = decompose(start.base, recipe, rank=rank, method=name, key=key, progress=True)
+        params = decompose(
+            start.base, recipe, rank=rank, method=name, rounds=rounds, key=key, progress=True
+        )
         base, adapter = lora.detach(params)
         return dataclasses.replace(start, base=base, adapter=_float32(adapter))
     adapter = start.adapter

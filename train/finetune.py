@@ -163,6 +163,7 @@ def _start(config: FinetuneConfig) -> Start:
         recipe=config.rules(),
         targets=config.targets,
         key=jax.random.key(config.seed),
+        rounds=config.rounds,
         peft=config.adapter,
     )
     if config.method != "lora":

@@ -47,6 +47,8 @@ class FinetuneConfig:
     """Bits of a code of the quantised base."""
     group_size: int = 64
     """Weights that share a scale."""
+    rounds: int | None = None
+    """Most rounds of lq-lora and loftq, by default 100 and 5; the first few gain the most."""
     recipe: Path | None = None
     """JSON file with a rule for each matrix, instead of the two above; see lutjax allocate."""
     adapter: str | None = None
