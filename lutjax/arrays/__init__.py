@@ -7,6 +7,7 @@ from lutjax.arrays.gated import GatedArray
 from lutjax.arrays.low_rank import LowRankArray
 from lutjax.arrays.lut_array import LutArray
 from lutjax.arrays.product_array import ProductArray
+from lutjax.arrays.row_dense_array import RowDenseArray
 from lutjax.arrays.row_lut_array import RowLutArray
 from lutjax.arrays.scales import DoubleQuant, QuantizedScales, quantize_scales
 from lutjax.arrays.sharding import shardings_like
@@ -25,6 +26,7 @@ __all__ = [
     "MatrixView",
     "ProductArray",
     "QuantizedScales",
+    "RowDenseArray",
     "RowLutArray",
     "SumArray",
     "WrapperArray",

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 from lutjax.arrays.base import CompressedArray
 from lutjax.arrays.dense_array import DenseArray
 from lutjax.arrays.lut_array import LutArray
+from lutjax.arrays.row_dense_array import RowDenseArray
 from lutjax.arrays.row_lut_array import RowLutArray
 from lutjax.arrays.split import Split, is_partitioned_automatically
 from lutjax.arrays.sum_array import SumArray
@@ -33,7 +34,8 @@ class GatedArray(CompressedArray):
 
     The threshold is data: another one needs no compilation. With few rows of ``x`` (decoding) the
     rows of ``W`` that meet only zeros are skipped: of a dense or lookup-table weight on a CPU, of a
-    dense or row-packed one (:class:`RowLutArray`) on a GPU.
+    dense or row-packed one (:class:`RowLutArray`) on a GPU, of one that is packed by rows
+    (:class:`RowDenseArray`, :class:`RowLutArray`) on a TPU.
 
     The gate belongs to the product over K. The dense form (:meth:`materialize`), the transposed
     product and lookups are those of the weight inside. The gradient of ``x`` is zero where ``x``
@@ -174,17 +176,31 @@ class GatedArray(CompressedArray):
 
 
 def _product(inner: CompressedArray, x: jax.Array, thresholds: jax.Array) -> jax.Array:
+    if isinstance(inner, SumArray):
+        parts = [_product(part, x, thresholds) for part in inner.parts]
+        return functools.reduce(operator.add, parts)
+    rows = _rows(inner)
+    if rows is not None:
+        return sparse_matmul(x, rows, thresholds)
+    small = jnp.abs(x).astype(jnp.float32) <= thresholds
+    return inner.matmul(jnp.where(small, jnp.zeros((), x.dtype), x))
+
+
+def _rows(inner: CompressedArray) -> Any:
+    """The weight as the sparse product takes it; None if masking is all that can be done.
+
+    A compiler that splits the work over devices would gather the weight for a kernel or a loop.
+    """
+    if any(map(is_partitioned_automatically, jax.tree.leaves(inner))):
+        return None
     match inner:
-        case DenseArray() if not is_partitioned_automatically(inner.matrix):
-            return sparse_matmul(x, inner.matrix, thresholds)
-        case LutArray() if inner.vector_size == 1 and not is_partitioned_automatically(inner.words):
-            return sparse_matmul(x, inner.block_codes(), thresholds)
+        case DenseArray():
+            return inner.matrix
+        case RowDenseArray():
+            return inner.blocks
         case RowLutArray():
-            return sparse_matmul(x, inner.row_codes(), thresholds)
-        case SumArray():
-            return functools.reduce(
-                operator.add, [_product(part, x, thresholds) for part in inner.parts]
-            )
+            return inner.row_codes()
+        case LutArray() if inner.vector_size == 1:
+            return inner.block_codes()
         case _:
-            small = jnp.abs(x).astype(jnp.float32) <= thresholds
-            return inner.matmul(jnp.where(small, jnp.zeros((), x.dtype), x))
+            return None

@@ -10,8 +10,10 @@ import numpy as np
 
 from lutjax.arrays import (
     CompressedArray,
+    DenseArray,
     GatedArray,
     LutArray,
+    RowDenseArray,
     RowLutArray,
     SumArray,
     is_compressed,
@@ -19,6 +21,8 @@ from lutjax.arrays import (
 from lutjax.calibrate.activations import projections, row_norms
 from lutjax.paths import near_misses, path_string
 from lutjax.sparsity.plan import SparsityPlan
+
+_TPU_LANES = 128
 
 
 def sparsify(params: Any, plan: SparsityPlan) -> Any:
@@ -77,25 +81,28 @@ def sparsify(params: Any, plan: SparsityPlan) -> Any:
     return jax.tree_util.tree_map_with_path(gate, params, is_leaf=is_compressed)
 
 
-def prepack(params: Any, lanes: int | None = None) -> Any:
-    """Repacks gated lookup-table weights so that decoding reads live rows only.
+def prepack(params: Any, lanes: int) -> Any:
+    """Repacks gated weights so that decoding on a GPU or TPU reads live rows only.
 
     A pure change of layout, for the running program: the canonical packing keeps eight rows
-    together. Dense weights need none.
+    together, and so do the tiles of a TPU. A CPU reads single rows of the canonical layout.
 
     Args:
       params: Parameters from :func:`sparsify`.
-      lanes: See :meth:`lutjax.arrays.RowLutArray.of`: None for CPU, 32 for GPU, 128 for TPU.
+      lanes: Columns that lie together: 32 for a GPU, 128 for a TPU.
 
     Returns:
-      The parameters with :class:`lutjax.arrays.RowLutArray` inside the gates; arrays that cannot be
-      repacked stay as they are.
+      The parameters with :class:`lutjax.arrays.RowLutArray` and, for a TPU,
+      :class:`lutjax.arrays.RowDenseArray` inside the gates; weights that cannot be repacked stay as
+      they are.
     """
 
     def repack(weight: CompressedArray) -> CompressedArray:
         match weight:
             case LutArray() if weight.vector_size == 1:
                 return RowLutArray.of(weight, lanes)
+            case DenseArray() if lanes == _TPU_LANES and weight.matrix_shape[1] % lanes == 0:
+                return RowDenseArray.of(weight, lanes)
             case SumArray():
                 return SumArray(tuple(map(repack, weight.parts)))
             case _:

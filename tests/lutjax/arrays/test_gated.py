@@ -6,9 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import lutjax
-from lutjax.arrays import DenseArray, GatedArray, LowRankArray, MatrixView, RowLutArray, SumArray
+from lutjax.arrays import (
+    DenseArray,
+    GatedArray,
+    LowRankArray,
+    MatrixView,
+    RowDenseArray,
+    RowLutArray,
+    SumArray,
+)
+from lutjax.arrays.sharding import part_specs
+from lutjax.sparsity import prepack
 
 K, N = 64, 24
 
@@ -141,6 +152,34 @@ def test_row_layout_is_the_same_weight(bits):
         np.testing.assert_array_equal(rows.materialize(), array.materialize())
         x = jax.random.normal(jax.random.key(1), (2, 3, 40))
         np.testing.assert_allclose(rows.matmul(x), array.matmul(x), rtol=1e-4, atol=1e-4)
+
+
+def test_row_layout_of_dense_weights_runs_the_tpu_kernel():
+    """On a TPU the kernel can copy single rows of this layout, and of no other dense one."""
+    w = jax.random.normal(jax.random.key(0), (2, K, 256))
+    gated = GatedArray.of(DenseArray.of(w, 1), np.array([0.3, 0.9]))
+    rows = prepack({"kernel": gated}, lanes=128)["kernel"]
+    assert rows.inner.blocks.shape == (2, K, 2, 128) and rows.shape == w.shape
+    np.testing.assert_array_equal(rows.materialize(), w)
+    x = jax.random.normal(jax.random.key(1), (2, 1, K))
+    np.testing.assert_allclose(rows.matmul(x), gated.matmul(x), rtol=1e-5, atol=1e-5)
+    y = jax.random.normal(jax.random.key(2), (2, 1, 256))
+    np.testing.assert_allclose(
+        rows.matmul_transposed(y), gated.matmul_transposed(y), rtol=1e-5, atol=1e-5
+    )
+    kernels = [
+        jax.jit(lambda w, x: w.matmul(x)).trace(jax.tree.map(lambda a: a[0], array), x[0])
+        .lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call")
+        for array in (gated, rows)
+    ]  # fmt: skip
+    assert kernels == [0, 1]
+    assert part_specs(rows, P(None, "data", "model"), {"data": 2, "model": 2}).inner.blocks == P(
+        None, "data", "model", None
+    )
+    with pytest.raises(ValueError, match="2 blocks of columns do not split into 4"):
+        part_specs(rows, P(None, None, "model"), {"model": 4})
+    with pytest.raises(ValueError, match=r"N=24 of DenseArray.* no multiple of lanes=128"):
+        RowDenseArray.of(DenseArray.of(weight()), 128)
 
 
 @pytest.mark.parametrize("spec", [("model", None), (None, "model")])

@@ -266,7 +266,7 @@ def test_phases(setting, quantiles):
 def test_prepacked_rows_are_the_same_program(setting, quantiles):
     compressed = lutjax.quantize(setting.params, bits=4, group_size=16)
     gated = sparsify(compressed, plan_uniform(setting.params, quantiles, 0.5))
-    packed = prepack(gated)
+    packed = prepack(gated, lanes=32)
     kernel = packed["layers"]["1"]["mlp"]["down_proj"]["kernel"]
     assert isinstance(kernel.inner, RowLutArray)
     run = jax.jit(lutjax.lift(setting.run, strict=True))

@@ -1,0 +1,98 @@
+"""A dense weight in the layout that activation sparsity needs on a TPU: every row on its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lutjax.arrays.base import CompressedArray, format_bytes
+from lutjax.arrays.dense_array import DenseArray
+from lutjax.arrays.split import Split, typed_entries
+from lutjax.arrays.view import MATRIX, MatrixView
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["blocks"], meta_fields=["dtype", "view"]
+)
+@dataclasses.dataclass(frozen=True)
+class RowDenseArray(CompressedArray):
+    """The matrix of a :class:`DenseArray` with its columns in blocks, so that a row is contiguous.
+
+    A TPU stores the last two axes in tiles, which would mix the rows of ``[K, N]``. A layout for
+    the running program, made at load time by :func:`lutjax.sparsity.prepack`.
+
+    Attributes:
+      blocks: ``[*batch, K, N / L, L]``.
+      dtype: Dtype of the weight this stands for.
+      view: How the logical axes map onto ``[K, N]``.
+
+    >>> RowDenseArray.of(DenseArray.of(jnp.eye(4)), lanes=2).blocks.shape
+    (4, 2, 2)
+    """
+
+    blocks: Float[Array, "*batch k blocks l"]
+    dtype: np.dtype
+    view: MatrixView = MATRIX
+
+    @classmethod
+    def of(cls, array: DenseArray, lanes: int) -> Self:
+        """Blocks of ``lanes`` columns, which must divide N."""
+        *lead, n = array.matrix.shape
+        if n % lanes:
+            raise ValueError(f"N={n} of {array!r} is no multiple of lanes={lanes}")
+        return cls(array.matrix.reshape(*lead, n // lanes, lanes), array.dtype, array.view)
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The leading axes."""
+        return tuple(self.blocks.shape[:-3])
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """K and N."""
+        return self.blocks.shape[-3], self.blocks.shape[-2] * self.blocks.shape[-1]
+
+    def materialize_matrix(self) -> Float[Array, "*batch k n"]:
+        """The matrix, in :attr:`dtype`."""
+        return self.blocks.reshape(*self.batch_shape, *self.matrix_shape).astype(self.dtype)
+
+    def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
+        """``x @ W`` in the dtype of ``x``."""
+        return x @ self.materialize_matrix().astype(x.dtype)
+
+    def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
+        """``x @ W.T`` in the dtype of ``x``."""
+        return x @ jnp.swapaxes(self.materialize_matrix(), -1, -2).astype(x.dtype)
+
+    def split_specs(self, split: Split) -> Any:
+        """Split by rows anywhere, and by columns at whole blocks."""
+        blocks, shards = self.blocks.shape[-2], split.shards(split.n)
+        if blocks % shards:
+            raise ValueError(f"its {blocks} blocks of columns do not split into {shards}")
+        return dataclasses.replace(self, blocks=split.spec(split.k, split.n, None))
+
+    def typed_spec(self) -> tuple[tuple[Any, ...], Any, Any]:
+        """The explicit mesh axes over which batch axes, K and N are split."""
+        *batch, k, n, _ = typed_entries(self.blocks)
+        return tuple(batch), k, n
+
+    def with_view(self, view: MatrixView) -> Self:
+        """The same matrix under another view."""
+        return dataclasses.replace(self, view=view)
+
+    def astype(self, dtype: Any) -> Self:
+        """The same matrix standing for a weight of another dtype."""
+        return dataclasses.replace(self, dtype=np.dtype(dtype))
+
+    def __repr__(self) -> str:
+        """Shape, dtype and bytes; never the array."""
+        try:
+            return f"RowDenseArray(shape={self.shape}, {self.dtype}, {format_bytes(self.nbytes)})"
+        except (AttributeError, IndexError, TypeError):  # a placeholder instead of an array
+            return f"RowDenseArray(blocks={self.blocks!r})"
