@@ -144,12 +144,17 @@ def greedy_search(
       The path of every block.
 
     Raises:
-      ValueError: If limit or step are out of range, or the file was made with another step.
+      ValueError: If limit or step are out of range, the file was made with another step, or the
+        quantiles are those of another model.
 
     Source: TEAL (arXiv 2408.14690, algorithm 1).
     """
     if not 0 < step <= limit < 1:
         raise ValueError(f"step={step} and limit={limit} must satisfy 0 < step <= limit < 1")
+    for path, params in blocks.items():
+        for name in projections(params):
+            if f"{path}/{name}" not in quantiles:
+                raise ValueError(f"the calibration has no quantiles for '{path}/{name}'")
     done: dict[str, BlockSearch] = {}
     if save is not None and Path(save).exists():
         before = GreedySearch.load(save)

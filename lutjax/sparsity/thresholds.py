@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lutjax.calibrate.activations import ActivationQuantiles, activation_quantiles, projections
+from lutjax.calibrate.histogram import MagnitudeHistogram
 from lutjax.paths import named_leaves, near_misses
 from lutjax.sparsity.apply import sparsify
 from lutjax.sparsity.greedy import GreedySearch
@@ -61,7 +62,8 @@ def plan_thresholds(
       quantiles: Tells the sparsities to expect, and the score.
 
     Raises:
-      ValueError: If a path does not exist or is no projection, or a threshold is negative or NaN.
+      ValueError: If a path does not exist, is no projection or is not among the quantiles, or a
+        threshold is negative or NaN.
     """
     shapes = _shapes(params, thresholds)
     gates = {}
@@ -69,7 +71,9 @@ def plan_thresholds(
         threshold = np.asarray(value, np.float64)
         if not (threshold >= 0).all():
             raise ValueError(f"threshold {value} of {path!r} must be 0 or positive")
-        sparsity = None if quantiles is None else as_tuple(quantiles[path].share_below(threshold))
+        sparsity = None
+        if quantiles is not None:
+            sparsity = as_tuple(_histogram(quantiles, path).share_below(threshold))
         gates[path] = Gate(as_tuple(threshold), sparsity, shapes[path])
     score = "magnitude" if quantiles is None else quantiles.score
     return SparsityPlan("given thresholds", None, gates, score)
@@ -122,14 +126,18 @@ def _plan(
     shapes = _shapes(params, sparsities)
     gates = {}
     for path, sparsity in sparsities.items():
-        if path not in quantiles:
-            raise ValueError(f"the calibration has no quantiles for {path!r}")
-        histogram = quantiles[path]
+        histogram = _histogram(quantiles, path)
         # No sparsity, no gate: zeros that the calibration saw would otherwise set the threshold.
         threshold = np.where(np.asarray(sparsity) > 0, histogram.quantile(sparsity), 0.0)
         reached = histogram.share_below(threshold)
         gates[path] = Gate(as_tuple(threshold), as_tuple(reached), shapes[path])
     return SparsityPlan(method, target, gates, quantiles.score)
+
+
+def _histogram(quantiles: ActivationQuantiles, path: str) -> MagnitudeHistogram:
+    if path not in quantiles:
+        raise ValueError(f"the calibration has no quantiles for {path!r}; calibrate this model")
+    return quantiles[path]
 
 
 def _shapes(params: Any, paths: Any) -> dict[str, tuple[int, ...]]:

@@ -219,6 +219,11 @@ def test_greedy_search_goes_on_from_its_file(setting, quantiles, search, tmp_pat
         search.sparsities(0.7)
     with pytest.raises(ValueError, match="limit=1"):
         greedy_search(fn, blocks, x, quantiles, limit=1)
+    with pytest.raises(ValueError, match="no quantiles for 'layers/2/"):
+        greedy_search(fn, {"layers/2": blocks["layers/0"]}, x, quantiles, limit=0.1)
+    file.write_text("{}")
+    with pytest.raises(ValueError, match=r"search\.json is no greedy search"):
+        greedy_search(fn, blocks, x, quantiles, limit=0.5, save=file)
 
 
 def test_plan_saves_prints_and_plots(setting, quantiles, tmp_path):
@@ -284,7 +289,7 @@ def test_batches_do_not_disturb_each_other(setting, quantiles):
         np.testing.assert_allclose(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_bad_input(setting, quantiles):
+def test_bad_input(setting, quantiles, search):
     params = setting.params
     for target in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match="outside"):
@@ -301,6 +306,16 @@ def test_bad_input(setting, quantiles):
         sparsify(params, SparsityPlan("x", None, {"nope": Gate(0.1, None, (2, 2))}))
     plan = plan_thresholds(params, {path: 0.1}, quantiles)
     assert plan.gates[path].sparsity > 0
+    del (others := dict(quantiles.histograms))[path]
+    others = dataclasses.replace(quantiles, histograms=others)
+    for make in (
+        lambda: plan_thresholds(params, {path: 0.1}, others),
+        lambda: plan_greedy(params, others, search, 0.5),
+    ):
+        with pytest.raises(ValueError, match=f"no quantiles for '{path}'"):
+            make()
+    with pytest.raises(ValueError, match=rf"'{path}': threshold of shape \(2,\) does not fit"):
+        sparsify(params, plan_thresholds(params, {path: (0.1, 0.2)}))
     with pytest.raises(ValueError, match="has a gate already"):
         sparsify(sparsify(params, plan), plan)
     with pytest.raises(ValueError, match="no parameter has a gate"):
