@@ -91,11 +91,10 @@ def supports(
             f"group_size={group_size}; use 32, 64, a multiple of {SLICE_K} or one group a column"
             f" (group_size >= {k})"
         )
-    if transpose and scales.shape[0] > 1 and group_size < TILE_N:
-        return (
-            f"the transposed product with group_size={group_size}; the Hopper kernel needs groups"
-            f" of {TILE_N}, of a multiple of {SLICE_K} or of a column"
-        )
+    if transpose:
+        reason = reason_against_transposed(scales.shape[0], group_size)
+        if reason is not None:
+            return reason
     reason = mosaic_gpu_asm.available()
     if reason is not None:
         return reason
@@ -109,6 +108,16 @@ def supports(
     if not any(name in kind for name in ("H100", "H200", "H800", "H20", "GH200")):
         return f"device {kind!r} is not of the Hopper generation (wgmma)"
     return None
+
+
+def reason_against_transposed(groups: int, group_size: int) -> str | None:
+    """Why the transposed product cannot have these groups, or None."""
+    if groups == 1 or group_size >= TILE_N:
+        return None
+    return (
+        f"the transposed product with group_size={group_size}; the Hopper kernel needs groups of "
+        f"{TILE_N}, of a multiple of {SLICE_K} or of a column"
+    )
 
 
 def default_config(m: int, bits: int, *, n: int, k: int) -> Config:

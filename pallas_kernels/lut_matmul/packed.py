@@ -131,33 +131,56 @@ def prepack(
     )
 
 
-def packed_matmul(x: jax.Array, weight: PackedWeight, *, interpret: Any = False) -> jax.Array:
-    """``x @ W`` for a prepacked weight; inference only (no gradient).
+def packed_matmul(
+    x: jax.Array, weight: PackedWeight, *, transpose: bool = False, interpret: Any = False
+) -> jax.Array:
+    """``x @ W`` or ``x @ W.T`` for a prepacked weight; inference only (no gradient).
 
     Args:
-      x: ``[..., K]``.
+      x: ``[..., K]``, or ``[..., N]`` when transposed.
       weight: From :func:`prepack`.
+      transpose: Multiplies by the transposed weight, from the same words.
       interpret: Runs the kernel in interpret mode.
 
     Returns:
-      ``[..., N]`` in the dtype of ``x``.
+      ``[..., N]`` in the dtype of ``x``, or ``[..., K]`` when transposed.
 
     Raises:
-      ValueError: If ``x`` does not end in K.
+      ValueError: If ``x`` does not end in K (N when transposed).
+      NotImplementedError: If the kernel has no transposed product for this layout or group size.
     """
-    if x.shape[-1] != weight.k:
+    contracted, columns = (weight.n, weight.k) if transpose else (weight.k, weight.n)
+    if x.shape[-1] != contracted:
         raise ValueError(
-            f"x of shape {x.shape} must end in K={weight.k} to be multiplied by the weight "
+            f"x of shape {x.shape} must end in {'N' if transpose else 'K'}={contracted} to be "
+            f"multiplied by the {'transposed ' if transpose else ''}weight "
             f"[K={weight.k}, N={weight.n}]"
         )
-    rows = x.reshape(-1, weight.k)
-    y = _apply(rows, weight, interpret)
-    return y.reshape(*x.shape[:-1], weight.n)
+    if transpose and weight.padded:
+        reason = _reason_against_transposed(weight)
+        if reason is not None:
+            raise NotImplementedError(
+                f"{reason}; use lut_matmul(..., transpose=True) with the canonical words"
+            )
+    y = _apply(x.reshape(-1, contracted), weight, transpose, interpret)
+    return y.reshape(*x.shape[:-1], columns)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _apply(x: jax.Array, weight: PackedWeight, interpret: Any) -> jax.Array:
-    static: dict[str, Any] = {"k": weight.k, "group_size": weight.group_size}
+def _reason_against_transposed(weight: PackedWeight) -> str | None:
+    if weight.implementation != "mosaic_gpu":
+        return f"words prepacked for {weight.implementation!r} serve the product x @ W only"
+    from pallas_kernels.lut_matmul import mosaic_gpu
+
+    return mosaic_gpu.reason_against_transposed(weight.scales.shape[0], weight.group_size)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _apply(x: jax.Array, weight: PackedWeight, transpose: bool, interpret: Any) -> jax.Array:
+    static: dict[str, Any] = {
+        "k": weight.k,
+        "group_size": weight.group_size,
+        "transpose": transpose,
+    }
     if not weight.padded:
         return lut_matmul(
             x,
@@ -174,7 +197,7 @@ def _apply(x: jax.Array, weight: PackedWeight, interpret: Any) -> jax.Array:
 
         config = weight.padded[2]
         problem = mosaic_tpu.make_problem(
-            x, words, weight.table, **static, transpose=False, config=_for_rows(config, x.shape[0])
+            x, words, weight.table, **static, config=_for_rows(config, x.shape[0])
         )
         rest = mosaic_tpu.prepack_rest(weight.scales, weight.table, problem)
         packed = (weight.planes, *rest)
@@ -191,8 +214,8 @@ def _apply(x: jax.Array, weight: PackedWeight, interpret: Any) -> jax.Array:
             gpu_problem,
             out_dtype=x.dtype if weight.offsets is None else jnp.float32,
             interpret=interpret,
-        )[:, : weight.n]
-    y = add_offsets(y, x, weight.offsets, **static, transpose=False)
+        )[:, : weight.k if transpose else weight.n]
+    y = add_offsets(y, x, weight.offsets, **static)
     return y.astype(x.dtype)
 
 

@@ -1,4 +1,4 @@
-"""The lookup kernels compile for TPUs, and the Triton one for an H200, within bounds on the bundles.
+"""The lookup kernels for TPUs compile within bounds on their bundles, the Triton one for an H200.
 
 Nothing runs here: "compiles", never "runs" or "fast".
 """

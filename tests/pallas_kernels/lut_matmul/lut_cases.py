@@ -120,10 +120,11 @@ def oracle_weight(case: Case, data: dict) -> np.ndarray:
     return weight
 
 
-def oracle(case: Case, data: dict) -> np.ndarray:
-    """The product in float64."""
+def oracle(case: Case, data: dict, *, transpose: bool | None = None) -> np.ndarray:
+    """The product in float64; ``transpose`` overrides the case's."""
     weight = oracle_weight(case, data)
-    return np.asarray(data["x"], np.float64) @ (weight.T if case.transpose else weight)
+    transpose = case.transpose if transpose is None else transpose
+    return np.asarray(data["x"], np.float64) @ (weight.T if transpose else weight)
 
 
 def relative_error(actual: jax.Array, expected: np.ndarray) -> float:

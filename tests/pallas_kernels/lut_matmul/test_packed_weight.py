@@ -5,9 +5,10 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu
 from lut_cases import Case, make, operands, oracle, relative_error
 
-from pallas_kernels.lut_matmul import packed_matmul, prepack
+from pallas_kernels.lut_matmul import interpret_kernels, packed_matmul, prepack
 
 
 @pytest.mark.parametrize("m", [1, 40])
@@ -33,13 +34,38 @@ def test_tpu_layout_serves_any_number_of_rows(m, kind):
 
 def test_without_a_layout_of_its_own_the_words_stay_canonical():
     case = Case()
-    x, words, scales, lut, _ = operands(make(case))
+    data = make(case)
+    x, words, scales, lut, _ = operands(data)
     packed = prepack(words, scales, lut, k=256, group_size=64, implementation="reference")
     np.testing.assert_array_equal(packed.planes[0], words)
     leaves = jax.tree.leaves(packed)
     assert len(leaves) == 3  # no offsets
     with pytest.raises(ValueError, match=r"x of shape \(4, 255\) must end in K=256"):
         packed_matmul(x[:, :-1], packed)
+    with pytest.raises(ValueError, match=r"x of shape \(4, 256\) must end in N=128 .*transposed"):
+        packed_matmul(x, packed, transpose=True)
+    back = packed_matmul(x[:, :128], packed, transpose=True)
+    assert relative_error(back, oracle(case, data | {"x": x[:, :128]}, transpose=True)) <= 1.1e-2
+
+
+@pytest.mark.parametrize("group_size", [64, 32])
+def test_hopper_words_serve_both_directions(group_size):
+    case = Case(m=3, k=200, n=72, bits=4, group_size=group_size, offsets=True)
+    data = make(case)
+    _, *weight = operands(data)
+    with interpret_kernels():
+        if not hasattr(mosaic_gpu, "InterpretGPUParams"):
+            pytest.skip(f"jax {jax.__version__} has no interpret mode for Mosaic GPU")
+        packed = prepack(*weight, k=case.k, group_size=case.group_size, implementation="mosaic_gpu")
+    y = packed_matmul(data["x"], packed, interpret=True)
+    assert relative_error(y, oracle(case, data)) <= 1.1e-2
+    if group_size == 32:
+        with pytest.raises(NotImplementedError, match=r"group_size=32.*canonical words"):
+            packed_matmul(y, packed, transpose=True, interpret=True)
+        return
+    back = packed_matmul(y, packed, transpose=True, interpret=True)
+    expected = oracle(case, data | {"x": y}, transpose=True)
+    assert relative_error(back, expected) <= 1.1e-2
 
 
 def test_a_weight_that_the_kernel_does_not_take_is_refused():
