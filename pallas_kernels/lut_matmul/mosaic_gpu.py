@@ -312,7 +312,6 @@ def apply(
         scales, ((0, groups - scales.shape[0]), (0, problem.padded_n - scales.shape[1]))
     )
     config, splits = problem.config, problem.config.splits
-    tables = tuple(t[: table_rows(problem.bits)] for t in table)
     options: dict[str, Any] = {}
     if interpret:
         params = plgpu.InterpretGPUParams() if interpret is True else interpret
@@ -335,14 +334,14 @@ def apply(
         thread_name="warpgroup",
         **options,
     )
-    y = kernel(*planes, x, scales, *tables)
+    y = kernel(*planes, x, scales, table)
     y = y[0] if splits == 1 else jnp.sum(y, axis=0)
     return y.T[:m].astype(out_dtype)
 
 
 def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
     plane_refs, refs = refs[:planes], refs[planes:]
-    x_ref, s_ref, t0_ref, t1_ref, o_ref, table, total, barrier, *operand = refs
+    x_ref, s_ref, t_ref, o_ref, table, total, barrier, *operand = refs
     config, bits, block_m = problem.config, problem.bits, problem.block_m
     layout = plgpu.Layout
     tile_n, split = lax.axis_index("n"), lax.axis_index("split")
@@ -397,7 +396,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
 
     def compute(pipeline):
         mosaic_gpu_asm.fill_table(
-            table, t0_ref, t1_ref, bits=bits, warpgroup=warpgroup, warpgroups=config.warpgroups
+            table, t_ref, bits=bits, warpgroup=warpgroup, warpgroups=config.warpgroups
         )
         meet()
         zero = plgpu.layout_cast(jnp.zeros((TILE_N, block_m), jnp.float32), layout.WGMMA)

@@ -57,15 +57,13 @@ def transposed(ref: Any) -> Any:
     return plgpu.transpose_ref(ref, (1, 0))
 
 
-def fill_table(
-    table: Any, first: Any, second: Any, *, bits: int, warpgroup: Any, warpgroups: int
-) -> None:
+def fill_table(table: Any, entries: Any, *, bits: int, warpgroup: Any, warpgroups: int) -> None:
     """Copies the entries to every lane's place in shared memory; all warpgroups take part.
 
     Args:
       table: ``uint32[table_rows(bits), 64]`` in shared memory.
-      first: ``uint32[table_rows(bits)]``, see ``mosaic_gpu_layout.lookup_table``.
-      second: Likewise; it differs at 2 bits only, where the two alternate.
+      entries: ``uint32[2, 256]``, see ``mosaic_gpu_layout.lookup_table``; the two differ at 2 bits
+        only, where they alternate.
       bits: Bits a code.
       warpgroup: Index of the warpgroup.
       warpgroups: How many there are.
@@ -77,8 +75,10 @@ def fill_table(
         def _(part=part):
             rows = pl.ds(64 * part, 64)
             low, high = (
-                jax.lax.broadcast_in_dim(load(t.at[rows], layout.reduce(1)), (64, 64), (0,))
-                for t in (first, second)
+                jax.lax.broadcast_in_dim(
+                    load(entries.at[i, rows], layout.reduce(1)), (64, 64), (0,)
+                )
+                for i in range(2)
             )
             if bits == 2:
                 lane = plgpu.broadcasted_iota(jax.numpy.int32, (64, 64), 1, layout=layout)

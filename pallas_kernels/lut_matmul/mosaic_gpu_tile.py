@@ -192,7 +192,6 @@ def apply(
     scales = jnp.pad(
         scales, ((0, groups - scales.shape[0]), (0, problem.padded_n - scales.shape[1]))
     )
-    tables = tuple(t[: table_rows(problem.bits)] for t in table)
     kernel_dtype = jnp.float32 if splits > 1 else out_dtype
     table_type = plgpu.SMEM((table_rows(problem.bits), 64), jnp.uint32)
     width = 128 // jnp.dtype(kernel_dtype).itemsize
@@ -225,13 +224,13 @@ def apply(
         thread_name="warpgroup",
         **options,
     )
-    y = kernel(*planes, x, scales, *tables)
+    y = kernel(*planes, x, scales, table)
     y = y[0] if splits == 1 else jnp.sum(y, axis=0).astype(out_dtype)
     return y[:m]
 
 
 def _kernel(*refs, problem: Problem, dtype: Any, planes: int, interpret: bool):
-    plane_refs, (x_ref, s_ref, t0_ref, t1_ref, o_ref, *scratch) = refs[:planes], refs[planes:]
+    plane_refs, (x_ref, s_ref, t_ref, o_ref, *scratch) = refs[:planes], refs[planes:]
     if interpret:
         table, result, operand, barrier = scratch
     else:
@@ -309,7 +308,7 @@ def _kernel(*refs, problem: Problem, dtype: Any, planes: int, interpret: bool):
 
     def compute(pipeline):
         mosaic_gpu_asm.fill_table(
-            table, t0_ref, t1_ref, bits=bits, warpgroup=warpgroup, warpgroups=_WARPGROUPS
+            table, t_ref, bits=bits, warpgroup=warpgroup, warpgroups=_WARPGROUPS
         )
         meet()
 
