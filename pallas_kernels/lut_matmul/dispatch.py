@@ -24,7 +24,7 @@ IMPLEMENTATIONS = (
 # the best for prepacked words only: reordering them costs more than Triton's slower lookups.
 _PREFERENCE = {
     "cpu": ("cpu_native", "xla", "reference"),
-    "cuda": ("pallas_triton", "mosaic_gpu", "xla", "reference"),
+    "cuda": ("triton", "pallas_triton", "mosaic_gpu", "xla", "reference"),
     "tpu": ("mosaic_tpu", "xla", "reference"),
 }
 _OTHER_PLATFORMS = ("xla", "reference")
@@ -44,10 +44,6 @@ KERNEL_PLATFORM = {
     "mosaic_gpu": "cuda",
     "pallas_triton": "cuda",
     "triton": "cuda",
-}
-_MISSING = {
-    "triton": "there is no jax-triton kernel yet (jax-triton lowers only where a GPU is); use "
-    "'mosaic_gpu' on Hopper and 'pallas_triton' on other NVIDIA GPUs"
 }
 _interpreted = contextvars.ContextVar("interpreted", default=False)
 
@@ -86,8 +82,6 @@ class Backend(Protocol):
 
 def backend(name: str) -> Backend | str:
     """The backend module, imported on first use, or the reason why it cannot be imported."""
-    if name in _MISSING:
-        return _MISSING[name]
     try:
         return importlib.import_module(f"pallas_kernels.lut_matmul.{name}")
     except (ImportError, AttributeError, RuntimeError) as error:
@@ -109,11 +103,10 @@ def compiling_for(platform: str) -> bool:
 
 def reason_against_here(name: str, arrays: tuple, static: dict) -> str | None:
     """Like :func:`reason_against`, and the platform must be the right one or interpreted."""
-    reason = reason_against(name, arrays, static)
     platform = KERNEL_PLATFORM.get(name)
-    if reason is not None or platform is None or interpreting() or compiling_for(platform):
-        return reason
-    return (
+    if platform is None or interpreting() or compiling_for(platform):
+        return reason_against(name, arrays, static)
+    return (  # without importing what may take long or be absent
         f"it is a kernel for {platform} and the default backend is {jax.default_backend()!r}; "
         "use implementation=None, trace under an abstract device to compile ahead of time, or "
         "interpret_kernels() for its numbers"

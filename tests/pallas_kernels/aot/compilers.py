@@ -90,6 +90,13 @@ def need_gpu() -> None:
     need(_find("nvdisasm") is not None, "nvdisasm (pip install --no-deps triton)")
 
 
+def need_triton() -> None:
+    for name in ("triton", "jax_triton"):
+        packages = "--no-deps triton==3.6.0 jax-triton==0.3.1 absl-py"
+        need(importlib.util.find_spec(name) is not None, f"{name} (pip install {packages})")
+    need_gpu()
+
+
 def _device(target: str):
     if target == "h200":
         description = topologies.get_topology_desc(
@@ -102,9 +109,14 @@ def _device(target: str):
 
 def abstract(target: str):
     """A context in which tracing believes in the target's device."""
-    platform = "gpu" if target == "h200" else "tpu"
+    return abstract_device(KIND[target])
+
+
+def abstract_device(kind: str):
+    """The same for a device by the name that it gives itself."""
+    gpu = kind.startswith("NVIDIA")
     device = jax.sharding.AbstractDevice(
-        device_kind=KIND[target], num_cores=132 if target == "h200" else 1, platform=platform
+        device_kind=kind, num_cores=132 if gpu else 1, platform="gpu" if gpu else "tpu"
     )
     return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
 
@@ -132,12 +144,12 @@ def bundles(target: str, function, *args) -> int:
 class Sass:
     """The machine code of one GPU kernel."""
 
-    def __init__(self, ptx: str):
+    def __init__(self, ptx: str, arch: str = "sm_90a"):
         cubin = f"{DUMP}/kernel.cubin"
         ptxas, nvdisasm = _find("ptxas"), _find("nvdisasm")
         assert ptxas is not None and nvdisasm is not None
         run = subprocess.run(
-            [ptxas, "-arch=sm_90a", "-v", "-o", cubin, ptx], capture_output=True, text=True
+            [ptxas, f"-arch={arch}", "-v", "-o", cubin, ptx], capture_output=True, text=True
         )
         assert run.returncode == 0, run.stderr
         self.registers = int(re.findall(r"Used (\d+) registers", run.stderr)[0])
@@ -158,23 +170,23 @@ class Sass:
                 self.instructions.append((address, found.group(2), found.group(3)))
         self._labels = labels
 
-    def main_loop(self) -> collections.Counter:
+    def main_loop(self, product: str = "HGMMA") -> collections.Counter:
         """Opcodes of the smallest loop that multiplies matrices."""
-        return collections.Counter(opcode.split(".")[0] for opcode, _ in self._main_loop())
+        return collections.Counter(opcode.split(".")[0] for opcode, _ in self._main_loop(product))
 
     def products_in_flight(self) -> int:
         """How many products the main loop leaves unfinished wherever it waits for one."""
         waits = [o for opcode, o in self._main_loop() if opcode.startswith("WARPGROUP.DEPBAR")]
         return min(int(operands.split(",")[1], 16) for operands in waits)
 
-    def _main_loop(self) -> list[tuple[str, str]]:
+    def _main_loop(self, product: str = "HGMMA") -> list[tuple[str, str]]:
         loops = []
         for address, opcode, operands in self.instructions:
             target = re.search(r"\((\.L_x?_?\w+)\)", operands) if opcode == "BRA" else None
             if target and self._labels.get(target.group(1), address) < address:
                 first = self._labels[target.group(1)]
                 loops.append([(o, p) for a, o, p in self.instructions if first <= a <= address])
-        multiplying = [loop for loop in loops if any(o.startswith("HGMMA") for o, _ in loop)]
+        multiplying = [loop for loop in loops if any(o.startswith(product) for o, _ in loop)]
         return min(multiplying, key=len)
 
 
