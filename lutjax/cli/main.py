@@ -19,6 +19,7 @@ import tyro
 from lutjax.cli.allocate import Allocate
 from lutjax.cli.decompose import Decompose
 from lutjax.cli.demo import Demo
+from lutjax.cli.doctor import Doctor
 from lutjax.cli.evaluate import Eval
 from lutjax.cli.generate import Generate
 from lutjax.cli.inspect import Inspect
@@ -34,6 +35,7 @@ COMMANDS: dict[str, type] = {
     "generate": Generate,
     "inspect": Inspect,
     "demo": Demo,
+    "doctor": Doctor,
 }
 
 BAD_INPUT = 2

@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import jax
+
+from pallas_kernels.lut_matmul.dispatch import compiling_for
+
 IMPLEMENTATIONS = ("reference", "masked", "xla", "cpu_native", "pallas_triton", "mosaic_tpu")
 
 # Best first. The last of each list supports everything.
@@ -14,6 +18,7 @@ _PREFERENCE = {
     "tpu": ("mosaic_tpu", "masked"),
 }
 _OTHER_PLATFORMS = "masked"
+_KERNEL_PLATFORM = {"cpu_native": "cpu", "pallas_triton": "cuda", "mosaic_tpu": "tpu"}
 
 
 def backend(name: str) -> Any:
@@ -34,10 +39,21 @@ def reason_against(name: str, arrays: tuple, splits: tuple[int, ...]) -> str | N
     return module if isinstance(module, str) else module.supports(*arrays, splits=splits)
 
 
+def reason_against_here(name: str, arrays: tuple, splits: tuple[int, ...]) -> str | None:
+    """Like :func:`reason_against`, and the platform must be the right one."""
+    platform = _KERNEL_PLATFORM.get(name)
+    if platform is not None and not compiling_for(platform):
+        return f"it is a kernel for {platform} and the default backend is {jax.default_backend()!r}"
+    return reason_against(name, arrays, splits)
+
+
 def best_per_platform(arrays: tuple, splits: tuple[int, ...]) -> tuple[dict[str, str], str]:
     """The preferred implementation of every known platform, and the one for all others."""
 
     def best(names: tuple[str, ...]) -> str:
         return next(name for name in names if reason_against(name, arrays, splits) is None)
 
-    return {platform: best(names) for platform, names in _PREFERENCE.items()}, _OTHER_PLATFORMS
+    preference: dict[str, tuple[str, ...]] = dict(_PREFERENCE)
+    if not compiling_for("cpu"):  # do not build the native library for a fall back nobody runs
+        preference["cpu"] = ("masked",)
+    return {platform: best(names) for platform, names in preference.items()}, _OTHER_PLATFORMS
