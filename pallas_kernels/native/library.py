@@ -35,7 +35,7 @@ _KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "aarch64": {"neon": ("-DLUT_NEON",), "portable": ()},
 }
-_TIMEOUT_SECONDS = 300
+_TIMEOUT_SECONDS = 900
 
 
 class BuildError(RuntimeError):

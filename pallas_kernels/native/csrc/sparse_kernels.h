@@ -12,7 +12,7 @@ using lut::Live;
 // Sums of a chunk of columns stay in L1 while rows, several at a time, stream by: long runs of every
 // row, so that pages and prefetchers are used well.
 constexpr int kChunk = 2048;    // columns times rows of x
-constexpr int kTogether = 8;    // live rows that are added at a time
+constexpr int kTogether = 8;    // live rows times rows of x that are added at a time
 
 // A lookup-table weight: adds kRows live rows, from the i-th on, to sums[tile][m][4], vectors in the
 // order of words, for `count` columns: whole tiles, or less than one.
@@ -70,8 +70,9 @@ void AddPackedGroup(const Problem& p, const Live& live, int64_t i, int64_t end, 
       AddPackedRows<kM, 1, kCrosses>(p, live, at, m0, decoder, column + whole, rest,
                                      sums + kM * whole);
   if (!whole) return;
-  for (; i + kTogether <= end; i += kTogether)
-    AddPackedRows<kM, kTogether, kCrosses>(p, live, i, m0, decoder, column, whole, sums);
+  constexpr int kRows = kTogether / kM;
+  for (; i + kRows <= end; i += kRows)
+    AddPackedRows<kM, kRows, kCrosses>(p, live, i, m0, decoder, column, whole, sums);
   for (; i < end; ++i)
     AddPackedRows<kM, 1, kCrosses>(p, live, i, m0, decoder, column, whole, sums);
 }
@@ -179,14 +180,15 @@ void AddRows(const DenseProblem& p, const Live& live, int64_t i, int64_t column,
 template <class Element, int kM>
 void DenseRows(const DenseProblem& p, const Live& live, int64_t first, int64_t last) {
   constexpr int64_t kColumns = kChunk / kM;
+  constexpr int kRows = kTogether / kM;
   alignas(64) float sums[kChunk];
   const int64_t end = Min(last * kTile, p.n);
   for (int64_t column = first * kTile; column < end; column += kColumns) {
     const int64_t count = Min(kColumns, end - column);
     std::memset(sums, 0, sizeof(sums));
     int64_t i = 0;
-    for (; i + kTogether <= live.count; i += kTogether)
-      AddRows<Element, kM, kTogether>(p, live, i, column, count, kColumns, sums);
+    for (; i + kRows <= live.count; i += kRows)
+      AddRows<Element, kM, kRows>(p, live, i, column, count, kColumns, sums);
     for (; i < live.count; ++i)
       AddRows<Element, kM, 1>(p, live, i, column, count, kColumns, sums);
     for (int m = 0; m < kM; ++m)
