@@ -43,7 +43,7 @@ class Sparsify:
     """Tokens in each of them."""
     search_tokens: int = 128
     """Tokens that the greedy search compares outputs on."""
-    step: float = 0.02
+    step: float = 0.005
     """What one step of the greedy search adds to the sparsity of a block."""
     plot: Path | None = None
     """Picture of the sparsity of every projection over depth."""
