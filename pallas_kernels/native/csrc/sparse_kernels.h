@@ -179,9 +179,9 @@ void AddRows(const DenseProblem& p, const Live& live, int64_t i, int64_t column,
 
 template <class Element, int kM>
 void DenseRows(const DenseProblem& p, const Live& live, int64_t first, int64_t last) {
-  constexpr int64_t kColumns = kChunk / kM;
+  constexpr int64_t kColumns = kChunk / kM / kTile * kTile;  // whole vectors a row, also for kM = 3
   constexpr int kRows = kTogether / kM;
-  alignas(64) float sums[kChunk];
+  alignas(64) float sums[kM * kColumns];
   const int64_t end = Min(last * kTile, p.n);
   for (int64_t column = first * kTile; column < end; column += kColumns) {
     const int64_t count = Min(kColumns, end - column);
