@@ -70,7 +70,9 @@ def compiled(capability, m=16, bits=4, group=128, config=None, **kind):
     )
     config = launch.config
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = compilers.DUMP  # jax-triton empties it when it is imported
+        kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     path = f"{compilers.DUMP}/triton.ptx"
     Path(path).write_text(kernel.asm["ptx"])
     suffix = "a" if capability >= 90 else ""
