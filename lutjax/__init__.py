@@ -26,6 +26,7 @@ from lutjax.transforms import (
     decompose,
     materialize,
     partition,
+    prepack,
     quantize,
     summarize,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "load",
     "materialize",
     "partition",
+    "prepack",
     "quantize",
     "save",
     "shardings_like",

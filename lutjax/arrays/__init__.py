@@ -6,6 +6,7 @@ from lutjax.arrays.dense_array import DenseArray
 from lutjax.arrays.gated import GatedArray
 from lutjax.arrays.low_rank import LowRankArray
 from lutjax.arrays.lut_array import LutArray
+from lutjax.arrays.packed_lut_array import PackedLutArray
 from lutjax.arrays.product_array import ProductArray
 from lutjax.arrays.row_dense_array import RowDenseArray
 from lutjax.arrays.row_lut_array import RowLutArray
@@ -24,6 +25,7 @@ __all__ = [
     "LowRankArray",
     "LutArray",
     "MatrixView",
+    "PackedLutArray",
     "ProductArray",
     "QuantizedScales",
     "RowDenseArray",

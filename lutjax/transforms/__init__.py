@@ -9,6 +9,7 @@ from lutjax.transforms.decompose import (
 from lutjax.transforms.importance import RowColumnMeans
 from lutjax.transforms.materialize import materialize
 from lutjax.transforms.partition import combine, partition
+from lutjax.transforms.prepack import prepack
 from lutjax.transforms.quantize import quantize, quantize_array
 from lutjax.transforms.recipe import LutConfig, Recipe, Rule
 from lutjax.transforms.summarize import LeafSummary, Summary, summarize
@@ -27,6 +28,7 @@ __all__ = [
     "decompose_with_history",
     "materialize",
     "partition",
+    "prepack",
     "quantize",
     "quantize_array",
     "summarize",

@@ -140,7 +140,7 @@ def packed_matmul(
       x: ``[..., K]``, or ``[..., N]`` when transposed.
       weight: From :func:`prepack`.
       transpose: Multiplies by the transposed weight, from the same words.
-      interpret: Runs the kernel in interpret mode.
+      interpret: Runs the kernel in interpret mode, as inside ``interpret_kernels()``.
 
     Returns:
       ``[..., N]`` in the dtype of ``x``, or ``[..., K]`` when transposed.
@@ -162,13 +162,14 @@ def packed_matmul(
             raise NotImplementedError(
                 f"{reason}; use lut_matmul(..., transpose=True) with the canonical words"
             )
+    interpret = interpret or dispatch.interpreting()
     y = _apply(x.reshape(-1, contracted), weight, transpose, interpret)
     return y.reshape(*x.shape[:-1], columns)
 
 
 def _reason_against_transposed(weight: PackedWeight) -> str | None:
-    if weight.implementation != "mosaic_gpu":
-        return f"words prepacked for {weight.implementation!r} serve the product x @ W only"
+    if weight.implementation == "mosaic_tpu":
+        return None
     from pallas_kernels.lut_matmul import mosaic_gpu
 
     return mosaic_gpu.reason_against_transposed(weight.scales.shape[0], weight.group_size)
@@ -197,7 +198,7 @@ def _apply(x: jax.Array, weight: PackedWeight, transpose: bool, interpret: Any) 
 
         config = weight.padded[2]
         problem = mosaic_tpu.make_problem(
-            x, words, weight.table, **static, config=_for_rows(config, x.shape[0])
+            x, words, weight.table, **static, config=_for_rows(config, x.shape[0], transpose)
         )
         rest = mosaic_tpu.prepack_rest(weight.scales, weight.table, problem)
         packed = (weight.planes, *rest)
@@ -219,7 +220,7 @@ def _apply(x: jax.Array, weight: PackedWeight, transpose: bool, interpret: Any) 
     return y.astype(x.dtype)
 
 
-def _for_rows(config: Any, m: int) -> Any:
+def _for_rows(config: Any, m: int, transpose: bool) -> Any:
     """The tiles of a TPU configuration for another number of rows; the layout stays."""
     rows = min(64, -(-m // 16) * 16)
-    return dataclasses.replace(config, block_m=rows)
+    return dataclasses.replace(config, block_m=rows, scale_weights=transpose)

@@ -195,7 +195,21 @@ def adapters():
     assert not collectives(gradients.lower(*sharded, x).compile().as_text())
 
 
-PROGRAMS = {f.__name__: f for f in (gspmd, manual_outside, manual_inside, explicit, adapters)}
+def prepacked():
+    """Prepacked weights are for one device: a sharded one is refused by its path."""
+    sharded = place(make_params(), mesh_of(AxisType.Auto))
+    try:
+        lutjax.prepack(sharded, implementation="xla")
+    except ValueError as error:
+        assert str(error).startswith("'down/kernel'"), error
+        assert "is sharded over several devices" in str(error), error
+    else:
+        raise AssertionError("prepack took a sharded weight")
+
+
+PROGRAMS = {
+    f.__name__: f for f in (gspmd, manual_outside, manual_inside, explicit, adapters, prepacked)
+}
 
 if __name__ == "__main__":
     failed = []

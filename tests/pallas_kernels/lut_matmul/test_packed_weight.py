@@ -30,6 +30,8 @@ def test_tpu_layout_serves_any_number_of_rows(m, kind):
     y = packed_matmul(x[None], packed, interpret=True)
     assert y.shape == (1, m, case.n)
     assert relative_error(y[0], oracle(case, data)) <= 1.1e-2
+    back = packed_matmul(y[0], packed, transpose=True, interpret=True)
+    assert relative_error(back, oracle(case, data | {"x": y[0]}, transpose=True)) <= 1.1e-2
 
 
 def test_without_a_layout_of_its_own_the_words_stay_canonical():

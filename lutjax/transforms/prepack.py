@@ -1,0 +1,75 @@
+"""Parameters to parameters in the layouts that the kernels of this device read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+
+from lutjax.arrays import GatedArray, LutArray, PackedLutArray
+from lutjax.paths import path_string
+from pallas_kernels.lut_matmul import dispatch
+
+
+def prepack(
+    params: Any, *, implementation: str | None = None, device_kind: str | None = None
+) -> Any:
+    """Reorders lookup-table weights once, for inference on one device.
+
+    TPUs and Hopper GPUs read another order than the canonical words, and reorder them in every call
+    unless this is done at load time. The result is for :func:`lutjax.lift` and cannot be saved,
+    sharded or trained: keep the canonical parameters for that.
+
+    Args:
+      params: Parameters; weights that stand inside other compressed arrays are found too.
+      implementation: Whose layout; None: that of the device that programs are compiled for, and
+        unchanged parameters where the kernels read canonical words (CPUs, other GPUs). None leaves
+        weights that the kernel does not take as they are.
+      device_kind: Of the device, e.g. ``"TPU v6 lite"``; None: the one that is compiled for.
+
+    Returns:
+      A pytree like ``params`` with :class:`lutjax.arrays.PackedLutArray` for ``LutArray``; gated
+      weights stay (see :func:`lutjax.sparsity.prepack`).
+
+    Raises:
+      ValueError: If a weight is sharded over several devices, or the named implementation does not
+        take it; the message has its path.
+
+    >>> import jax.numpy as jnp
+    >>> import lutjax
+    >>> params = {"kernel": lutjax.quantize(jnp.eye(64), bits=4, group_size=32)}
+    >>> lutjax.prepack(params, implementation="xla")
+    {'kernel': PackedLutArray(shape=(64, 64), float32, 4 bits, xla, 2.4 kB)}
+    """
+    chosen = implementation or _of_this_device()
+
+    def one(path: tuple, leaf: Any) -> Any:
+        if chosen is None or not isinstance(leaf, LutArray):
+            return leaf
+        if _is_sharded(leaf.words):
+            raise ValueError(
+                f"{path_string(path)!r}: {leaf!r} is sharded over several devices; prepacked "
+                "weights are for one, so run the canonical parameters"
+            )
+        try:
+            return PackedLutArray.of(leaf, chosen, device_kind)
+        except NotImplementedError as error:
+            if implementation is None:
+                return leaf
+            raise ValueError(f"{path_string(path)!r}: {error}") from error
+
+    stop = (LutArray, GatedArray)
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda a: isinstance(a, stop))
+
+
+def _of_this_device() -> str | None:
+    if dispatch.compiling_for("tpu"):
+        return "mosaic_tpu"
+    kind = dispatch.device_kind("cuda") or ""
+    return "mosaic_gpu" if "H100" in kind or "H200" in kind else None
+
+
+def _is_sharded(array: Any) -> bool:
+    sharding = getattr(array, "sharding", None)
+    return isinstance(sharding, NamedSharding) and not sharding.is_fully_replicated

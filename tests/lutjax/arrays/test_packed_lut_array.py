@@ -1,0 +1,104 @@
+"""Prepacked weights: the canonical ones in a kernel's layout, for inference only."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import lutjax
+from lutjax.arrays import GatedArray, LowRankArray, PackedLutArray, SumArray
+from lutjax.arrays.sharding import part_specs
+from pallas_kernels.lut_matmul import interpret_kernels
+
+
+def weight(k=128, n=64, batch=(), dtype="bfloat16", **options):
+    dense = jax.random.normal(jax.random.key(0), (*batch, k, n))
+    quantize = lutjax.quantize
+    for _ in batch:
+        quantize = jax.vmap(quantize, in_axes=0)
+    return lutjax.quantize(dense.astype(dtype), bits=4, group_size=32, **options)
+
+
+def test_a_cpu_reads_canonical_words():
+    params = {"a": weight(), "b": jnp.ones(3)}
+    packed = lutjax.prepack(params)
+    assert packed["a"] is params["a"] and packed["b"] is params["b"]
+
+
+def test_stacked_layers_run_under_lift_like_the_canonical_ones():
+    w = weight()
+    stacked = jax.tree.map(lambda a: jnp.stack([a, a]), w)
+    stacked = dataclasses.replace(
+        stacked, scales=stacked.scales * jnp.array([[[1]], [[2]]], stacked.scales.dtype)
+    )
+    x = jax.random.normal(jax.random.key(1), (3, 128), jnp.bfloat16)
+
+    def model(params, x):
+        def layer(x, w):
+            return jnp.tanh(x @ w) @ w.T, None
+
+        return jax.lax.scan(layer, x, params["kernel"])[0]
+
+    run = lutjax.lift(model, strict=True)
+    expected = run({"kernel": stacked}, x)
+    with interpret_kernels():
+        packed = lutjax.prepack(
+            {"kernel": stacked}, implementation="mosaic_tpu", device_kind="TPU v6 lite"
+        )
+        assert isinstance(packed["kernel"], PackedLutArray)
+        assert packed["kernel"].shape == (2, 128, 64)
+        y = run(packed, x)
+        dense = packed["kernel"].materialize()
+    # The entries of the table are rounded to bfloat16, by up to 2^-8, then the product is.
+    exact = stacked.astype("float32").materialize()
+    np.testing.assert_allclose(dense.astype("float32"), exact, rtol=1.01 * 2**-7)
+    error = jnp.linalg.norm((y - expected).astype(float)) / jnp.linalg.norm(expected.astype(float))
+    assert error < 2e-2  # two products in bfloat16 a layer, summed in another order
+
+
+def test_rows_are_taken_and_nested_weights_found():
+    w = weight()
+    low_rank = LowRankArray(
+        jnp.ones((128, 2), jnp.bfloat16), jnp.ones((2, 64), jnp.bfloat16), w.dtype
+    )
+    gated = GatedArray.of(w, np.float32(0.5), None)
+    params = {"sum": SumArray((w, low_rank)), "gated": gated}
+    packed = lutjax.prepack(params, implementation="xla")
+    assert isinstance(packed["sum"].parts[0], PackedLutArray)
+    assert packed["gated"] is gated
+    taken = packed["sum"].parts[0].take(jnp.array([5, 0]))
+    np.testing.assert_array_equal(taken, w.materialize()[jnp.array([5, 0])])
+    flipped = packed["sum"].parts[0].T.take(jnp.array([63]))
+    np.testing.assert_array_equal(flipped, w.materialize().T[jnp.array([63])])
+
+
+def test_what_it_cannot_do_is_refused(tmp_path):
+    packed = lutjax.prepack({"kernel": weight()}, implementation="xla")
+    with pytest.raises(TypeError, match="packed for activations of bfloat16, got float32"):
+        jnp.ones((1, 128)) @ packed["kernel"]
+    with pytest.raises(TypeError, match="packed for bfloat16, not float32"):
+        packed["kernel"].astype("float32")
+    with pytest.raises(TypeError, match="'kernel' is a PackedLutArray, which cannot be saved"):
+        lutjax.save(tmp_path / "model", packed)
+    assert not (tmp_path / "model").exists()
+    odd = weight(k=96, dtype="float32")
+    odd = dataclasses.replace(odd, group_size=48, scales=odd.scales[:2])
+    with pytest.raises(ValueError, match=r"'a/kernel'.*group_size=48.*multiples of 32"):
+        lutjax.prepack(
+            {"a": {"kernel": odd}}, implementation="mosaic_tpu", device_kind="TPU v6 lite"
+        )
+
+
+def test_a_packed_weight_is_not_split():
+    packed = lutjax.prepack({"kernel": weight()}, implementation="xla")["kernel"]
+    with pytest.raises(ValueError, match="packed for one device; shard the canonical"):
+        part_specs(packed, P(None, "model"), {"model": 2})
+    specs = part_specs(packed, P(), {"model": 2})
+    shards = jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, P))
+    assert len(shards) == len(jax.tree.leaves(packed))
+    assert all(set(spec) <= {None} for spec in shards)
