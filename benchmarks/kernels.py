@@ -1,11 +1,12 @@
 """Checks and times ``lut_matmul`` on the accelerator that is there.
 
-    python benchmarks/kernels.py [--quick] [--output benchmarks/results]
+    python benchmarks/kernels.py [--quick] [--smoke] [--output benchmarks/results]
 
 Writes ``kernels-<device>.json`` and ``.md``: errors of every implementation against float64, then
 times with the ceilings of the same run (a device copy and a large bf16 product). Weights are
 random and rotate through more memory than the last-level cache; a time is the median of many
-replays of one program that multiplies by all of them.
+replays of one program that multiplies by all of them. gemlite and bitsandbytes are timed beside
+where they are installed. ``--smoke`` shows on any machine that the program works.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import other_libraries
 
 from pallas_kernels.layout import packed_shape
 from pallas_kernels.lut_matmul import IMPLEMENTATIONS, lut_matmul, packed_matmul, prepack
@@ -34,6 +36,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 4096)
 GROUP = 128
 CACHE_BYTES = 128 << 20
 """Weights rotate through at least this much memory, twice the L2 of an H200."""
+MOST_COPIES = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Timing:
     microseconds: float
     copy_fraction: float
     speedup: float
+    transpose: bool = False
 
 
 def median_seconds(function: Any, *args: Any, budget: float = 0.3) -> float:
@@ -64,6 +68,12 @@ def median_seconds(function: Any, *args: Any, budget: float = 0.3) -> float:
         jax.block_until_ready(out)
         times.append((time.perf_counter() - start) / calls)
     return statistics.median(times)
+
+
+def copies_of(size: int) -> int:
+    """Copies of a weight of ``size`` bytes that exceed the cache; a CPU is for smoke tests."""
+    most = 2 if jax.default_backend() == "cpu" else MOST_COPIES
+    return min(most, max(1, -(-CACHE_BYTES // size)))
 
 
 def copy_bandwidth() -> float:
@@ -89,75 +99,78 @@ def random_weight(key: jax.Array, k: int, n: int, bits: int) -> tuple:
     return words, scales.astype(jnp.bfloat16), lut
 
 
-def check(implementation: str, bits: int, m: int, dtype: Any, transpose: bool) -> float | str:
-    """Relative Frobenius error on one small product, or why it cannot run."""
-    k, n = 576, 320
-    words, scales, lut = random_weight(jax.random.key(bits), k, n, bits)
-    x = jax.random.normal(jax.random.key(m), (m, n if transpose else k), jnp.float32).astype(dtype)
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A small product; ``identity`` asks for the bits of the rounded dense weight."""
+
+    bits: int
+    m: int
+    dtype: str = "bfloat16"
+    transpose: bool = False
+    identity: bool = False
+
+
+CHECKS = (
+    Check(2, 1),
+    Check(3, 16),
+    Check(4, 5, "float16"),
+    Check(4, 3, "float32"),
+    Check(4, 16, transpose=True),
+    Check(8, 130),
+    Check(4, 600, "float16"),
+    Check(3, 130, transpose=True),
+    Check(4, 64, identity=True),
+    Check(2, 192, identity=True),
+)
+LIMITS = {"bfloat16": 1.1e-2, "float16": 2e-3, "float32": 1e-5}
+
+
+def check(implementation: str, case: Check) -> float | str:
+    """Relative Frobenius error (of an identity: 0 or 1), or why it cannot run."""
+    k, n = (case.m, 320) if case.identity else (576, 320)
+    words, scales, lut = random_weight(jax.random.key(case.bits), k, n, case.bits)
+    shape = (case.m, n if case.transpose else k)
+    x = jax.random.normal(jax.random.key(case.m), shape, jnp.float32).astype(case.dtype)
+    if case.identity:
+        x = jnp.eye(k, dtype=case.dtype)
+    product = functools.partial(
+        lut_matmul,
+        k=k,
+        group_size=min(GROUP, k),
+        transpose=case.transpose,
+        implementation=implementation,
+    )
     try:
-        y = lut_matmul(
-            x,
-            words,
-            scales,
-            lut,
-            k=k,
-            group_size=GROUP,
-            transpose=transpose,
-            implementation=implementation,
-        )
-        again = lut_matmul(
-            x,
-            words,
-            scales,
-            lut,
-            k=k,
-            group_size=GROUP,
-            transpose=transpose,
-            implementation=implementation,
-        )
+        y = product(x, words, scales, lut)
+        again = product(x, words, scales, lut)
     except NotImplementedError as error:
         return str(error)
     except Exception as error:
         return f"FAILED {type(error).__name__}: {str(error)[:300]}"
     if not np.array_equal(np.asarray(y), np.asarray(again)):
         return "FAILED two runs differ"
-    weight = np.asarray(dequantize(words, scales, lut, k=k, group_size=GROUP), np.float64)
-    expected = np.asarray(x, np.float64) @ (weight.T if transpose else weight)
+    weight = dequantize(words, scales, lut, k=k, group_size=min(GROUP, k))
+    if case.identity:
+        return float(not np.array_equal(np.asarray(y), np.asarray(weight.astype(case.dtype))))
+    dense = np.asarray(weight, np.float64)
+    expected = np.asarray(x, np.float64) @ (dense.T if case.transpose else dense)
     error_norm = np.linalg.norm(np.asarray(y, np.float64) - expected)
     return float(error_norm / np.linalg.norm(expected))
 
 
-def check_all() -> list[dict]:
+def check_all(cases: tuple[Check, ...]) -> list[dict]:
     """Every implementation over a few shapes; prints what fails."""
-    limits = {jnp.bfloat16: 1.1e-2, jnp.float16: 2e-3, jnp.float32: 1e-5}
     rows = []
     for name in IMPLEMENTATIONS:
-        for bits, m, dtype, transpose in (
-            (2, 1, jnp.bfloat16, False),
-            (3, 16, jnp.bfloat16, False),
-            (4, 5, jnp.float16, False),
-            (8, 130, jnp.bfloat16, False),
-            (4, 3, jnp.float32, False),
-            (4, 16, jnp.bfloat16, True),
-        ):
-            result = check(name, bits, m, dtype, transpose)
-            passed = isinstance(result, float) and result <= limits[dtype]
+        for case in cases:
+            result = check(name, case)
+            limit = 0 if case.identity else LIMITS[case.dtype]
+            passed = isinstance(result, float) and result <= limit
             refused = isinstance(result, str) and not result.startswith("FAILED")
             status = "ok" if passed else "refused" if refused else "FAILED"
-            rows.append(
-                {
-                    "implementation": name,
-                    "bits": bits,
-                    "m": m,
-                    "dtype": jnp.dtype(dtype).name,
-                    "transpose": transpose,
-                    "status": status,
-                    "result": result,
-                }
-            )
-            print(
-                f"check {name:14s} b{bits} m{m} {rows[-1]['dtype']} {status} {result}", flush=True
-            )
+            line = {"implementation": name, **dataclasses.asdict(case)}
+            rows.append({**line, "status": status, "result": result})
+            print(f"check {name:14s} {case} {status} {result}", flush=True)
     return rows
 
 
@@ -165,49 +178,83 @@ def best_implementation() -> str:
     """The first kernel for this platform that takes a plain 4-bit product."""
     kernels = {"gpu": ("mosaic_gpu", "pallas_triton"), "tpu": ("mosaic_tpu",)}
     for name in kernels.get(jax.default_backend(), ()):
-        if isinstance(check(name, 4, 16, jnp.bfloat16, False), float):
+        if isinstance(check(name, Check(4, 16)), float):
             return name
     return "xla"
 
 
-def time_shape(k: int, n: int, ms: tuple[int, ...], bits: tuple[int, ...], copy: float) -> list:
-    """Dense and compressed products of one weight shape."""
-    name = best_implementation()
-    keys = jax.random.split(jax.random.key(0), 64)
-    dense_copies = max(1, -(-CACHE_BYTES // (2 * k * n)))
-    dense = [jax.random.normal(key, (k, n), jnp.bfloat16) for key in keys[:dense_copies]]
+def time_dense(k: int, n: int, ms: tuple[int, ...], copy: float) -> list[Timing]:
+    """The bf16 product of one weight shape."""
+    copies = copies_of(2 * k * n)
+    keys = jax.random.split(jax.random.key(0), copies)
+    weights = [jax.random.normal(key, (k, n), jnp.bfloat16) for key in keys]
     product = jax.jit(lambda x, weights: [x @ w for w in weights])
     rows = []
-    dense_time = {}
     for m in ms:
         x = jax.random.normal(jax.random.key(m), (m, k), jnp.bfloat16)
-        seconds = median_seconds(product, x, dense) / dense_copies
-        dense_time[m] = seconds
+        seconds = median_seconds(product, x, weights) / copies
         moved = 2 * (k * n + m * k + m * n)
         rows.append(Timing(k, n, m, 16, "dense bf16", seconds * 1e6, moved / seconds / copy, 1.0))
-    del dense
-    for b in bits:
-        size = k * n * b // 8
-        copies = min(32, max(1, -(-CACHE_BYTES // size)))
-        pack_one = jax.jit(functools.partial(prepack, k=k, group_size=GROUP, implementation=name))
-        weights = [pack_one(*random_weight(key, k, n, b)) for key in keys[:copies]]
-        stored = size + 2 * (k // GROUP) * n
-        run = jax.jit(lambda x, weights: [packed_matmul(x, w) for w in weights])
-        for m in ms:
-            x = jax.random.normal(jax.random.key(m), (m, k), jnp.bfloat16)
+    return rows
+
+
+def time_packed(name: str, k: int, n: int, bits: int, dense: dict[int, float], copy: float) -> list:
+    """Products with a prepacked weight; for Hopper, whose words serve both, the transposed too."""
+    size = k * n * bits // 8
+    copies = copies_of(size)
+    pack_one = jax.jit(functools.partial(prepack, k=k, group_size=GROUP, implementation=name))
+    keys = jax.random.split(jax.random.key(0), copies)
+    weights = [pack_one(*random_weight(key, k, n, bits)) for key in keys]
+    stored = size + 2 * (k // GROUP) * n
+    rows = []
+    for transpose in (False, True) if name == "mosaic_gpu" else (False,):
+        multiply = functools.partial(packed_matmul, transpose=transpose)
+        run = jax.jit(lambda x, weights, multiply=multiply: [multiply(x, w) for w in weights])
+        for m in dense:
+            shape = (m, n if transpose else k)
+            x = jax.random.normal(jax.random.key(m), shape, jnp.bfloat16)
             try:
                 seconds = median_seconds(run, x, weights) / copies
             except Exception as error:
-                print(f"{k}x{n} m{m} b{b} FAILED {type(error).__name__}: {str(error)[:300]}")
+                print(f"{k}x{n} m{m} b{bits} FAILED {type(error).__name__}: {str(error)[:300]}")
                 continue
-            moved = stored + 2 * m * (k + n)
-            timing = Timing(
-                k, n, m, b, name, seconds * 1e6, moved / seconds / copy, dense_time[m] / seconds
-            )
+            moved = (stored + 2 * m * (k + n)) / seconds / copy
+            speedup = dense[m] / seconds
+            timing = Timing(k, n, m, bits, name, seconds * 1e6, moved, speedup, transpose)
             rows.append(timing)
             print(timing, flush=True)
-        del weights
     return rows
+
+
+def time_others(k: int, n: int, dense: dict[int, float], copy: float) -> list[Timing]:
+    """Other libraries' 4-bit products, where they can run."""
+    rows = []
+    for name in other_libraries.LIBRARIES:
+        reason = other_libraries.missing(name)
+        if reason is not None:
+            print(reason)
+            continue
+        copies = copies_of(k * n // 2)
+        try:
+            found = other_libraries.seconds(name, k, n, tuple(dense), group=GROUP, copies=copies)
+        except Exception as error:
+            print(f"{name} FAILED {type(error).__name__}: {str(error)[:300]}")
+            continue
+        for m, seconds in found.items():
+            moved = (k * n / 2 + 2 * (k // GROUP) * n + 2 * m * (k + n)) / seconds / copy
+            rows.append(Timing(k, n, m, 4, name, seconds * 1e6, moved, dense[m] / seconds))
+            print(rows[-1], flush=True)
+    return rows
+
+
+def time_shape(k: int, n: int, ms: tuple[int, ...], bits: tuple[int, ...], copy: float) -> list:
+    """Dense and compressed products of one weight shape."""
+    rows = time_dense(k, n, ms, copy)
+    dense = {t.m: t.microseconds / 1e6 for t in rows}
+    name = best_implementation()
+    for b in bits:
+        rows += time_packed(name, k, n, b, dense, copy)
+    return rows + time_others(k, n, dense, copy)
 
 
 def markdown(report: dict) -> str:
@@ -225,15 +272,17 @@ def markdown(report: dict) -> str:
     ]
     for t in report["timings"]:
         lines.append(
-            f"| {t['k']} | {t['n']} | {t['m']} | {t['bits']} | {t['implementation']} | "
+            f"| {t['k']} | {t['n']} | {t['m']} | {t['bits']} | {t['implementation']}"
+            f"{', transposed' if t['transpose'] else ''} | "
             f"{t['microseconds']:.1f} | {t['copy_fraction']:.2f} | {t['speedup']:.2f} |"
         )
-    lines += ["", "| implementation | bits | M | dtype | transposed | status | error or reason |"]
+    lines += ["", "| implementation | bits | M | dtype | product | status | error or reason |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for c in report["checks"]:
         result = c["result"] if isinstance(c["result"], str) else f"{c['result']:.1e}"
+        kind = "identity" if c["identity"] else "transposed" if c["transpose"] else "plain"
         lines.append(
-            f"| {c['implementation']} | {c['bits']} | {c['m']} | {c['dtype']} | {c['transpose']} | "
+            f"| {c['implementation']} | {c['bits']} | {c['m']} | {c['dtype']} | {kind} | "
             f"{c['status']} | {result} |"
         )
     return "\n".join(lines) + "\n"
@@ -243,25 +292,28 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two shapes, four M: a few minutes")
     parser.add_argument("--checks-only", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, one of each")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     device = jax.devices()[0]
     report: dict[str, Any] = {
         "device": device.device_kind,
         "versions": {"jax": jax.__version__, "python": sys.version.split()[0]},
-        "checks": check_all(),
+        "smoke": args.smoke,
+        "checks": check_all(CHECKS[:1] if args.smoke else CHECKS),
         "copy_bytes_per_second": copy_bandwidth(),
         "product_flops": product_flops(),
         "timings": [],
     }
-    on_cpu = jax.default_backend() == "cpu"
-    shapes = ((512, 1024),) if on_cpu else LLAMA_8B + LLAMA_70B
-    ms: tuple[int, ...] = (1, 16) if on_cpu else ROWS
-    if args.quick and not on_cpu:
-        shapes, ms = ((4096, 4096), (4096, 28672)), (1, 16, 64, 512)
+    tiny = args.smoke or jax.default_backend() == "cpu"
+    shapes: tuple[tuple[int, int], ...] = ((256, 512),) if tiny else LLAMA_8B + LLAMA_70B
+    ms: tuple[int, ...] = (1, 16) if tiny else ROWS
+    bits: tuple[int, ...] = (4,) if tiny else (4, 3, 2)
+    if args.quick and not tiny:
+        shapes, ms = ((4096, 4096), (4096, 28672)), (1, 16, 64, 512, 4096)
     if not args.checks_only:
         for k, n in shapes:
-            timings = time_shape(k, n, ms, (4, 3, 2), report["copy_bytes_per_second"])
+            timings = time_shape(k, n, ms, bits, report["copy_bytes_per_second"])
             report["timings"] += [dataclasses.asdict(t) for t in timings]
     args.output.mkdir(parents=True, exist_ok=True)
     name = "kernels-" + device.device_kind.lower().replace(" ", "-")
