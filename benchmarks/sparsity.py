@@ -2,21 +2,26 @@
 
     python benchmarks/sparsity.py
 
-Calibrates on docstrings of Python's standard library and evaluates on its help topics, on the dense
-weights and on 4-bit ones. Every result is written at once, so a killed run goes on where it was.
-Writes sparsity.json, sparsity.png, the greedy search and plan plots to benchmarks/results/sparsity;
-the calibration (2 MB each) goes to a cache.
+Calibrates on docstrings of Python's standard library and evaluates on its help topics, all tokens
+sparse, on the dense weights and on 4-bit ones; methods are compared window by window. Also runs the
+thresholds of an independent implementation (tests/data/smollm2/teal.json) on its windows. Every
+result is written at once, so a killed run goes on where it was. Writes sparsity.json, sparsity.md,
+sparsity.png, the greedy search and plan plots to benchmarks/results/sparsity; the calibration goes
+to a cache. One core takes about an hour.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import functools
+import itertools
 import json
 import sysconfig
-import time
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
@@ -24,24 +29,34 @@ from tqdm import tqdm
 import lutjax
 from lutjax.calibrate import ActivationQuantiles, activation_quantiles
 from lutjax.cli.models import evaluation_text
-from lutjax.evaluate import perplexity, windows
+from lutjax.evaluate import windows
 from lutjax.io import demo_model_path
 from lutjax.models.blockwise import decoder_blocks
 from lutjax.sparsity import (
+    SparsityPlan,
     greedy_search,
     measure_sparsity,
     plan_greedy,
+    plan_thresholds,
     plan_uniform,
     recalibrate,
     sparsify,
 )
 
 METHODS = ("uniform", "greedy", "wina")
+WEIGHTS = ("dense", "4-bit")
 MODULES = """
 argparse collections/__init__ contextlib dataclasses difflib doctest email/message fractions
 functools heapq inspect ipaddress logging/__init__ optparse pathlib pdb random shutil statistics
 string subprocess tarfile textwrap threading turtle typing unittest/case unittest/mock uuid zipfile
 """
+OUTSIDE = Path(__file__).parents[1] / "tests/data/smollm2"
+INPUTS = {
+    "attn_in": ("self_attn/q_proj", "self_attn/k_proj", "self_attn/v_proj"),
+    "o_in": ("self_attn/o_proj",),
+    "mlp_in": ("mlp/gate_proj", "mlp/up_proj"),
+    "down_in": ("mlp/down_proj",),
+}
 
 
 def calibration_text() -> str:
@@ -55,27 +70,174 @@ def calibration_text() -> str:
     return "\n\n".join(text for text in found if text)
 
 
-def quantiles(fn, params, batches, score: str, path: Path) -> ActivationQuantiles:
-    if path.exists():
+class Study:
+    """The model, its texts, and what was found so far."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Loads the model and the results of earlier runs."""
+        self.args = args
+        self.model, self.params, tokenizer = lutjax.load(demo_model_path())
+        self.logits = jax.jit(lutjax.lift(self.run))
+        ids = tokenizer.encode(calibration_text(), add_special_tokens=False)
+        self.calibration = windows(ids, 512, 8)
+        ids = tokenizer.encode(evaluation_text(), add_special_tokens=False)
+        self.evaluation = windows(ids, 512, args.windows)
+        self.file = args.out / "sparsity.json"
+        fresh = {"windows": args.windows, "runs": {}}
+        self.results = json.loads(self.file.read_text()) if self.file.exists() else fresh
+        if self.results.get("windows") != args.windows:
+            raise SystemExit(f"{self.file} was made with other windows; delete it to start anew")
+
+    def run(self, params: Any, tokens: Any) -> Any:
+        """Logits `[B, T, V]`."""
+        return self.model.apply({"params": params}, tokens)
+
+    def save(self) -> None:
+        """Writes the results, the raw ones under a temporary name first."""
+        temporary = self.file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.results, indent=1) + "\n")
+        temporary.replace(self.file)
+        (self.args.out / "sparsity.md").write_text(markdown(self.results))
+
+    def quantiles(self, score: str) -> ActivationQuantiles:
+        """Of the dense model, from the cache if they are there."""
+        path = self.args.cache / f"{score}.json"
+        if not path.exists():
+            batches = self.calibration[:, None]
+            found = activation_quantiles(self.run, self.params, batches, score=score, progress=True)
+            found.save(path)
         return ActivationQuantiles.load(path)
-    found = activation_quantiles(fn, params, batches, score=score, progress=True)
-    found.save(path)
-    return found
+
+    def plan(self, method: str, target: float) -> SparsityPlan:
+        """Thresholds for the activations that the plan itself leaves, from the cache if there."""
+        path = self.args.cache / f"plan_{method}_{target}.json"
+        if path.exists():
+            return SparsityPlan.load(path)
+        quantiles = self.quantiles("wina" if method == "wina" else "magnitude")
+        if method == "greedy":
+            tokens = jnp.asarray(self.calibration[:1, : self.args.search_tokens])
+            fn, blocks, x = decoder_blocks(self.model.config, self.params, tokens)
+            search = greedy_search(
+                fn,
+                blocks,
+                x,
+                quantiles,
+                limit=max(self.args.targets),
+                step=self.args.step,
+                save=self.args.out / "greedy_search.json",
+                progress=True,
+            )
+            plan = plan_greedy(self.params, quantiles, search, target)
+        else:
+            plan = plan_uniform(self.params, quantiles, target)
+        plan = recalibrate(self.run, self.params, plan, self.calibration[::2, None])
+        plan.save(path)
+        return plan
+
+    @functools.cached_property
+    def dense_logits(self) -> list[jax.Array]:
+        """Of every evaluation window, `[T, V]`, without sparsity and quantisation."""
+        return [self.logits(self.params, window[None])[0] for window in self.evaluation]
+
+    def scores(self, params: Any) -> dict:
+        """For each window: the negative log-likelihood and the divergence from the dense model."""
+        pairs = [
+            compare(self.logits(params, window[None])[0], dense, window)
+            for window, dense in zip(self.evaluation, self.dense_logits, strict=True)
+        ]
+        nll, kl = np.asarray(pairs, np.float64).T.tolist()
+        return {"window_nll": nll, "window_kl": kl}
+
+    def sparse(self, params: Any, method: str, target: float) -> dict:
+        """One point of a curve."""
+        plan = self.plan(method, target)
+        if target == 0.5:
+            plan.plot(self.args.out / f"plan_{method}_50.png")
+        gated = sparsify(params, plan)
+        achieved = measure_sparsity(self.run, gated, self.evaluation[:4, None])
+        return {**self.scores(gated), "achieved": achieved.overall}
+
+    def outside(self, share: str) -> dict:
+        """The thresholds of an independent implementation, on its windows."""
+        given = json.loads((OUTSIDE / "teal.json").read_text())
+        thresholds = {}
+        for key, by_share in given["thresholds"].items():
+            layer, kind = key.split(".")
+            for name in INPUTS[kind]:
+                thresholds[f"layers/{layer}/{name}/kernel"] = by_share[share]
+        gated = sparsify(self.params, plan_thresholds(self.params, thresholds))
+        tokens = np.load(OUTSIDE / "windows.npz")["windows"]
+        logits = (self.logits(gated, window[None])[0] for window in tokens)
+        nll = [compare(y, y, window)[0] for y, window in zip(logits, tokens, strict=True)]
+        return {"here": float(np.exp(np.mean(nll))), "there": given["perplexity"][share]}
+
+
+@jax.jit
+def compare(logits: jax.Array, dense: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean negative log-likelihood and mean KL(dense ‖ model) of a window's predictions."""
+    log_p, log_q = jax.nn.log_softmax(dense[:-1]), jax.nn.log_softmax(logits[:-1])
+    nll = -jnp.take_along_axis(log_q, tokens[1:, None], axis=1)
+    return jnp.mean(nll), jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=1))
+
+
+def difference(a: list[float], b: list[float]) -> tuple[float, float]:
+    """Mean of a - b in nats a token, and its standard error over windows."""
+    values = np.asarray(a) - np.asarray(b)
+    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def markdown(results: dict) -> str:
+    """Two tables, and what the outside thresholds give."""
+    runs = results["runs"]
+    targets = sorted({name.split()[2] for name in runs if name.startswith("dense ")})
+    lines = [f"SmolLM2-135M, all tokens sparse, {results['windows']} windows of 512 tokens."]
+    titles = {"window_nll": "Perplexity", "window_kl": "KL from the dense model, nats a token"}
+    for field, title in titles.items():
+        columns = ["weights", "target", *METHODS, "greedy − uniform", "wina − uniform", "achieved"]
+        lines += ["", f"{title}; differences in nats a token, ± their standard error:", ""]
+        lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        for weights, target in itertools.product(WEIGHTS, targets):
+            row = [runs.get(f"{weights} {method} {target}") for method in METHODS]
+            if not all(row):
+                continue
+            values = [r[field] for r in row]
+            means = [np.mean(v) for v in values]
+            cells = [weights, f"{float(target):.0%}"]
+            cells += [f"{np.exp(m) if field == 'window_nll' else m:.3f}" for m in means]
+            pairs = [difference(v, values[0]) for v in values[1:]]
+            cells += [f"{mean:+.4f} ± {error:.4f}" for mean, error in pairs]
+            achieved = [100 * r["achieved"] for r in row]
+            cells.append(f"{min(achieved):.2f}–{max(achieved):.2f} %")
+            lines.append("| " + " | ".join(cells) + " |")
+    without = [f"{np.exp(np.mean(runs[w]['window_nll'])):.3f} {w}" for w in WEIGHTS if w in runs]
+    lines += ["", f"Perplexity without sparsity: {', '.join(without)}."]
+    for name in ("outside 0.25", "outside 0.5"):
+        if name in runs:
+            here, there = runs[name]["here"], runs[name]["there"]
+            lines.append(
+                f"With the outside thresholds for {float(name.split()[1]):.0%}: {here:.3f}; "
+                f"{there:.3f} there ({100 * (here / there - 1):+.2f} %)."
+            )
+    return "\n".join(lines) + "\n"
 
 
 def plot(results: dict, path: Path) -> None:
     from matplotlib.figure import Figure
 
+    runs = results["runs"]
     figure = Figure(figsize=(9, 4.5), layout="constrained")
-    for axes, weights in zip(figure.subplots(1, 2, sharey=True), ("dense", "4-bit"), strict=True):
+    for axes, weights in zip(figure.subplots(1, 2, sharey=True), WEIGHTS, strict=True):
         for method in METHODS:
             points = sorted(
-                (100 * r["achieved"], r["perplexity"])
-                for r in results["runs"].values()
-                if r["weights"] == weights and r["method"] == method
+                (100 * r["achieved"], np.exp(np.mean(r["window_nll"])))
+                for name, r in runs.items()
+                if name.startswith(f"{weights} {method} ")
             )
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=method)
-        axes.axhline(results["baseline"][weights], color="gray", linestyle=":", label="no sparsity")
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=method)
+        if weights in runs:
+            without = np.exp(np.mean(runs[weights]["window_nll"]))
+            axes.axhline(without, color="gray", linestyle=":", label="no sparsity")
         axes.set(title=f"{weights} weights", xlabel="achieved sparsity, %", yscale="log")
         axes.legend()
     figure.axes[0].set_ylabel("perplexity")
@@ -84,9 +246,11 @@ def plot(results: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--chunks", type=int, default=2, help="windows of the evaluation text")
-    parser.add_argument("--targets", type=float, nargs="+", default=[0.3, 0.4, 0.5, 0.65])
-    parser.add_argument("--step", type=float, default=0.015, help="of the greedy search")
+    parser.add_argument("--windows", type=int, default=16, help="of the evaluation text")
+    parser.add_argument(
+        "--targets", type=float, nargs="+", default=[0.25, 0.3, 0.4, 0.5, 0.6, 0.65]
+    )
+    parser.add_argument("--step", type=float, default=0.005, help="of the greedy search")
     parser.add_argument("--search-tokens", type=int, default=128)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/sparsity")
     parser.add_argument(
@@ -95,80 +259,28 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     args.cache.mkdir(parents=True, exist_ok=True)
-
-    model, params, tokenizer = lutjax.load(demo_model_path())
-    assert tokenizer is not None
-    apply_fn = lutjax.lift(model.apply)
-    run = lambda params, tokens: model.apply({"params": params}, tokens)  # noqa: E731
-    ids = tokenizer.encode(calibration_text(), add_special_tokens=False)
-    calibration = windows(ids, 512, 8)
-    evaluation = windows(
-        tokenizer.encode(evaluation_text(), add_special_tokens=False), 512, args.chunks
-    )
-    histograms = {
-        score: quantiles(run, params, calibration[:, None], score, args.cache / f"{score}.json")
-        for score in ("magnitude", "wina")
-    }
-    tokens = jnp.asarray(calibration[:1, : args.search_tokens])
-    fn, blocks, x = decoder_blocks(model.config, params, tokens)
-    search = greedy_search(
-        fn,
-        blocks,
-        x,
-        histograms["magnitude"],
-        limit=0.65,
-        step=args.step,
-        save=args.out / "greedy_search.json",
-        progress=True,
-    )
-
-    file = args.out / "sparsity.json"
-    fresh = {"chunks": args.chunks, "baseline": {}, "runs": {}}
-    results = json.loads(file.read_text()) if file.exists() else fresh
-    if results["chunks"] != args.chunks:
-        raise SystemExit(f"{file} has {results['chunks']} chunks; delete it to start anew")
+    study = Study(args)
     # Group 32 in steps of the Q4_1 file would be exact and prove nothing; NF4 has a real error.
-    variants = {"dense": params, "4-bit": lutjax.quantize(params, bits=4, group_size=64)}
-    jobs = [(w, m, t) for w in variants for t in args.targets for m in METHODS]
-    for weights, method, target in tqdm(jobs, unit="run"):
-        if weights not in results["baseline"]:
-            found = perplexity(apply_fn, variants[weights], evaluation)
-            results["baseline"][weights] = found.perplexity
-        name = f"{weights} {method} {target}"
-        if name in results["runs"]:
-            continue
-        score = "wina" if method == "wina" else "magnitude"
-        if method == "greedy":
-            plan = plan_greedy(params, histograms[score], search, target)
-        else:
-            plan = plan_uniform(params, histograms[score], target)
-        start = time.time()
-        plan = recalibrate(run, params, plan, calibration[:2, None])
-        gated = sparsify(variants[weights], plan)
-        found = perplexity(apply_fn, gated, evaluation)
-        achieved = measure_sparsity(run, gated, evaluation[:, None])
-        results["runs"][name] = {
-            "weights": weights,
-            "method": method,
-            "target": target,
-            "perplexity": found.perplexity,
-            "achieved": achieved.overall,
-            "seconds": time.time() - start,
-        }
-        tqdm.write(f"{name:<22} perplexity {found.perplexity:8.3f}  {achieved.overall:.3f} sparse")
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(results, indent=1) + "\n")
-        temporary.replace(file)
-        if weights == "dense" and target == 0.5:
-            plan.plot(args.out / f"plan_{method}_50.png")
-    plot(results, args.out / "sparsity.png")
-    for weights, method, target in jobs:
-        r = results["runs"][f"{weights} {method} {target}"]
-        base = results["baseline"][weights]
-        print(
-            f"{weights:<6} {method:<8} {target:.2f}  perplexity {r['perplexity']:8.3f} "
-            f"({np.log(r['perplexity'] / base):+.3f} nats)  achieved {r['achieved']:.3f}"
-        )
+    variants = {
+        "dense": study.params,
+        "4-bit": lutjax.quantize(study.params, bits=4, group_size=64),
+    }
+    jobs = {}
+    for weights, params in variants.items():
+        jobs[weights] = functools.partial(study.scores, params)
+        for target, method in itertools.product(args.targets, METHODS):
+            jobs[f"{weights} {method} {target}"] = functools.partial(
+                study.sparse, params, method, target
+            )
+    jobs |= {
+        f"outside {share}": functools.partial(study.outside, share) for share in ("0.25", "0.5")
+    }
+    for name, job in tqdm(jobs.items(), unit="run"):
+        if name not in study.results["runs"]:
+            study.results["runs"][name] = job()
+            study.save()
+    plot(study.results, args.out / "sparsity.png")
+    print(markdown(study.results))
 
 
 if __name__ == "__main__":
