@@ -1,12 +1,15 @@
 """Compiles the C++ CPU kernels into the wheel if jax and a compiler are at hand.
 
 Everything else is in pyproject.toml. Without them (an isolated build has no jax) the wheel is pure
-Python, and the kernels are compiled on first use or XLA computes their products.
+Python, and the kernels are compiled on first use or XLA computes their products. Where the
+environment variable LUTJAX_REQUIRE_NATIVE is set, as for released wheels, that is an error.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import os
 import pathlib
 import sys
 
@@ -17,6 +20,14 @@ from setuptools.command.build_py import build_py
 FOLDER = pathlib.Path("pallas_kernels/native")
 
 
+def left_for_first_use(error: Exception) -> None:
+    """Says why the wheel is pure Python, or fails if it must not be."""
+    if os.environ.get("LUTJAX_REQUIRE_NATIVE"):
+        raise SystemExit(f"LUTJAX_REQUIRE_NATIVE is set, but: {error}") from error
+    print(f"The C++ CPU kernels are left for first use: {error}", file=sys.stderr)
+
+
+@functools.cache
 def native_library():
     """The module that builds the kernels, or None without jax."""
     spec = importlib.util.spec_from_file_location("native_library", FOLDER / "library.py")
@@ -26,7 +37,7 @@ def native_library():
         spec.loader.exec_module(module)
         module.compiler()
     except (ImportError, RuntimeError) as error:
-        print(f"The C++ CPU kernels are left for first use: {error}", file=sys.stderr)
+        left_for_first_use(error)
         return None
     return module
 
@@ -43,7 +54,7 @@ class BuildKernels(build_py):
         try:
             native.build(pathlib.Path(self.build_lib) / FOLDER / native.installed_name())
         except native.BuildError as error:
-            print(f"The C++ CPU kernels are left for first use: {error}", file=sys.stderr)
+            left_for_first_use(error)
 
 
 class PlatformWheel(bdist_wheel):
