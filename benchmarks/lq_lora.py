@@ -372,7 +372,7 @@ def main() -> None:
     parser.add_argument(
         "--cache", type=Path, default=Path(tempfile.gettempdir()) / "lutjax-lq-lora"
     )
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 3e-3])
     for field in dataclasses.fields(Settings):
         flag = "--" + field.name.replace("_", "-")
         parser.add_argument(flag, type=int, default=field.default)

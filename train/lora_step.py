@@ -178,7 +178,8 @@ def _sums(scores: Float[Array, "b t c"], targets: Int32[Array, "b t"]) -> Sums:
     real = targets >= 0
     wanted = jnp.where(real, targets, 0)
     losses = optax.softmax_cross_entropy_with_integer_labels(scores, wanted)
-    correct = real & (jnp.argmax(scores, axis=-1) == wanted)
+    wanted_scores = jnp.take_along_axis(scores, wanted[..., None], axis=-1)[..., 0]
+    correct = real & (wanted_scores == scores.max(axis=-1))
     return Sums(
         jnp.where(real, losses, 0.0).sum(),
         real.sum().astype(jnp.float32),
