@@ -80,8 +80,8 @@ def compiled(capability, m=16, bits=4, group=128, config=None, **kind):
 
 
 # Measured with Triton 3.6 and ptxas 13.5: 4 bits 5.91 (sm_80), 5.98 (sm_89), 6.05 (sm_90); 3 and 2
-# bits 4.60 and 3.81 (sm_80). Loading
-# entries from the first-level cache, as Pallas' Triton lowering has to, takes 11.5.
+# bits 4.60 and 3.81 (sm_80). Loading entries from the first-level cache, as Pallas' Triton lowering
+# has to, takes 11.5.
 INSTRUCTIONS = {(80, 4): 6.2, (80, 3): 4.9, (80, 2): 4.1, (89, 4): 6.2, (90, 4): 6.3}
 
 
