@@ -1,9 +1,10 @@
 """Decoding speed of the dense float32 model and of compressed ones, in one run on this machine.
 
-    python benchmarks/decode.py [--variants dense nf4 nf3 gguf] [--rounds 5] [--output FILE]
+    python benchmarks/decode.py [--variants dense nf4 gguf llama.cpp] [--rounds 5] [--output FILE]
 
 Batch 1, 64 tokens a round after a short prompt; the variants take turns, so that whatever else the
 machine does hits all of them; the median over rounds counts. Prints JSON with the ratio to dense.
+``llama.cpp`` runs the same GGUF file with a thread a core, if `xllamacpp` is installed.
 """
 
 from __future__ import annotations
@@ -56,6 +57,24 @@ def decode_round(
     return tokens / (time.perf_counter() - start)
 
 
+def llama_cpp_round() -> Callable[[int], float]:
+    """Tokens a second of llama.cpp, by its own clock, the prompt not counted."""
+    import xllamacpp
+
+    settings = xllamacpp.CommonParams()
+    settings.model.path = str(demo_model_path())
+    settings.n_ctx, settings.n_parallel = 128, 1
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = os.cpu_count()
+    settings.verbosity = 0
+    server = xllamacpp.Server(settings)
+
+    def run(tokens: int) -> float:
+        request = {"prompt": PROMPT, "n_predict": tokens, "temperature": 0, "ignore_eos": True}
+        return server.handle_completions(request)["timings"]["predicted_per_second"]
+
+    return run
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--variants", nargs="+", default=["dense", "nf4", "nf3"])
@@ -71,6 +90,10 @@ def main() -> None:
     prompt = tokenizer.encode(PROMPT)
     runs: dict[str, Callable[[int], float]] = {}
     for name in arguments.variants:
+        if name == "llama.cpp":
+            runs[name] = llama_cpp_round()
+            runs[name](2)
+            continue
         params = variants(dense)[name]()
         apply_fn = lifted_if_needed(model.apply, params)
 
