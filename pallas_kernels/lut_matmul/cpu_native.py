@@ -18,6 +18,8 @@ from pallas_kernels.manual_axes import varying_axes
 from pallas_kernels.native import LUT_MATMUL, availability
 
 BITS = (2, 3, 4, 8)
+SCALE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+"""Others are converted to float32 in every call."""
 
 
 def supports(
@@ -66,9 +68,7 @@ def lut_matmul(
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     if not transpose and blocks * BLOCK != k:
         rows = jnp.pad(rows, [(0, 0), (0, blocks * BLOCK - k)])
-    if scales.dtype not in (jnp.float32, jnp.bfloat16) or (
-        offsets is not None and offsets.dtype != scales.dtype
-    ):
+    if scales.dtype not in SCALE_DTYPES or (offsets is not None and offsets.dtype != scales.dtype):
         scales = scales.astype(jnp.float32)
         offsets = None if offsets is None else offsets.astype(jnp.float32)
     columns = k if transpose else n

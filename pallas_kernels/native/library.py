@@ -30,7 +30,7 @@ _FLAGS = ("-std=c++17", "-O2", "-fPIC", "-w")
 _KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         "avx512": ("-DLUT_AVX512", "-mavx512f", "-mfma"),
-        "avx2": ("-DLUT_AVX2", "-mavx2", "-mfma"),
+        "avx2": ("-DLUT_AVX2", "-mavx2", "-mfma", "-mf16c"),
         "portable": (),
     },
     "aarch64": {"neon": ("-DLUT_NEON",), "portable": ()},

@@ -12,6 +12,7 @@ namespace {
 using lut::kFewRows;
 using lut::LiveRow;
 using lut::Problem;
+using lut::ScaleType;
 using Float = Simd::Float;
 using Word = Simd::Word;
 
@@ -45,14 +46,17 @@ void LoadColumns(const float* p, const Columns& columns, Float out[4]) {
 }
 
 // Scales or offsets of one group and tile.
-void LoadScales(const void* scales, bool bfloat16, int64_t at, const Columns& columns,
+void LoadScales(const void* scales, ScaleType type, int64_t at, const Columns& columns,
                 Float out[4]) {
-  if (!bfloat16) return LoadColumns(static_cast<const float*>(scales) + at, columns, out);
+  if (type == ScaleType::kFloat32)
+    return LoadColumns(static_cast<const float*>(scales) + at, columns, out);
   const uint16_t* p = static_cast<const uint16_t*>(scales) + at;
   uint16_t padded[kTile] = {0};
   if (!columns.whole()) p = static_cast<uint16_t*>(std::memcpy(padded, p, 2 * columns.count));
   float values[kTile];
-  for (int j = 0; j < 4; ++j) Simd::Store(values + j * kLanes, Simd::LoadBfloat16(p + j * kLanes));
+  for (int i = 0; i < kTile; i += kLanes)
+    Simd::Store(values + i, type == ScaleType::kBfloat16 ? Simd::LoadBfloat16(p + i)
+                                                         : Simd::LoadFloat16(p + i));
   Simd::Deinterleave(values, out);
 }
 

@@ -6,11 +6,14 @@
 
 namespace lut {
 
+// Of scales and offsets.
+enum class ScaleType : int32_t { kFloat32, kBfloat16, kFloat16 };
+
 // One product with a packed weight [k, n]; k counts the padded rows, 8 * blocks.
 struct Problem {
   const float* x;        // [m, k], or [m, n] transposed
   const uint8_t* words;  // [k / 8, bits, n]
-  const void* scales;    // [groups, n], float32 or bfloat16
+  const void* scales;    // [groups, n], of scale_type
   const void* offsets;   // like scales, or null
   const float* lut;      // [tables, 2**bits], tables is 1 or n
   float* y;              // [m, n], or [m, rows] transposed
@@ -19,7 +22,7 @@ struct Problem {
   int64_t group;          // rows that share a scale, a multiple of 8
   int64_t tables;
   int bits;
-  bool bfloat16_scales;
+  ScaleType scale_type;
   int64_t stride;  // columns in memory: n, or more if the problem is a range of a wider weight
 };
 

@@ -55,8 +55,8 @@ void FewRows(const Problem& p, int64_t m0, int64_t tile) {
     for (int t = 0; t < kTiles; ++t) {
       const int64_t at = g * p.stride + columns.first + t * kTile;
       Float scale[4], offset[4];
-      LoadScales(p.scales, p.bfloat16_scales, at, columns, scale);
-      if (p.offsets) LoadScales(p.offsets, p.bfloat16_scales, at, columns, offset);
+      LoadScales(p.scales, p.scale_type, at, columns, scale);
+      if (p.offsets) LoadScales(p.offsets, p.scale_type, at, columns, offset);
       for (int m = 0; m < kM; ++m)
         for (int j = 0; j < 4; ++j) {
           Float& a = total[m][t][j];
@@ -78,8 +78,8 @@ void Dequantize(const Problem& p, const Decoder<kBits, kTables>& decoder, int64_
   const int64_t at = block * kBlock / p.group * p.stride + columns.first;
   Float scale[4], offset[4];
   for (int j = 0; j < 4; ++j) offset[j] = Simd::Zero();
-  LoadScales(p.scales, p.bfloat16_scales, at, columns, scale);
-  if (p.offsets) LoadScales(p.offsets, p.bfloat16_scales, at, columns, offset);
+  LoadScales(p.scales, p.scale_type, at, columns, scale);
+  if (p.offsets) LoadScales(p.offsets, p.scale_type, at, columns, offset);
   decoder.Block(block, 0, [&](int row, int j, Float value) __attribute__((always_inline)) {
     Simd::Store(out + row * stride + j * kLanes, Simd::MulAdd(value, scale[j], offset[j]));
   });

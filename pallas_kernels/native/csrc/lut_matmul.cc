@@ -41,9 +41,9 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U
   if (!Has(scales, {groups, n})) return error("scales do not fit the words and group_size");
   const bool shifted = offsets.element_count() > 0;
   if (shifted && !Has(offsets, {groups, n})) return error("offsets do not fit the scales");
-  const auto type = scales.element_type();
-  if ((type != ffi::F32 && type != ffi::BF16) || offsets.element_type() != type)
-    return error("scales and offsets must both be float32 or both be bfloat16");
+  lut::ScaleType type;
+  if (!lut::FindScaleType(scales, &type) || offsets.element_type() != scales.element_type())
+    return error("scales and offsets must both be float32, bfloat16 or float16");
   const Kernels* kernels = lut::Find(std::string(instructions));
   if (!kernels) return error("this machine lacks the instruction set");
   if (m == 0 || n == 0) return ffi::Error::Success();
@@ -69,7 +69,7 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U
                            group_size,
                            tables,
                            static_cast<int>(bits),
-                           type == ffi::BF16,
+                           type,
                            n};
   const int64_t units = transpose ? blocks : (n + kernels->columns - 1) / kernels->columns;
   const bool ok = lut::Parallel(pool, units, 8 * blocks * n * m, [=](int64_t first, int64_t last) {

@@ -53,6 +53,9 @@ struct Simd {
     const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(Left(_mm512_cvtepu16_epi32(halves), 16));
   }
+  static Float LoadFloat16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
   static Table LoadTable(const float* sixteen) { return {Load(sixteen)}; }
   // The entry that the low 4 bits name (3 bits are enough if kEntries is 8).
   template <int kEntries>
@@ -129,6 +132,9 @@ struct Simd {
     const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(Left(_mm256_cvtepu16_epi32(halves), 16));
   }
+  static Float LoadFloat16(const uint16_t* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
   static Table LoadTable(const float* sixteen) { return {Load(sixteen), Load(sixteen + 8)}; }
   template <int kEntries>
   static Float Lookup(const Table& table, Word index) {
@@ -172,6 +178,9 @@ struct Simd {
   static Word LeftBy(Word a, int bits) { return Left(a, bits); }
   static Float LoadBfloat16(const uint16_t* p) {
     return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
+  }
+  static Float LoadFloat16(const uint16_t* p) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
   }
   static Word And(Word a, uint32_t b) { return vandq_u32(a, vdupq_n_u32(b)); }
   static Word Add(Word a, Word b) { return vaddq_u32(a, b); }
@@ -236,6 +245,19 @@ struct Simd {
     const uint32_t bits[4] = {uint32_t{p[0]} << 16, uint32_t{p[1]} << 16, uint32_t{p[2]} << 16,
                               uint32_t{p[3]} << 16};
     return Load(reinterpret_cast<const float*>(bits));
+  }
+  static float FromFloat16(uint16_t half) {
+    const uint32_t magnitude = half & 0x7FFF;
+    // Subnormal numbers by a product, as XLA's threads take subnormal float32 for zero.
+    float value = static_cast<float>(magnitude) * 0x1p-24f;
+    if (magnitude >= 0x0400) {
+      const uint32_t bits = (magnitude << 13) + (magnitude >= 0x7C00 ? 224u << 23 : 112u << 23);
+      std::memcpy(&value, &bits, sizeof(value));
+    }
+    return half & 0x8000 ? -value : value;
+  }
+  static Float LoadFloat16(const uint16_t* p) {
+    return Float{FromFloat16(p[0]), FromFloat16(p[1]), FromFloat16(p[2]), FromFloat16(p[3])};
   }
   static Word And(Word a, uint32_t b) { return a & b; }
   static Word Add(Word a, Word b) { return a + b; }

@@ -98,8 +98,8 @@ void SparsePacked(const Problem& p, const Live& live, int64_t m0, int64_t first,
         const Columns columns = {column + t * kTile, Min(kTile, p.n - column - t * kTile)};
         const int64_t at = g * p.stride + columns.first;
         Float scale[4], offset[4];
-        LoadScales(p.scales, p.bfloat16_scales, at, columns, scale);
-        if (p.offsets) LoadScales(p.offsets, p.bfloat16_scales, at, columns, offset);
+        LoadScales(p.scales, p.scale_type, at, columns, scale);
+        if (p.offsets) LoadScales(p.offsets, p.scale_type, at, columns, offset);
         for (int m = 0; m < kM; ++m)
           for (int j = 0; j < 4; ++j) {
             const int64_t place = (t * kM + m) * kTile + j * kLanes;

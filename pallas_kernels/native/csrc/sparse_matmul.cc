@@ -184,9 +184,9 @@ ffi::Error Packed(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi
   if (!Has(scales, {groups, n})) return error("scales do not fit the words and group_size");
   const bool shifted = offsets.element_count() > 0;
   if (shifted && !Has(offsets, {groups, n})) return error("offsets do not fit the scales");
-  const auto type = scales.element_type();
-  if ((type != ffi::F32 && type != ffi::BF16) || offsets.element_type() != type)
-    return error("scales and offsets must both be float32 or both be bfloat16");
+  lut::ScaleType type;
+  if (!lut::FindScaleType(scales, &type) || offsets.element_type() != scales.element_type())
+    return error("scales and offsets must both be float32, bfloat16 or float16");
   const Kernels* kernels = lut::Find(std::string(instructions));
   if (const char* what = Check(x, thresholds, *y, k, n, splits, kernels)) return error(what);
   const int64_t m = x.dimensions()[0], width = thresholds.dimensions()[1];
@@ -195,7 +195,7 @@ ffi::Error Packed(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi
   std::vector<LiveRows> live;
   std::vector<std::vector<float>> sums;
   std::vector<Problem> problems;
-  const int64_t element = type == ffi::BF16 ? 2 : 4;
+  const int64_t element = type == lut::ScaleType::kFloat32 ? 4 : 2;
   int64_t start = 0, operations = 0;
   for (size_t i = 0; i < splits.size(); ++i) {
     live.push_back(FindLiveRows(x.typed_data(), m, k, thresholds.typed_data() + i * width,
@@ -221,7 +221,7 @@ ffi::Error Packed(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi
                         group_size,
                         1,
                         static_cast<int>(bits),
-                        type == ffi::BF16,
+                        type,
                         n});
     start += splits[i];
     operations += live[i].count * splits[i] * m;

@@ -5,17 +5,30 @@
 #include <memory>
 #include <mutex>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace lut {
 namespace {
 
 constexpr int64_t kOperationsPerThread = 200'000;  // tens of microseconds
+
+#if defined(__x86_64__)
+// Conversions from float16, by a name that older compilers know.
+bool SupportsF16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 // Instruction sets of this machine, best first; the last runs everywhere.
 int Available(const Kernels* list[3]) {
   int count = 0;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && SupportsF16c();
   if (avx2 && __builtin_cpu_supports("avx512f")) list[count++] = Avx512Kernels();
   if (avx2) list[count++] = Avx2Kernels();
 #elif defined(__aarch64__)

@@ -23,6 +23,16 @@ using Range = std::function<bool(int64_t first, int64_t last)>;
 // Splits `units` over XLA's own threads if `operations` are worth several. False if any range failed.
 bool Parallel(xla::ffi::ThreadPool& pool, int64_t units, int64_t operations, Range range);
 
+// The type of a buffer of scales; false if there are no kernels for it.
+inline bool FindScaleType(const xla::ffi::AnyBuffer& scales, ScaleType* type) {
+  switch (scales.element_type()) {
+    case xla::ffi::F32: *type = ScaleType::kFloat32; return true;
+    case xla::ffi::BF16: *type = ScaleType::kBfloat16; return true;
+    case xla::ffi::F16: *type = ScaleType::kFloat16; return true;
+    default: return false;
+  }
+}
+
 template <class B>
 std::string Shape(const B& buffer) {
   std::ostringstream s;

@@ -60,6 +60,23 @@ def test_every_instruction_set_equals_the_formula(case, instructions):
 
 
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_scale_is_taken_exactly(dtype, instructions):
+    bits = np.arange(0, 1 << 16, 37, dtype=np.uint16)
+    extremes = np.array([0, 1, 0x3FF, 0x400, 0x7BFF, 0x7C00, 0x7E00, 0x8001, 0xFBFF], np.uint16)
+    scales = np.concatenate([bits, extremes]).view(jnp.dtype(dtype))[None]
+    words = jnp.zeros((1, 4, scales.size), jnp.uint8)
+    x, lut = jnp.eye(1, 8), jnp.ones((1, 16, 1))
+    y = cpu_native.lut_matmul(
+        x, words, jnp.asarray(scales), lut, k=8, group_size=8, instructions=instructions
+    )
+    expected = scales.astype(np.float32)
+    # XLA's threads take float32 numbers below this for zero.
+    tiny = np.abs(expected) < np.finfo(np.float32).tiny
+    np.testing.assert_array_equal(np.where(tiny, 0, y), np.where(tiny, 0, expected))
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
 @pytest.mark.parametrize("m,transpose", [(1, False), (6, False), (1, True)])
 def test_equally_spaced_tables_are_computed(m, transpose, instructions):
     case = Case(m=m, bits=8, n=300, dtype="float32", transpose=transpose, offsets=True)

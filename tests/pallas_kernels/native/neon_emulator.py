@@ -35,7 +35,7 @@ class Problem(ctypes.Structure):
         *((name, pointer) for name in ("x", "words", "scales", "offsets", "lut", "y", "sums")),
         *((name, i64) for name in ("m", "k", "n", "rows", "group", "tables")),
         ("bits", ctypes.c_int32),
-        ("bfloat16_scales", ctypes.c_bool),
+        ("scale_type", ctypes.c_int32),
         ("stride", i64),
     ]
 

@@ -15,6 +15,7 @@ from neon_emulator import DenseProblem, Emulator, Live, Problem, compile_program
 from pallas_kernels.layout import pack  # noqa: E402
 
 PRODUCT, TRANSPOSED, SPARSE, SPARSE_DENSE = range(4)
+SCALE_TYPES = (np.float32, ml_dtypes.bfloat16, np.float16)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def weight(rng, k, n, bits, group, *, tables=1, offsets=False, linear=False, dty
     words = np.asarray(pack(codes, bits))
     fields = {"words": words, "scales": scales, "offsets": shifts, "lut": lut}
     static = {"n": n, "rows": k, "group": group, "tables": tables, "bits": bits, "stride": n}
-    return fields, static | {"bfloat16_scales": dtype != np.float32}, dense
+    return fields, static | {"scale_type": SCALE_TYPES.index(dtype)}, dense
 
 
 def error(actual, expected):
@@ -54,6 +55,7 @@ CASES = [
     *((m, 64, 40, 8, {"linear": True}) for m in (1, 6)),
     (1, 200, 300, 4, {"dtype": ml_dtypes.bfloat16}),
     (9, 200, 40, 3, {"dtype": ml_dtypes.bfloat16, "offsets": True}),
+    (1, 200, 50, 4, {"dtype": np.float16, "offsets": True}),
 ]
 
 
