@@ -46,7 +46,7 @@ void LoadColumns(const float* p, const Columns& columns, Float out[4]) {
 }
 
 // Scales or offsets of one group and tile.
-void LoadScales(const void* scales, ScaleType type, int64_t at, const Columns& columns,
+inline __attribute__((always_inline)) void LoadScales(const void* scales, ScaleType type, int64_t at, const Columns& columns,
                 Float out[4]) {
   if (type == ScaleType::kFloat32)
     return LoadColumns(static_cast<const float*>(scales) + at, columns, out);
@@ -58,6 +58,15 @@ void LoadScales(const void* scales, ScaleType type, int64_t at, const Columns& c
     Simd::Store(values + i, type == ScaleType::kBfloat16 ? Simd::LoadBfloat16(p + i)
                                                          : Simd::LoadFloat16(p + i));
   Simd::Deinterleave(values, out);
+}
+
+// Brings scales and offsets near that are needed soon.
+void PrefetchScales(const Problem& p, int64_t at, int64_t count) {
+  const int64_t bytes = p.scale_type == ScaleType::kFloat32 ? 4 : 2;
+  for (int64_t i = 0; i < count * bytes; i += 64) {
+    __builtin_prefetch(static_cast<const char*>(p.scales) + at * bytes + i);
+    if (p.offsets) __builtin_prefetch(static_cast<const char*>(p.offsets) + at * bytes + i);
+  }
 }
 
 // One table, one a column, or one whose entries are equally spaced and so need no looking up.

@@ -30,7 +30,9 @@ void FewRows(const Problem& p, int64_t m0, int64_t tile) {
   const float* x = p.x + m0 * p.k;
   Float total[kM][kTiles][4];
   for (int i = 0; i < kM * kTiles * 4; ++i) (&total[0][0][0])[i] = Simd::Zero();
+  const int64_t ahead = kAhead / group_blocks + 1;
   for (int64_t g = 0; g < groups; ++g) {
+    if (g + ahead < groups) PrefetchScales(p, (g + ahead) * p.stride + columns.first, kTiles * kTile);
     Float sum[kM][kTiles][4];
     LUT_UNROLL
     for (int m = 0; m < kM; ++m)
@@ -52,12 +54,15 @@ void FewRows(const Problem& p, int64_t m0, int64_t tile) {
                 Simd::MulAdd(Simd::Set(x[m * p.k + b * kBlock + row]), value, sum[m][t][j]);
         });
     }
+    LUT_UNROLL  // with a variable t, the sums would lie in memory
     for (int t = 0; t < kTiles; ++t) {
       const int64_t at = g * p.stride + columns.first + t * kTile;
       Float scale[4], offset[4];
       LoadScales(p.scales, p.scale_type, at, columns, scale);
       if (p.offsets) LoadScales(p.offsets, p.scale_type, at, columns, offset);
+      LUT_UNROLL
       for (int m = 0; m < kM; ++m)
+        LUT_UNROLL
         for (int j = 0; j < 4; ++j) {
           Float& a = total[m][t][j];
           a = Simd::MulAdd(sum[m][t][j], scale[j], a);

@@ -50,10 +50,17 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U
 
   std::unique_ptr<float[]> sums;
   if (shifted && !transpose) {
-    sums.reset(new float[m * groups]());
+    sums.reset(new float[m * groups]);
     for (int64_t i = 0; i < m; ++i)
-      for (int64_t j = 0; j < 8 * blocks; ++j)
-        sums[i * groups + j / group_size] += x.typed_data()[i * 8 * blocks + j];
+      for (int64_t g = 0; g < groups; ++g) {
+        const float* row = x.typed_data() + i * 8 * blocks;
+        const int64_t stop = std::min((g + 1) * group_size, 8 * blocks);
+        float parts[8] = {0};  // groups are whole blocks of eight
+        for (int64_t j = g * group_size; j < stop; j += 8)
+          for (int64_t p = 0; p < 8; ++p) parts[p] += row[j + p];
+        sums[i * groups + g] = ((parts[0] + parts[1]) + (parts[2] + parts[3])) +
+                               ((parts[4] + parts[5]) + (parts[6] + parts[7]));
+      }
   }
   const Problem problem = {x.typed_data(),
                            words.typed_data(),

@@ -12,13 +12,17 @@
 namespace lut {
 namespace {
 
-constexpr int64_t kOperationsPerThread = 200'000;  // tens of microseconds
+constexpr int64_t kOperationsPerThread = 150'000;  // about ten microseconds
 
 #if defined(__x86_64__)
-// Conversions from float16, by a name that older compilers know.
+// Conversions from float16, by a name that older compilers know. Asked once: in a virtual machine the
+// instruction takes longer than a small product.
 bool SupportsF16c() {
-  unsigned a, b, c, d;
-  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  static const bool supported = [] {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  }();
+  return supported;
 }
 #endif
 
@@ -38,6 +42,16 @@ int Available(const Kernels* list[3]) {
   return count;
 }
 
+constexpr int kSpins = 500;  // some microseconds to some tens of them
+
+void Pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 // Threads take ranges until none is left. The caller works too and waits only for ranges that
 // were taken, so a pool whose threads are all busy, or waiting like this one, is no deadlock.
 class Work {
@@ -47,14 +61,16 @@ class Work {
 
   void Run() {
     for (int64_t part; (part = next_.fetch_add(1)) < parts_;) {
-      const bool ok = range_(units_ * part / parts_, units_ * (part + 1) / parts_);
-      std::lock_guard<std::mutex> lock(mutex_);
-      failed_ |= !ok;
-      if (++done_ == parts_) finished_.notify_all();
+      if (!range_(units_ * part / parts_, units_ * (part + 1) / parts_)) failed_ = true;
+      if (done_.fetch_add(1) + 1 < parts_) continue;
+      std::lock_guard<std::mutex> lock(mutex_);  // the caller is not between its test and its sleep
+      finished_.notify_all();
     }
   }
 
+  // Most waits are shorter than falling asleep and being woken.
   bool Wait() {
+    for (int i = 0; i < kSpins && done_ < parts_; ++i) Pause();
     std::unique_lock<std::mutex> lock(mutex_);
     finished_.wait(lock, [this] { return done_ == parts_; });
     return !failed_;
@@ -66,8 +82,8 @@ class Work {
   std::atomic<int64_t> next_{0};
   std::mutex mutex_;
   std::condition_variable finished_;
-  int64_t done_ = 0;
-  bool failed_ = false;
+  std::atomic<int64_t> done_{0};
+  std::atomic<bool> failed_{false};
 };
 
 }  // namespace
