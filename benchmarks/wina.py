@@ -84,7 +84,9 @@ class BasisGate(WrapperArray):
 
     def matmul(self, x: jax.Array) -> jax.Array:
         """The gated product."""
-        return self.base.matmul(jnp.where(self.ignored(x), 0.0, self.turned(x)))
+        rows = x.reshape(-1, x.shape[-1])
+        y = self.base.matmul(jnp.where(self.ignored(rows), 0.0, self.turned(rows)))
+        return y.reshape(*x.shape[:-1], -1)
 
     def matmul_transposed(self, x: jax.Array) -> jax.Array:
         """Not gated."""
