@@ -89,7 +89,6 @@ def sparse_matmul(
     kernel: Any
     if isinstance(weight, RowCodes):
         rows, fields = weight.words, weight.fields
-        rows = lax.bitcast_convert_type(rows, jnp.int32)
         padding = rows.shape[1] * fields * _LANES - stop
         scales = jnp.pad(weight.scales.astype(jnp.float32), ((0, 0), (0, padding)))
         scales = scales.reshape(-1, rows.shape[1], fields, _LANES).swapaxes(1, 2)
@@ -104,6 +103,8 @@ def sparse_matmul(
         operands, specs = [], []
         kernel = _dense_kernel
     _, blocks, lanes = rows.shape
+    # Else XLA moves the whole weight to vector memory where it fits.
+    rows = pltpu.with_memory_space_constraint(rows, pltpu.HBM)
     y = pl.pallas_call(
         functools.partial(_walk, kernel=kernel, step=step, m=m),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -112,7 +113,7 @@ def sparse_matmul(
             in_specs=[
                 pl.BlockSpec(memory_space=pltpu.SMEM),
                 *specs,
-                pl.BlockSpec(memory_space=pl.ANY),
+                pl.BlockSpec(memory_space=pltpu.HBM),
             ],
             out_specs=pl.BlockSpec(memory_space=pltpu.VMEM),
             scratch_shapes=[
@@ -177,6 +178,7 @@ def _dense_kernel(k, row, factors, o_ref):
 
 def _codes_kernel(k, words, factors, o_ref, lut_ref, scale_ref, *, bits, group_size):
     group = lax.div(k, group_size)
+    words = lax.bitcast_convert_type(words, jnp.int32)  # of all rows at once, XLA would copy them
     for field in range(o_ref.shape[1]):
         codes = (lax.shift_right_logical(words, field * bits)) & (2**bits - 1)
         weight = _select(lut_ref, codes, bits) * scale_ref[group, field]

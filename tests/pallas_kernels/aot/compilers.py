@@ -21,6 +21,7 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 DUMP = tempfile.mkdtemp(prefix="kernels_")
 os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={DUMP} --xla_jf_dump_llo_text=true"
 os.environ.update(MOSAIC_GPU_DUMP_PTX="1", MOSAIC_GPU_DUMP_TO=DUMP)
+os.environ["XLA_FLAGS"] = f"--xla_dump_to={DUMP} --xla_dump_emitter_re=ptx"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -135,10 +136,15 @@ def compile_for(target: str, function, *args):
 def bundles(target: str, function, *args) -> int:
     """VLIW bundles of the largest program that a TPU kernel becomes."""
     _, files = compile_for(target, function, *args)
-    end = "final_hlo-static-per-bundle-utilization.txt"
+    report = kernel_report(files, "final_hlo-static-per-bundle-utilization.txt")
+    return sum(bool(line.strip()) for line in report.splitlines()[4:])
+
+
+def kernel_report(files: set[str], end: str) -> str:
+    """The dump with that end about the largest program that a TPU kernel became."""
     reports = [f for f in files if f.endswith(end) and "<late" not in f and "-TLP-" not in f]
     with open(max(reports, key=os.path.getsize)) as report:
-        return sum(bool(line.strip()) for line in report.readlines()[4:])
+        return report.read()
 
 
 class Sass:
