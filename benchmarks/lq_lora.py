@@ -62,6 +62,7 @@ from lutjax.transforms.decompose import decompose_array
 from train.lora_step import Batch, Trained, TrainState, make_step, next_token
 from train.metrics import perplexity
 
+METHODS = ("nf", "loftq", "lq", "lq_fisher")
 BUDGETS = (2.5, 2.75, 3.0, 3.25, 3.5, 4.0)
 COLUMNS = (
     ("nf", "uniform"),
@@ -243,19 +244,18 @@ class Figures:
         self._study, self._rates = study, rates
         self._training = functools.cache(lambda: Training(study))
 
-    @functools.cached_property
-    def tried(self) -> dict[str, float]:
-        """Perplexity of plain 3-bit quantisation after training, by learning rate."""
-        plan = self._study.plan("nf", "uniform", 3.25)
-        return {str(rate): self._after("nf", plan, rate) for rate in self._rates}
+    @functools.cache  # noqa: B019 - there is one object in a process
+    def tried(self, method: str) -> dict[str, float]:
+        """Perplexity of a method's uniform plan of 3.25 bits after training, by learning rate."""
+        plan = None if method == "dense" else self._study.plan(method, "uniform", 3.25)
+        return {str(rate): self._after(method, plan, rate) for rate in self._rates}
 
     def of(self, stage: str, method: str, plan: Plan | None) -> dict[str, float]:
         """The perplexity of a plan's model, or of the original one, before or after training."""
         if stage == "before":
             return {"before": self._kept("before", method, plan)}
-        # The best one for plain quantisation serves all.
-        rate = float(min(self.tried, key=lambda rate: self.tried[rate]))
-        return {"after": self._after(method, plan, rate)}
+        tried = self.tried(method)
+        return {"after": self._after(method, plan, float(min(tried, key=lambda r: tried[r])))}
 
     def _after(self, method: str, plan: Plan | None, rate: float) -> float:
         return self._kept("after", method, plan, rate)
@@ -299,7 +299,7 @@ def run(settings: Settings, rates: tuple[float, ...], cache: Path, output: Path)
     for stage in ("before", "after"):
         results["dense"] |= figures.of(stage, "dense", None)
         if stage == "after":
-            results["learning_rates"] = figures.tried
+            results["learning_rates"] = {m: figures.tried(m) for m in ("dense", *METHODS)}
         for cell in tqdm(cells, desc=stage):
             budget, method, solver = cell
             row = results["rows"][str(budget)].setdefault(f"{method}/{solver}", {})
@@ -372,7 +372,7 @@ def main() -> None:
     parser.add_argument(
         "--cache", type=Path, default=Path(tempfile.gettempdir()) / "lutjax-lq-lora"
     )
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 3e-3])
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3, 3e-3])
     for field in dataclasses.fields(Settings):
         flag = "--" + field.name.replace("_", "-")
         parser.add_argument(flag, type=int, default=field.default)

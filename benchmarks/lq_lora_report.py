@@ -32,25 +32,36 @@ def report(results: dict[str, Any]) -> str:
     """Two tables, before and after training, and how they were made."""
     settings, dense, rows = results["settings"], results["dense"], results["rows"]
     tried = results["learning_rates"]
-    rate = min(tried, key=tried.get) if tried else "none yet"
-    others = ", ".join(f"{r}: {value:.2f}" for r, value in tried.items())
     text = (
         f"Perplexity of SmolLM2-135M-Instruct on {settings['evaluated']} held-out windows of "
         f"{settings['tokens']} tokens, the stored bits a weight of the quantised parts in brackets "
         f"(low-rank parts of rank {settings['rank']} are not counted, as in the paper). Fisher "
         f"information from {settings['samples']} samples of {settings['sample_tokens']} tokens; "
         f"training of the low-rank parts alone for {settings['steps']} steps of 1 x "
-        f"{settings['trained_tokens']} tokens, all on other windows of the same text. One learning "
-        f"rate for all, {rate} with cosine decay: the best for plain NF at 3.25 bits ({others}). "
-        "Plain NF is trained with a new adapter of the same rank (QLoRA). Uniform plans of all "
-        "methods are those of plain NF; where rows repeat, more bits for the scales would not "
-        "lower the error by 1 %."
+        f"{settings['trained_tokens']} tokens, all on other windows of the same text. Each "
+        "method has the learning rate, with cosine decay, that is best for its uniform plan of "
+        "3.25 bits (below). Plain NF is trained with a new adapter of the same rank (QLoRA). "
+        "Uniform plans of all methods are those of plain NF; where rows repeat, more bits for the "
+        "scales would not lower the error by 1 %."
     )
     parts = [text, ""]
     for stage in dense:
         parts += [f"{stage.capitalize()} training (dense: {dense[stage]:.2f}):", ""]
         parts += [*_table(rows, stage), ""]
+    if tried:
+        parts += ["After training, uniform plans of 3.25 bits, by learning rate:", ""]
+        parts += [*_rates(tried), ""]
     return "\n".join(parts)
+
+
+def _rates(tried: dict[str, dict[str, float]]) -> list[str]:
+    rates = list(next(iter(tried.values())))
+    lines = ["| method | " + " | ".join(rates) + " |", "|---|" + "---|" * len(rates)]
+    for method, found in tried.items():
+        best = min(found.values())
+        cells = [f"**{v:.2f}**" if v == best else f"{v:.2f}" for v in found.values()]
+        lines.append(f"| {METHODS.get(method, method)} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _table(rows: dict[str, Any], stage: str) -> list[str]:

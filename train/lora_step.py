@@ -57,7 +57,7 @@ class Sums(NamedTuple):
     Attributes:
       loss: Cross-entropy in nats.
       targets: Number of these tokens.
-      correct: Those of which the likeliest prediction is right.
+      correct: Those of which the likeliest prediction is right; of n equally likely ones, 1 / n.
     """
 
     loss: Float32[Array, ""]
@@ -179,7 +179,9 @@ def _sums(scores: Float[Array, "b t c"], targets: Int32[Array, "b t"]) -> Sums:
     wanted = jnp.where(real, targets, 0)
     losses = optax.softmax_cross_entropy_with_integer_labels(scores, wanted)
     wanted_scores = jnp.take_along_axis(scores, wanted[..., None], axis=-1)[..., 0]
-    correct = real & (wanted_scores == scores.max(axis=-1))
+    best = scores.max(axis=-1)
+    ties = jnp.sum(scores == best[..., None], axis=-1)
+    correct = jnp.where(real & (wanted_scores == best), 1 / ties, 0.0)
     return Sums(
         jnp.where(real, losses, 0.0).sum(),
         real.sum().astype(jnp.float32),

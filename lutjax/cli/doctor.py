@@ -26,8 +26,13 @@ def report() -> list[str]:
     """The lines of the report."""
     import jax
 
-    devices = ", ".join(f"{d.platform} {d.device_kind}" for d in jax.devices())
-    lines = [*_versions(), f"devices: {devices}", "", *_native_library()]
+    lines = _versions()
+    try:
+        devices = jax.devices()
+    except Exception as error:  # a broken installation is what this command is for
+        return [*lines, f"devices: none, jax cannot start: {type(error).__name__}: {error}"]
+    lines += ["devices: " + ", ".join(f"{d.platform} {d.device_kind}" for d in devices)]
+    lines += ["", *_native_library()]
     for operation, reasons in (("lut_matmul", _lut_matmul()), ("sparse_matmul", _sparse_matmul())):
         lines += ["", f"{operation}, one row of x, 4096 x 4096, 4 bits:"]
         lines += [f"  {name:<15} {reason}" for name, reason in reasons.items()]

@@ -242,7 +242,8 @@ def _refuse_unsupported(config: Mapping[str, Any], source: Path) -> None:
             raise ValueError(f"{source}: {field}={config[field]!r} is not plain LoRA")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{source}: bias={config['bias']!r}; only 'none' is read")
-    if config.get("modules_to_save") not in (None, [], ["score"]):
+    # PEFT names both heads that a classifier may have; this one's is called score.
+    if set(config.get("modules_to_save") or ()) - {"score", "classifier"}:
         raise ValueError(
             f"{source}: modules_to_save={config['modules_to_save']!r}: whole modules are not read"
         )

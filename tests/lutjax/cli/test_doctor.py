@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import jax
 import pytest
 
 from lutjax.cli.main import main
@@ -35,3 +36,13 @@ def test_why_there_is_no_library(capsys, monkeypatch):
     said = lines(capsys)
     assert said["C++"].endswith("no compiler; install one")
     assert said["cpu_native"].strip() == "no: no compiler"
+
+
+def test_a_jax_that_cannot_start_is_reported(capsys, monkeypatch):
+    def devices():
+        raise RuntimeError("no such platform")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    said = lines(capsys)
+    assert said["lutjax"] and said["cores:"]
+    assert said["devices:"] == "none, jax cannot start: RuntimeError: no such platform"

@@ -112,6 +112,11 @@ def test_the_head_of_a_classifier(tmp_path):
     np.testing.assert_array_equal(tensors["base_model.model.score.weight"], head.T)
     np.testing.assert_array_equal(load_peft_head(tmp_path / "a"), head)
     assert set(load_peft(tmp_path / "a")) == {Q}
+    path = tmp_path / "a/adapter_config.json"
+    config["modules_to_save"] = ["score", "classifier", "score"]  # as PEFT saves it again
+    path.write_text(json.dumps(config))
+    assert set(load_peft(tmp_path / "a")) == {Q}
+    np.testing.assert_array_equal(load_peft_head(tmp_path / "a"), head)
     save_peft(tmp_path / "b", adapter)
     with pytest.raises(ValueError, match="no adapter of a classifier"):
         load_peft_head(tmp_path / "b")
