@@ -13,7 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import lutjax
 from lutjax.adapters import lora
 from lutjax.arrays import LowRankArray, is_compressed, shardings_like
-from lutjax.io import Tokenizer, load_peft
+from lutjax.io import Tokenizer, load_peft, load_peft_head
+from lutjax.io.peft import TENSORS_NAME
+from lutjax.io.safetensors import SafetensorsReader
 from lutjax.models import Decoder
 from lutjax.transforms.decompose import decompose
 
@@ -115,6 +117,14 @@ def prepare(
         lora.attach(base, adapter)  # refuses one that does not fit
     adapter = adapter or lora.init(base, rank, key, targets=targets)
     return dataclasses.replace(start, base=base, adapter=adapter)
+
+
+def load_head(peft: str | Path) -> jax.Array | None:
+    """The head of a classifier in a PEFT adapter, `float32[D, C]`; None if it has none."""
+    names = SafetensorsReader.open_file(Path(peft) / TENSORS_NAME).infos
+    if not any(name.endswith("score.weight") for name in names):
+        return None
+    return load_peft_head(peft).astype(jnp.float32)
 
 
 def shard_base(base: Any, mesh: Mesh) -> Any:

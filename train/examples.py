@@ -38,27 +38,35 @@ def read_records(source: str) -> list[dict[str, Any]]:
 
     Args:
       source: Path of a .json, .jsonl, .parquet or .csv file, of any other file as one plain text,
-        or ``dataset:config:split`` on the hub.
+        or ``dataset:config:split`` on the hub, or with a local directory in the dataset's place.
 
     Returns:
       One dictionary a record; a plain text is ``{"text": …}``.
 
     Raises:
       FileNotFoundError: For a path that does not exist.
-      ValueError: If there is no record.
+      ValueError: If there is no record, or a file is not of its format.
     """
     path = Path(source)
+    name, config, split = (*source.split(":"), "", "train")[:3]
     if path.is_file() and path.suffix not in _FORMATS:
         return [{"text": path.read_text(encoding="utf-8")}]
-    from datasets import load_dataset  # an extra; slow to import
-
-    if path.is_file():
-        rows = load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
-    elif path.suffix in _FORMATS or path.suffix in (".txt", ".md") or source.startswith("."):
+    is_local = path.suffix in (*_FORMATS, ".txt", ".md") or source.startswith(".")
+    if is_local and not path.is_file() and not Path(name).is_dir():
         raise FileNotFoundError(f"{source} does not exist")
-    else:
-        name, config, split = (*source.split(":"), "", "train")[:3]
-        rows = load_dataset(name, config or None, split=split or "train")
+    from datasets import load_dataset  # an extra; slow to import
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        if path.is_file():
+            rows = load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+        else:
+            rows = load_dataset(name, config or None, split=split or "train")
+    except DatasetGenerationError as error:
+        reason = error.__cause__ or error
+        raise ValueError(f"{source} cannot be read; mend the file: {reason}") from error
+    except StopIteration:  # what datasets makes of an empty file
+        rows = []
     if not len(rows):
         raise ValueError(f"{source} has no records")
     return list(rows)
@@ -75,18 +83,19 @@ def encode_record(record: Mapping[str, Any], tokenizer: Tokenizer) -> Example:
     Texts and completions end with the tokenizer's end-of-text token.
 
     Raises:
-      ValueError: If the record is of none of these kinds, or the template cannot be followed.
+      ValueError: If the record is of none of these kinds, one of its texts is no string, or the
+        template cannot be followed.
     """
     end = tokenizer.eos_token or ""
     if record.get("messages") is not None:
         return _encode_chat(record["messages"], tokenizer)
     if record.get("prompt") is not None and record.get("completion") is not None:
-        prompt = record["prompt"]
+        prompt, completion = _text(record, "prompt"), _text(record, "completion")
         return _encode_spans(
-            prompt + record["completion"] + end, [(len(prompt), None)], tokenizer, special=True
+            prompt + completion + end, [(len(prompt), None)], tokenizer, special=True
         )
     if record.get("text") is not None:
-        return _encode_spans(record["text"] + end, [(0, None)], tokenizer, special=True)
+        return _encode_spans(_text(record, "text") + end, [(0, None)], tokenizer, special=True)
     raise ValueError(
         f"a record has the fields {sorted(record)}; it needs 'messages', 'prompt' and "
         "'completion', or 'text'"
@@ -159,18 +168,18 @@ def encode_labelled(
       classes: Those that there are.
 
     Raises:
-      ValueError: If a field is missing, the text is empty or the class is unknown.
+      ValueError: If a field is missing, a text is no string or has no token, or the class is
+        unknown.
     """
-    text = "\n".join(_field(record, field) for field in fields)
+    text = "\n".join(_text(record, field) for field in fields)
+    kind = _field(record, label)
     tokens = np.asarray(tokenizer.backend.encode(text).ids[:length], np.int32)
     if not len(tokens):
         raise ValueError(f"a record's {', '.join(fields)} has no token to predict {label!r} from")
-    if record[label] not in classes:
-        raise ValueError(
-            f"a record has the {label} {record[label]!r}; the training data has {list(classes)}"
-        )
+    if kind not in classes:
+        raise ValueError(f"a record has the {label} {kind!r}; the training data has {list(classes)}")
     targets = np.full(len(tokens), NOTHING, np.int32)
-    targets[-1] = classes.index(record[label])
+    targets[-1] = classes.index(kind)
     return Example(tokens, targets)
 
 
@@ -178,6 +187,13 @@ def _field(record: Mapping[str, Any], field: str) -> Any:
     if record.get(field) is None:
         raise ValueError(f"a record has the fields {sorted(record)}, and no {field!r}")
     return record[field]
+
+
+def _text(record: Mapping[str, Any], field: str) -> str:
+    text = _field(record, field)
+    if not isinstance(text, str):
+        raise ValueError(f"the field {field!r} is {text!r:.80}, which is no text; make it a string")
+    return text
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ import lutjax
 from lutjax.adapters import lora
 from lutjax.arrays import is_compressed
 from lutjax.io import save_peft
-from train.base_model import Start, load_start, prepare, shard_base
+from train.base_model import Start, load_head, load_start, prepare, shard_base
 from train.checkpoints import Checkpoints
 from train.examples import NOTHING, Rows
 from train.finetune_config import FinetuneConfig
@@ -65,13 +66,13 @@ def finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneResult:
     """Trains, going on from the output directory's last checkpoint if there is one.
 
     The output directory gets ``metrics.jsonl``, ``checkpoints/``, the base as it was at the start
-    if the run compressed it (``base/``), and at the end
+    if the run compressed it (``base/``, and in ``base.json`` what it was made from), and at the end
 
     * ``adapter/``: the adapter for its base, in PEFT's format, with the head of a classifier, whose
       classes are in ``classes.json``;
     * ``model/``: base and adapter together for :func:`lutjax.load`, if the base is compressed;
-    * ``delta_adapter/``: the change for the *original* model, of twice the rank, if the adapter did
-      not start at zero.
+    * ``delta_adapter/``: the change for the *original* model, of twice the rank, if the adapter
+      started as the low-rank part of a decomposition.
 
     Args:
       config: The run.
@@ -82,26 +83,24 @@ def finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneResult:
 
     Raises:
       FloatingPointError: At a loss that is not finite.
-      ValueError: For a configuration that does not fit the model, the data or the checkpoint.
+      ValueError: For a configuration that does not fit the model, the data, the devices, the saved
+        base or the checkpoint.
     """
     output = config.output
-    output.mkdir(parents=True, exist_ok=True)
-    start = _start(config)
+    mesh = _mesh(config)
+    saved = _saved_base(config)
+    start = load_start(saved or config.model, config.dtype, remat=config.remat)
     data = load_data(config, start)
     rows, held_out = data.rows, data.held_out
-    mesh = None
-    base = start.base
-    if config.data_parallel * config.model_parallel > 1:
-        mesh = jax.make_mesh(
-            (config.data_parallel, config.model_parallel),
-            ("data", "model"),
-            axis_types=(jax.sharding.AxisType.Auto,) * 2,
-        )
-        base = shard_base(base, mesh)
+    head = _head(config, start, data.classes)
+    output.mkdir(parents=True, exist_ok=True)
+    if saved is None:
+        start = _prepare(config, start)
+    base = start.base if mesh is None else shard_base(start.base, mesh)
     optimizer = config.optimizer()
     step = make_step(_objective(config, start), optimizer, mesh)
     # A copy, because the state is donated.
-    trained = Trained(jax.tree.map(jnp.copy, start.adapter), _head(start, data.classes))
+    trained = Trained(jax.tree.map(jnp.copy, start.adapter), head)
     state = TrainState(trained, optimizer.init(trained))
     if mesh is not None:
         everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -151,13 +150,58 @@ def finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneResult:
     return result
 
 
-def _start(config: FinetuneConfig) -> Start:
-    """The model with its base and adapter; what was compressed once is kept for resumption."""
-    saved = config.output / "base"
-    if saved.is_dir():
-        return load_start(saved, config.dtype, remat=config.remat)
+def _mesh(config: FinetuneConfig) -> jax.sharding.Mesh | None:
+    """The devices by rows and by parts of the base; None for one."""
+    shape = (config.data_parallel, config.model_parallel)
+    if math.prod(shape) == 1:
+        return None
+    if math.prod(shape) > jax.device_count():
+        raise ValueError(
+            f"data_parallel={shape[0]} times model_parallel={shape[1]} is more than the "
+            f"{jax.device_count()} devices that JAX has; lower one"
+        )
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    return jax.make_mesh(shape, ("data", "model"), axis_types=auto)
+
+
+def _saved_base(config: FinetuneConfig) -> Path | None:
+    """The base that an earlier start of the same run compressed, if there is one.
+
+    Raises:
+      ValueError: If it was made otherwise than this configuration asks for.
+    """
+    saved, record = config.output / "base", config.output / "base.json"
+    if not saved.is_dir():
+        return None
+    fix = f"use another --output, or delete {saved}"
+    if not record.is_file():
+        raise ValueError(f"{saved} has no {record.name} that says what it was made from; {fix}")
+    found, asked = json.loads(record.read_text(encoding="utf-8")), _base_identity(config)
+    differing = [
+        f"{k}: {found.get(k)!r:.80} in {record.name}, {asked.get(k)!r:.80} asked for"
+        for k in sorted(found.keys() | asked.keys())
+        if found.get(k) != asked.get(k)
+    ]
+    if differing:
+        raise ValueError(f"cannot go on with {saved}: {'; '.join(differing)}; {fix}")
+    return saved
+
+
+def _base_identity(config: FinetuneConfig) -> dict[str, Any]:
+    """What determines the base and the adapter that it starts with, in terms of JSON."""
+    names = ("model", "method", "rank", "targets", "bits", "group_size", "rounds", "adapter")
+    values = {name: getattr(config, name) for name in (*names, "dtype", "seed")}
+    return json.loads(json.dumps(values | {"recipe": _recipe_text(config)}))
+
+
+def _recipe_text(config: FinetuneConfig) -> str | None:
+    return None if config.recipe is None else config.recipe.read_text(encoding="utf-8")
+
+
+def _prepare(config: FinetuneConfig, start: Start) -> Start:
+    """The base and adapter of the run; what is compressed is kept for resumption."""
     start = prepare(
-        load_start(config.model, config.dtype, remat=config.remat),
+        start,
         config.method,
         rank=config.rank,
         recipe=config.rules(),
@@ -167,8 +211,11 @@ def _start(config: FinetuneConfig) -> Start:
         peft=config.adapter,
     )
     if config.method != "lora":
+        # First, so that a base is never there without it.
+        record = json.dumps(_base_identity(config), indent=2) + "\n"
+        replace_text(config.output / "base.json", record)
         params = lora.attach(start.base, start.adapter)
-        lutjax.save(saved, params, start.model.config, start.tokenizer)
+        lutjax.save(config.output / "base", params, start.model.config, start.tokenizer)
     return start
 
 
@@ -178,9 +225,24 @@ def _objective(config: FinetuneConfig, start: Start) -> Objective:
     return classification(lutjax.lift(hidden_states(start.model), strict=True))
 
 
-def _head(start: Start, classes: tuple[Any, ...]) -> jax.Array | None:
-    """Zeros: the gradient of a head that is the only layer of its kind needs no symmetry broken."""
-    return jnp.zeros((start.model.config.hidden_size, len(classes))) if classes else None
+def _head(config: FinetuneConfig, start: Start, classes: tuple[Any, ...]) -> jax.Array | None:
+    """That of the adapter to go on with, or zeros.
+
+    The gradient of a head that is the only layer of its kind needs no symmetry broken.
+    """
+    if not classes:
+        return None
+    shape = (start.model.config.hidden_size, len(classes))
+    head = None if config.adapter is None else load_head(config.adapter)
+    if head is None:
+        return jnp.zeros(shape)
+    if head.shape != shape:
+        raise ValueError(
+            f"the head of adapter={config.adapter} is for {head.shape[0]} features and "
+            f"{head.shape[1]} classes; the model has {shape[0]} and the data {shape[1]}: "
+            f"{list(classes)!r:.80}; give the adapter's own model and labels"
+        )
+    return head
 
 
 def _on_device(rows: Rows, parts: int) -> Batch:
@@ -211,7 +273,7 @@ def _identity(config: FinetuneConfig, data: Data) -> dict[str, Any]:
     """What must be equal for a run to be resumed, in terms of JSON."""
     free = ("output", "eval_data", "eval_fraction", "eval_every", "checkpoint_every", "data")
     values = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
-    values["recipe"] = None if config.recipe is None else config.recipe.read_text()
+    values["recipe"] = _recipe_text(config)
     found = {"rows": data.rows.fingerprint, "classes": data.classes}
     return json.loads(json.dumps(values | found))
 
@@ -221,7 +283,14 @@ def _save_results(config: FinetuneConfig, result: FinetuneResult) -> None:
     start, output = result.start, config.output
     adapter, head = jax.device_get(result.trained)
     base_is_compressed = any(map(is_compressed, jax.tree.leaves(start.base, is_leaf=is_compressed)))
-    name = str(output / "base") if config.method != "lora" else config.model
+    began_at_zero = all(not np.asarray(part.right).any() for part in start.adapter.values())
+    decomposed = config.adapter is None and not began_at_zero
+    name: str | None = str(output / "base")
+    original: str | None = config.model
+    if config.method == "lora":
+        # PEFT cannot load a compressed model, and the original of a decomposed one is not known.
+        name = None if base_is_compressed or decomposed else config.model
+        original = None
     if not (output / "adapter").exists():
         save_peft(output / "adapter", adapter, base_model=name, head=head)
     if result.classes:
@@ -229,10 +298,9 @@ def _save_results(config: FinetuneConfig, result: FinetuneResult) -> None:
     if base_is_compressed and not (output / "model").exists():
         params = lora.attach(start.base, jax.device_put(adapter))
         lutjax.save(output / "model", params, start.model.config, start.tokenizer)
-    began_at_zero = all(not np.asarray(part.right).any() for part in start.adapter.values())
-    if not began_at_zero and not (output / "delta_adapter").exists():
+    if decomposed and not (output / "delta_adapter").exists():
         delta = lora.difference(adapter, start.adapter)
-        save_peft(output / "delta_adapter", delta, base_model=config.model, head=head)
+        save_peft(output / "delta_adapter", delta, base_model=original, head=head)
 
 
 def _describe(start: Start, rows: Rows, held_out: Rows | None, done: int) -> None:

@@ -52,7 +52,7 @@ class FinetuneConfig:
     recipe: Path | None = None
     """JSON file with a rule for each matrix, instead of the two above; see lutjax allocate."""
     adapter: str | None = None
-    """Directory of a PEFT adapter to go on with (lora and qlora)."""
+    """Directory of a PEFT adapter, with the head of a classifier, to go on with (lora and qlora)."""
     eval_data: str | None = None
     """Data to evaluate on; by default the last part of the training data."""
     eval_fraction: float = 0.05
@@ -74,7 +74,7 @@ class FinetuneConfig:
     weight_decay: float = 0.0
     """AdamW's."""
     clip: float = 1.0
-    """Largest norm of a gradient."""
+    """Largest norm of a gradient; inf for any."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations and dense weights; the adapter and its optimiser are float32."""
     remat: bool = False
@@ -102,6 +102,10 @@ class FinetuneConfig:
             raise ValueError(f"task={self.task!r} is unknown; use language or classification")
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is unknown; use one of {', '.join(METHODS)}")
+        if not self.clip > 0:
+            raise ValueError(
+                f"clip={self.clip} would make every update zero; it must be above 0 (inf: no limit)"
+            )
         parts = self.accumulate * self.data_parallel
         if self.batch_size % parts:
             raise ValueError(

@@ -52,20 +52,29 @@ def load_data(config: FinetuneConfig, start: Start) -> Data:
     if config.task == "classification":
         classes = classes_of(records, config.label_field)
 
-    def encode(records: list[dict[str, Any]]) -> list[Example]:
+    def encode_one(record: dict[str, Any]) -> Example:
         if config.task == "language":
-            return cut((encode_record(record, tokenizer) for record in records), length)
+            return encode_record(record, tokenizer)
         fields, label = config.text_fields, config.label_field
-        return [
-            encode_labelled(r, tokenizer, length, fields=fields, label=label, classes=classes)
-            for r in records
-        ]
+        return encode_labelled(
+            record, tokenizer, length, fields=fields, label=label, classes=classes
+        )
 
+    def encode(records: list[dict[str, Any]], source: str) -> list[Example]:
+        examples = []
+        for number, record in enumerate(records, 1):
+            try:
+                examples.append(encode_one(record))
+            except ValueError as error:
+                raise ValueError(f"{source}, record {number}: {error}") from error
+        return cut(examples, length) if config.task == "language" else examples
+
+    examples = encode(records, config.data)
     if config.eval_data is None:
         fraction = config.eval_fraction
-        rows, held_out = split_rows(encode(records), length, fraction, source=config.data)
+        rows, held_out = split_rows(examples, length, fraction, source=config.data)
     else:
-        rows, _ = split_rows(encode(records), length, source=config.data)
-        others = encode(read_records(config.eval_data))
+        rows, _ = split_rows(examples, length, source=config.data)
+        others = encode(read_records(config.eval_data), config.eval_data)
         held_out, _ = split_rows(others, length, source=config.eval_data)
     return Data(rows, held_out, classes)

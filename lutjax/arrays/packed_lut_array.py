@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from lutjax.arrays.base import CompressedArray, format_bytes
 from lutjax.arrays.lut_array import LutArray
-from lutjax.arrays.split import Split
+from lutjax.arrays.split import Split, is_partitioned_automatically
 from lutjax.arrays.view import MATRIX, MatrixView
 from pallas_kernels.lut_matmul import PackedWeight, packed_matmul
 from pallas_kernels.lut_matmul import prepack as prepack_words
@@ -104,9 +104,17 @@ class PackedLutArray(CompressedArray):
                 f"{self!r} is packed for activations of {self.dtype}, got {x.dtype}; cast either "
                 "with astype before lutjax.prepack"
             )
+        if is_partitioned_automatically(x):
+            raise ValueError(
+                f"{self!r} is packed for one device, but the activations are split over several; "
+                "run the canonical parameters"
+            )
         if self.batch_shape:
             return jax.vmap(lambda w, x: w._product(x, transpose=transpose))(self, x)
-        return packed_matmul(x, self.packed, transpose=transpose)
+        try:
+            return packed_matmul(x, self.packed, transpose=transpose)
+        except NotImplementedError as error:
+            raise NotImplementedError(f"{self!r}: {error}") from error
 
     def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array:
         """Dense rows or columns, by a product with rows of the identity."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
 
 from lutjax.arrays import GatedArray, LutArray, PackedLutArray
 from lutjax.paths import path_string
@@ -19,22 +18,24 @@ def prepack(
 
     TPUs and Hopper GPUs read another order than the canonical words, and reorder them in every call
     unless this is done at load time. The result is for :func:`lutjax.lift` and cannot be saved,
-    sharded or trained: keep the canonical parameters for that.
+    sharded or trained: keep the canonical parameters for that. Embeddings stay as they are: lookups
+    need single rows, which only the canonical words give.
 
     Args:
       params: Parameters; weights that stand inside other compressed arrays are found too.
       implementation: Whose layout; None: that of the device that programs are compiled for, and
         unchanged parameters where the kernels read canonical words (CPUs, other GPUs). None leaves
         weights that the kernel does not take as they are.
-      device_kind: Of the device, e.g. ``"TPU v6 lite"``; None: the one that is compiled for.
+      device_kind: Of a TPU that is not there, e.g. ``"TPU v6 lite"``; None: the device that is
+        compiled for.
 
     Returns:
       A pytree like ``params`` with :class:`lutjax.arrays.PackedLutArray` for ``LutArray``; gated
       weights stay (see :func:`lutjax.sparsity.prepack`).
 
     Raises:
-      ValueError: If a weight is sharded over several devices, or the named implementation does not
-        take it; the message has its path.
+      ValueError: If a weight is on several devices, the named implementation does not take it (the
+        message has its path), or ``device_kind`` is not a TPU's.
 
     >>> import jax.numpy as jnp
     >>> import lutjax
@@ -42,15 +43,20 @@ def prepack(
     >>> lutjax.prepack(params, implementation="xla")
     {'kernel': PackedLutArray(shape=(64, 64), float32, 4 bits, xla, 2.4 kB)}
     """
-    chosen = implementation or _of_this_device()
+    if device_kind is not None and not device_kind.startswith("TPU"):
+        raise ValueError(
+            f"device_kind={device_kind!r}: only TPUs can be named; for a GPU that is not there "
+            "trace under jax.sharding.use_abstract_mesh with its AbstractDevice"
+        )
+    chosen = implementation or ("mosaic_tpu" if device_kind else _of_this_device())
 
     def one(path: tuple, leaf: Any) -> Any:
-        if chosen is None or not isinstance(leaf, LutArray):
+        if chosen is None or not isinstance(leaf, LutArray) or "embed" in path_string(path):
             return leaf
-        if _is_sharded(leaf.words):
+        if len(getattr(getattr(leaf.words, "sharding", None), "device_set", ())) > 1:
             raise ValueError(
-                f"{path_string(path)!r}: {leaf!r} is sharded over several devices; prepacked "
-                "weights are for one, so run the canonical parameters"
+                f"{path_string(path)!r}: {leaf!r} is on several devices; prepacked weights are for "
+                "one, so run the canonical parameters"
             )
         try:
             return PackedLutArray.of(leaf, chosen, device_kind)
@@ -66,10 +72,9 @@ def prepack(
 def _of_this_device() -> str | None:
     if dispatch.compiling_for("tpu"):
         return "mosaic_tpu"
-    kind = dispatch.device_kind("cuda") or ""
-    return "mosaic_gpu" if "H100" in kind or "H200" in kind else None
+    kind = dispatch.device_kind("cuda")
+    if kind is None or isinstance(dispatch.backend("mosaic_gpu"), str):
+        return None
+    from pallas_kernels.lut_matmul import mosaic_gpu
 
-
-def _is_sharded(array: Any) -> bool:
-    sharding = getattr(array, "sharding", None)
-    return isinstance(sharding, NamedSharding) and not sharding.is_fully_replicated
+    return "mosaic_gpu" if mosaic_gpu.is_hopper(kind) else None

@@ -66,6 +66,11 @@ class Config:
         return self.tiles * TILE_N
 
 
+def is_hopper(kind: str) -> bool:
+    """Whether the kernels run on a device of this kind."""
+    return any(name in kind for name in ("H100", "H200", "H800", "H20", "GH200"))
+
+
 def supports(
     x: Any,
     words: Any,
@@ -88,8 +93,8 @@ def supports(
         return f"lut of shape {lut.shape}; the Hopper kernel takes one table of single values"
     if scales.shape[0] > 1 and not (group_size in (16, 32, 64) or group_size % SLICE_K == 0):
         return (
-            f"group_size={group_size}; use 32, 64, a multiple of {SLICE_K} or one group a column"
-            f" (group_size >= {k})"
+            f"group_size={group_size}; use 16, 32, 64, a multiple of {SLICE_K} or one group a "
+            f"column (group_size >= {k})"
         )
     if transpose:
         reason = reason_against_transposed(scales.shape[0], group_size)
@@ -105,7 +110,7 @@ def supports(
         return None
     if kind is None:
         return "no GPU is compiled for here"
-    if not any(name in kind for name in ("H100", "H200", "H800", "H20", "GH200")):
+    if not is_hopper(kind):
         return f"device {kind!r} is not of the Hopper generation (wgmma)"
     return None
 

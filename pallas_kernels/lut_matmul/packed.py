@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.lut_matmul import dispatch
 from pallas_kernels.lut_matmul.api import lut_matmul
@@ -21,7 +22,7 @@ from pallas_kernels.lut_matmul.epilogue import add_offsets
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["planes", "scales", "table", "offsets"],
-    meta_fields=["implementation", "k", "n", "bits", "group_size", "p", "padded"],
+    meta_fields=["implementation", "dtype", "k", "n", "bits", "group_size", "p", "padded"],
 )
 @dataclasses.dataclass(frozen=True)
 class PackedWeight:
@@ -33,6 +34,7 @@ class PackedWeight:
       table: ``float32[T, 2**bits, p]``, or the implementation's form of it.
       offsets: Like ``scales``, or None.
       implementation: Whose layout it is.
+      dtype: Of the activations; a table may be stored in it.
       k: The number of rows K.
       n: The number of columns N.
       bits: Bits a code.
@@ -46,6 +48,7 @@ class PackedWeight:
     table: jax.Array
     offsets: jax.Array | None
     implementation: str
+    dtype: np.dtype
     k: int
     n: int
     bits: int
@@ -122,6 +125,7 @@ def prepack(
         table=table,
         offsets=offsets,
         implementation=implementation,
+        dtype=np.dtype(dtype),
         k=k,
         n=n,
         bits=bits,
@@ -146,6 +150,7 @@ def packed_matmul(
       ``[..., N]`` in the dtype of ``x``, or ``[..., K]`` when transposed.
 
     Raises:
+      TypeError: If a kernel's layout was made for activations of another dtype.
       ValueError: If ``x`` does not end in K (N when transposed).
       NotImplementedError: If the kernel has no transposed product for this layout or group size.
     """
@@ -155,6 +160,11 @@ def packed_matmul(
             f"x of shape {x.shape} must end in {'N' if transpose else 'K'}={contracted} to be "
             f"multiplied by the {'transposed ' if transpose else ''}weight "
             f"[K={weight.k}, N={weight.n}]"
+        )
+    if weight.padded and x.dtype != weight.dtype:
+        raise TypeError(
+            f"the weight is prepacked for activations of {weight.dtype}, got {x.dtype}; use "
+            f"prepack(..., dtype={x.dtype.name!r}) or cast x"
         )
     if transpose and weight.padded:
         reason = _reason_against_transposed(weight)

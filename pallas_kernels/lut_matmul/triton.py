@@ -74,7 +74,10 @@ def supports(
 def _capability(kind: str) -> int | None:
     device = jax.devices()[0]
     if device.device_kind == kind and hasattr(device, "compute_capability"):
-        return round(10 * float(device.compute_capability))
+        try:
+            return round(10 * float(device.compute_capability))
+        except ValueError:  # other makers name theirs
+            return None
     found = [number for name, number in _CAPABILITY.items() if name in kind]
     return found[0] if found else None
 

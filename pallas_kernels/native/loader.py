@@ -47,11 +47,12 @@ def _load() -> tuple[ctypes.CDLL | None, pathlib.Path | None, str | None]:
     try:
         path = library.find_or_build()
         loaded = ctypes.CDLL(str(path))
-    except (library.BuildError, OSError) as error:
+        loaded.NativeInstructions.restype = ctypes.c_char_p
+        for target, symbol in _HANDLERS.items():
+            handler = jax.ffi.pycapsule(getattr(loaded, symbol))
+            jax.ffi.register_ffi_target(target, handler, platform="cpu")
+    # BuildError is a RuntimeError; XLA raises others, such as for another version of its interface.
+    except (RuntimeError, OSError, AttributeError) as error:
         logging.getLogger(__name__).warning("CPU products run through XLA: %s", error)
         return None, None, str(error)
-    loaded.NativeInstructions.restype = ctypes.c_char_p
-    for target, symbol in _HANDLERS.items():
-        handler = jax.ffi.pycapsule(getattr(loaded, symbol))
-        jax.ffi.register_ffi_target(target, handler, platform="cpu")
     return loaded, path, None

@@ -74,10 +74,13 @@ def sparse_matmul(
     k, n = matrix_shape(weight)
     if thresholds.ndim == 0:
         thresholds = jnp.broadcast_to(thresholds, (1 if splits is None else len(splits), 1))
+    if n == 0:
+        return jnp.zeros((*x.shape[:-1], 0), x.dtype)
     rows = x.reshape(-1, k)
     static = (splits or (n,), implementation)
     if implementation is not None:
-        reason = dispatch.reason_against(implementation, (rows, weight, thresholds), static[0])
+        arrays = (rows, weight, thresholds)
+        reason = dispatch.reason_against_here(implementation, arrays, static[0])
         if reason is not None:
             raise NotImplementedError(
                 f"implementation {implementation!r} cannot run this product: {reason}"

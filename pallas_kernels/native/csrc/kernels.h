@@ -9,7 +9,8 @@ namespace lut {
 // Of scales and offsets.
 enum class ScaleType : int32_t { kFloat32, kBfloat16, kFloat16 };
 
-// One product with a packed weight [k, n]; k counts the padded rows, 8 * blocks.
+// One product with a packed weight [k, n]; k counts the padded rows, 8 * blocks. (The sparse product
+// has no x here, sums of what it keeps of x, any group, and in k the rows without padding.)
 struct Problem {
   const float* x;        // [m, k], or [m, n] transposed
   const uint8_t* words;  // [k / 8, bits, n]

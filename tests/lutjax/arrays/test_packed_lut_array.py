@@ -94,6 +94,21 @@ def test_what_it_cannot_do_is_refused(tmp_path):
         )
 
 
+def test_embeddings_keep_words_that_can_be_looked_up():
+    params = {"embed_tokens": {"embedding": weight()}, "kernel": weight()}
+    packed = lutjax.prepack(params, implementation="xla")
+    assert packed["embed_tokens"]["embedding"] is params["embed_tokens"]["embedding"]
+    assert isinstance(packed["kernel"], PackedLutArray)
+
+
+def test_a_device_by_name():
+    with pytest.raises(ValueError, match="'NVIDIA H200': only TPUs can be named"):
+        lutjax.prepack({"kernel": weight()}, device_kind="NVIDIA H200")
+    with interpret_kernels():
+        packed = lutjax.prepack({"kernel": weight()}, device_kind="TPU v6 lite")["kernel"]
+    assert packed.packed.implementation == "mosaic_tpu"
+
+
 def test_a_packed_weight_is_not_split():
     packed = lutjax.prepack({"kernel": weight()}, implementation="xla")["kernel"]
     with pytest.raises(ValueError, match="packed for one device; shard the canonical"):

@@ -196,15 +196,17 @@ def adapters():
 
 
 def prepacked():
-    """Prepacked weights are for one device: a sharded one is refused by its path."""
-    sharded = place(make_params(), mesh_of(AxisType.Auto))
-    try:
-        lutjax.prepack(sharded, implementation="xla")
-    except ValueError as error:
-        assert str(error).startswith("'down/kernel'"), error
-        assert "is sharded over several devices" in str(error), error
-    else:
-        raise AssertionError("prepack took a sharded weight")
+    """Prepacked weights are for one device: one on several is refused by its path."""
+    mesh, params = mesh_of(AxisType.Auto), make_params()
+    replicated = jax.device_put(params, NamedSharding(mesh, P()))
+    for several in (place(params, mesh), replicated):
+        try:
+            lutjax.prepack(several, implementation="xla")
+        except ValueError as error:
+            assert str(error).startswith("'down/kernel'"), error
+            assert "is on several devices" in str(error), error
+        else:
+            raise AssertionError("prepack took a weight on several devices")
 
 
 PROGRAMS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu
@@ -32,6 +33,21 @@ def test_tpu_layout_serves_any_number_of_rows(m, kind):
     assert relative_error(y[0], oracle(case, data)) <= 1.1e-2
     back = packed_matmul(y[0], packed, transpose=True, interpret=True)
     assert relative_error(back, oracle(case, data | {"x": y[0]}, transpose=True)) <= 1.1e-2
+
+
+def test_a_layout_for_another_dtype_is_refused():
+    case = Case(m=1, k=64, n=64)
+    _, *arrays = operands(make(case))
+    with interpret_kernels():
+        packed = prepack(
+            *arrays,
+            k=64,
+            group_size=64,
+            implementation="mosaic_tpu",
+            device_kind="TPU v6 lite",
+        )
+        with pytest.raises(TypeError, match="prepacked for activations of bfloat16, got float16"):
+            packed_matmul(jnp.zeros((1, 64), jnp.float16), packed)
 
 
 def test_without_a_layout_of_its_own_the_words_stay_canonical():
