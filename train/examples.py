@@ -177,7 +177,9 @@ def encode_labelled(
     if not len(tokens):
         raise ValueError(f"a record's {', '.join(fields)} has no token to predict {label!r} from")
     if kind not in classes:
-        raise ValueError(f"a record has the {label} {kind!r}; the training data has {list(classes)}")
+        raise ValueError(
+            f"a record has the {label} {kind!r}; the training data has {list(classes)}"
+        )
     targets = np.full(len(tokens), NOTHING, np.int32)
     targets[-1] = classes.index(kind)
     return Example(tokens, targets)

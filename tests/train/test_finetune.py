@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import pytest
 
 import lutjax
 from lutjax.adapters import lora
-from lutjax.io import load_peft, load_peft_head
+from lutjax.io import load_peft, load_peft_head, save_peft
 from lutjax.models import DecoderConfig
 from lutjax.paths import named_leaves
 from tests.lutjax.tiny_checkpoint import assert_same_bits, dense_params, write_hf
@@ -269,8 +270,49 @@ def test_lq_lora_writes_a_delta_for_the_original(config):
     )
     continued = finetune(more, quiet=True)
     assert_same_bits(continued.start.adapter, result.trained.adapter)
+    # PEFT cannot load that checkpoint, so that neither adapter names it.
+    assert base_name(config.output / "delta_adapter") == config.model
+    assert base_name(more.output / "adapter") is base_name(more.output / "delta_adapter") is None
     with pytest.raises(ValueError, match="needs a dense model"):
         finetune(dataclasses.replace(more, method="qlora", output=config.output / "x"), quiet=True)
+
+
+def base_name(adapter: Path) -> str | None:
+    return json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+def test_an_adapter_that_goes_on_has_no_delta(config, qlora_run):
+    config = dataclasses.replace(
+        config,
+        adapter=str(qlora_run[0].output / "adapter"),
+        steps=1,
+        eval_fraction=0,
+        output=config.output / "goes_on",
+    )
+    result = finetune(config, quiet=True)
+    assert_same_bits(result.start.adapter, qlora_run[1].trained.adapter)
+    assert base_name(config.output / "adapter") == config.model
+    assert not (config.output / "delta_adapter").exists()
+
+
+def test_a_base_of_other_settings_is_refused(qlora_run, tmp_path):
+    """Before the first checkpoint, too, which has an identity of its own."""
+    whole, _ = qlora_run
+    config = dataclasses.replace(whole, output=tmp_path)
+    shutil.copytree(whole.output / "base", tmp_path / "base")
+    with pytest.raises(ValueError, match=r"base has no base.json.*delete"):
+        finetune(config, quiet=True)
+    shutil.copy(whole.output / "base.json", tmp_path)
+    other = dataclasses.replace(config, bits=3, seed=1)
+    message = (
+        r"bits: 4 in base.json, 3 asked for; seed: 0 in base.json, 1 asked for; use another "
+        "--output, or delete"
+    )
+    with pytest.raises(ValueError, match=message):
+        finetune(other, quiet=True)
+    with pytest.raises(ValueError, match="method: 'qlora' in base.json, 'lora' asked for"):
+        finetune(dataclasses.replace(config, method="lora"), quiet=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "base.json"]
 
 
 def test_two_by_two_devices_train_alike(qlora_run):
@@ -382,6 +424,30 @@ def test_a_classifier_resumes_and_loads_again(classifier_run):
         finetune(dataclasses.replace(config, data=str(changed)), quiet=True)
 
 
+def test_a_classifier_goes_on_with_its_head(classifier_run, tmp_path):
+    config, result = classifier_run
+    more = dataclasses.replace(
+        config,
+        adapter=str(config.output / "adapter"),
+        steps=1,
+        learning_rate=1e-6,
+        output=tmp_path / "more",
+    )
+    again = finetune(more, quiet=True)
+    assert again.evaluations[0] == result.evaluations[60]
+    np.testing.assert_allclose(again.trained.head, result.trained.head, atol=1e-5)
+    adapter = load_peft(config.output / "adapter")
+    save_peft(tmp_path / "headless", adapter)
+    new = dataclasses.replace(more, adapter=str(tmp_path / "headless"), output=tmp_path / "new")
+    loss = finetune(new, quiet=True).evaluations[0]["eval_loss"]
+    np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
+    save_peft(tmp_path / "three", adapter, head=jnp.zeros((24, 3)))
+    bad = dataclasses.replace(more, adapter=str(tmp_path / "three"), output=tmp_path / "bad")
+    with pytest.raises(ValueError, match="24 features and 3 classes; the model has 24 and the dat"):
+        finetune(bad, quiet=True)
+    assert not bad.output.exists()
+
+
 def test_classes_are_predicted_from_the_last_hidden_state(config):
     """The head's product with the normalised state, from logits of a model whose head it is."""
     model, params, _ = lutjax.load(config.model)
@@ -406,6 +472,7 @@ def test_resuming_another_configuration_is_refused(qlora_run):
         ({"method": "dora"}, "method='dora' is unknown; use one of lora, qlora"),
         ({"eval_fraction": 1.0}, "eval_fraction=1.0"),
         ({"checkpoint_every": 0}, "checkpoint_every=0"),
+        ({"clip": 0.0}, r"clip=0.0 would make every update zero; it must be above 0 \(inf"),
     ],
 )
 def test_bad_configurations(config, change, message):
@@ -425,3 +492,28 @@ def test_bad_input_ends_with_code_2(config, monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", ["finetune", *run_command(changed)[3:]])
         assert main() == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": "missing.jsonl"}, "missing.jsonl does not exist"),
+        ({"sequence_length": 4096}, "beyond the model's 2048 positions"),
+        ({"data_parallel": 4, "model_parallel": 64}, "data_parallel=4 times model_parallel=64 is"),
+        ({"data": "{}", "task": "classification"}, "no 'label'"),
+        ({"eval_data": "{}", "task": "classification"}, r"data.jsonl, record 1: .* no 'label'"),
+    ],
+)
+def test_bad_input_is_refused_before_the_base_is_made(
+    classifier_run, monkeypatch, tmp_path, change, message
+):
+    monkeypatch.setattr("train.finetune.prepare", lambda *_, **__: pytest.fail("compressed"))
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"sentence": "the", "other": "of"}\n')
+    change = {k: str(data) if v == "{}" else v for k, v in change.items()}
+    config = dataclasses.replace(
+        classifier_run[0], **{"task": "language", "output": tmp_path / "run"} | change
+    )
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        finetune(config, quiet=True)
+    assert not config.output.exists()

@@ -69,6 +69,9 @@ def test_completions_and_texts(tokenizer):
     assert learnt_text(text, tokenizer) == " b<|end|>"  # nothing comes before its first token
     with pytest.raises(ValueError, match=r"fields \['body'\]"):
         encode_record({"body": "a"}, tokenizer)
+    for bad, field in [({"text": 3}, "text"), ({"prompt": "a", "completion": [1]}, "completion")]:
+        with pytest.raises(ValueError, match=f"the field '{field}' is .*, which is no text"):
+            encode_record(bad, tokenizer)
 
 
 def test_a_template_that_rewrites_the_past_is_refused(tokenizer):
@@ -139,6 +142,8 @@ def test_a_class_is_predicted_at_the_last_token(tokenizer):
     assert encode(records[1], 2).targets.tolist() == [NOTHING, 0]
     for record, message in [
         ({"a": "x", "kind": "no"}, "no 'b'"),
+        ({"a": "x", "b": "y"}, "no 'kind'"),
+        ({"a": "x", "b": 3, "kind": "no"}, "the field 'b' is 3, which is no text"),
         ({"a": "x", "b": "y", "kind": "odd"}, r"the kind 'odd'; the training data has \['even'"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -147,7 +152,7 @@ def test_a_class_is_predicted_at_the_last_token(tokenizer):
         classes_of(records[:1], "kind")
 
 
-def test_formats_and_the_hub(tmp_path):
+def test_formats_and_the_hub(tmp_path, monkeypatch):
     """All formats give the same records; a hub name is what `load_dataset` makes of it."""
     records = [{"text": f"number {i}", "label": i % 2} for i in range(3)]
     dataset = datasets.Dataset.from_list(records)
@@ -162,6 +167,11 @@ def test_formats_and_the_hub(tmp_path):
         assert read_records(str(path)) == records
     assert read_records(str(tmp_path / "repository")) == records
     assert read_records(f"{tmp_path / 'repository'}::validation") == records[:1]
+    monkeypatch.chdir(tmp_path)
+    assert read_records("./repository") == records
+    assert read_records("./repository::validation") == records[:1]
+    with pytest.raises(FileNotFoundError, match=r"\./missing does not exist"):
+        read_records("./missing")
 
 
 def test_files(tmp_path, tokenizer):
@@ -178,6 +188,12 @@ def test_files(tmp_path, tokenizer):
     assert held_out.segments.max(axis=1).sum() == 2
     with pytest.raises(FileNotFoundError, match=r"missing.jsonl does not exist"):
         read_records(str(tmp_path / "missing.jsonl"))
+    path.write_text('{"text": "a"}\n{"text": \n')
+    with pytest.raises(ValueError, match=r"data.jsonl cannot be read; mend the file: .* in row 1"):
+        read_records(str(path))
+    path.write_text("")
+    with pytest.raises(ValueError, match=r"data.jsonl has no records"):
+        read_records(str(path))
     empty = encode_record({"text": ""}, dataclasses.replace(tokenizer, eos_token=None))
     with pytest.raises(ValueError, match=r"empty\.txt gives 0 examples"):
         split_rows(cut([empty], 8), 8, source="empty.txt")

@@ -81,7 +81,8 @@ def test_vmap_over_experts_and_over_activations(args):
     both = jax.vmap(f)(xs, *stacked)
     np.testing.assert_allclose(both[1], -experts[1], rtol=1e-5, atol=1e-5)
     only_x = jax.vmap(lambda x: f(x, *weight))(xs)
-    np.testing.assert_allclose(only_x[1], -f(x, *weight), rtol=1e-5, atol=1e-5)
+    # More rows at once may be another kernel: float32 sums of about 60 in another order.
+    np.testing.assert_allclose(only_x[1], -f(x, *weight), rtol=1e-5, atol=1e-4)
     # a batch of activations is more rows of one product, not more products
     text = str(jax.make_jaxpr(jax.vmap(lambda x: f(x, *weight)))(xs))
     assert "f32[6,24]" in text
