@@ -52,7 +52,7 @@ class FinetuneConfig:
     recipe: Path | None = None
     """JSON file with a rule for each matrix, instead of the two above; see lutjax allocate."""
     adapter: str | None = None
-    """Directory of a PEFT adapter, with the head of a classifier, to go on with (lora and qlora)."""
+    """Directory of a PEFT adapter, and a classifier's head, to go on with (lora and qlora)."""
     eval_data: str | None = None
     """Data to evaluate on; by default the last part of the training data."""
     eval_fraction: float = 0.05
