@@ -23,14 +23,15 @@ step() { # step NAME SECONDS COMMAND...
   if timeout "$limit" "$@" >"$out/$name.log" 2>&1; then
     echo "ok     $name $((SECONDS - started)) s"
   else
+    local code=$? # 124: out of time
     status=1
-    echo "FAILED $name ($?) after $((SECONDS - started)) s; the end of $out/$name.log:"
+    echo "FAILED $name ($code) after $((SECONDS - started)) s; the end of $out/$name.log:"
     tail -n 15 "$out/$name.log"
   fi
 }
 
 if [ -n "$smoke" ]; then
-  sparse=(--shape 256 384 --repetitions 1 --bits 4)
+  sparse=(--shape 256 384 --rounds 1 --bits 4)
   optimizers=(--model 7m --batch-size 1 --length 8 --rank 8 --rounds 1 --size 32 --refresh-rank 4)
 else
   nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv || true
