@@ -47,6 +47,10 @@ def run(config: PretrainConfig, corpus: Corpus, path: Path) -> dict:
     record = json.loads(path.read_text())
     if record["corpus"] != corpus.fingerprint:
         raise ValueError(f"{path} is of another text; use another output directory")
+    wanted = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
+    other = [name for name in wanted if record["config"].get(name) != wanted[name]]
+    if other:
+        raise ValueError(f"{path} has another {', '.join(other)}; use another output directory")
     return record
 
 

@@ -33,7 +33,7 @@ class MetricsWriter:
         """
         path = directory / "metrics.jsonl"
         if path.exists():
-            _keep_until(path, start)
+            keep_until(path, start)
         self._file = path.open("a", encoding="utf-8")
         self._board = _tensorboard(directory)
         self._quiet = quiet
@@ -81,7 +81,8 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _keep_until(path: Path, last: int) -> None:
+def keep_until(path: Path, last: int) -> None:
+    """Drops records of later steps, which a resumed run writes again, and a line cut short."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

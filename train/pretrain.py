@@ -32,6 +32,7 @@ from train.cyclic_precision import (
 )
 from train.llama_configs import LLAMA
 from train.methods import MethodOptions, make_method
+from train.metrics import keep_until
 from train.text import Corpus, byte_tokens, read_text
 
 
@@ -88,8 +89,13 @@ class PretrainConfig:
         """Checks values that would fail late or silently."""
         if self.model not in LLAMA:
             raise ValueError(f"unknown model {self.model!r}; use one of {', '.join(LLAMA)}")
-        if self.steps < 1 or self.checkpoint_every < 1:
-            raise ValueError("steps and checkpoint_every must be at least 1")
+        for name in ("steps", "checkpoint_every", "accumulate", "batch_size", "cycles"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.eval_every is not None and self.eval_every < 1:
+            raise ValueError(f"eval_every={self.eval_every} must be at least 1, or None")
+        if self.tokenizer is not None and not Path(self.tokenizer).is_file():
+            raise ValueError(f"tokenizer={self.tokenizer!r} is no file; name a tokenizer.json")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}"
@@ -309,7 +315,10 @@ def pretrain(
     with contextlib.ExitStack() as stack:
         log = None
         if config.output is not None:
-            log = stack.enter_context((Path(config.output) / "log.jsonl").open("a"))
+            path = Path(config.output) / "log.jsonl"
+            if path.exists():
+                keep_until(path, start)
+            log = stack.enter_context(path.open("a", encoding="utf-8"))
         last = config.steps if stop_at is None else stop_at
         steps = stack.enter_context(
             tqdm(range(start, last), initial=start, total=last, unit="step", disable=not progress)
@@ -336,10 +345,13 @@ def pretrain(
             steps.set_postfix({k: f"{v:.4f}" for k, v in record.items() if k.endswith("loss")})
             if log is not None:
                 log.write(json.dumps(record) + "\n")
+                log.flush()  # before the checkpoint: a killed run resumes after these lines
             if checkpoints is not None:
                 checkpoints.save(done, state, force=done in (config.steps, stop_at))
     if checkpoints is not None:
         checkpoints.close()
+    if start == config.steps:  # it was finished before
+        evaluations.append((start, float(evaluate(state, validation))))
     return {
         "losses": losses,
         "evaluations": evaluations,

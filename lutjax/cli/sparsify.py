@@ -67,8 +67,7 @@ class Sparsify:
         from lutjax.sparsity.thresholds import check_target
 
         check_target(self.target)
-        if not self.output.parent.is_dir():
-            raise ValueError(f"{self.output.parent} is not a directory; make it first")
+        self._check()
         model = load_model(self.model)
         ids = model.tokenizer.encode(evaluation_text(self.text), add_special_tokens=False)
         *batches, held_out = [row[None] for row in windows(ids, self.window, self.samples + 1)]
@@ -91,11 +90,27 @@ class Sparsify:
             plan = plan_uniform(model.params, quantiles, self.target)
         plan = recalibrate(logits, model.params, plan, batches, progress=True)
         plan.save(self.output)
-        if self.plot is not None:
-            plan.plot(self.plot)
         achieved = measure_sparsity(logits, sparsify(model.params, plan), [held_out])
         print(str(plan).splitlines()[0])
         print(f"{self.output}: {100 * achieved.overall:.1f} % on a window that was not used")
+        if self.plot is not None:
+            plan.plot(self.plot)
+
+    def _check(self) -> None:
+        """Refuses what would fail after the calibration."""
+        for path in filter(None, (self.output, self.plot)):
+            if path.is_dir():
+                raise ValueError(f"{path} is a directory; name a file in it")
+            if not path.parent.is_dir():
+                raise ValueError(f"{path.parent} is not a directory; make it first")
+        for name in ("samples", "window", "search_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        greedy = self.method == "greedy" and self.target > 0
+        if greedy and not 0 < self.step <= self.target:
+            raise ValueError(
+                f"--step {self.step} must be above 0 and at most --target {self.target}"
+            )
 
 
 def apply_plan(model: RunnableModel, plan: Path, *, decode_only: bool) -> RunnableModel:

@@ -71,11 +71,16 @@ def test_an_interrupted_run_resumes_exactly(config, tmp_path):
     whole = pretrain(dataclasses.replace(config, output=str(tmp_path / "whole")))
     cut = dataclasses.replace(config, output=str(tmp_path / "cut"))
     first = pretrain(cut, stop_at=4)
+    log = tmp_path / "cut" / "log.jsonl"
+    log.write_text(log.read_text() + '{"step": 5, "loss": 0}\n{"step": 6, "lo')  # killed later on
     second = pretrain(cut)
     assert first["losses"] + second["losses"] == whole["losses"]
     chex.assert_trees_all_equal(second["state"], whole["state"])
-    log = [json.loads(line) for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in log] == list(range(1, 9))
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 9))
+    assert records[4]["loss"] == whole["losses"][4]
+    again = pretrain(cut)  # nothing is left to do
+    assert again["evaluations"] == whole["evaluations"][-1:] and again["losses"] == []
 
     other = dataclasses.replace(cut, rank=3, seed=1)
     with pytest.raises(ValueError, match="rank: 4 in the checkpoint, 3 asked for; seed: 0"):
@@ -104,6 +109,20 @@ def test_nan_gradients_are_named_and_can_be_skipped(config, skip, monkeypatch, t
     chex.assert_tree_all_finite(result["weights"])
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert {r["skipped"] for r in log if "skipped" in r} == {"norm/scale"}
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"accumulate": 0}, "accumulate=0 must be at least 1"),
+        ({"cycles": 0}, "cycles=0 must be at least 1"),
+        ({"eval_every": 0}, "eval_every=0 must be at least 1"),
+        ({"tokenizer": "absent.json"}, "tokenizer='absent.json' is no file"),
+    ],
+)
+def test_what_would_fail_late_is_refused(config, change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(config, **change)
 
 
 def test_batches_depend_on_seed_and_step_alone(text):

@@ -37,6 +37,14 @@ def test_bad_input(capsys, source, text, tmp_path):
     plan = tmp_path / "plan.json"
     error = fails(capsys, "sparsify", source, "--target", 1.0, "-o", plan, "--text", text)
     assert "target=1.0 is outside [0, 1)" in error and not plan.exists()
+    for options, message in (
+        (("-o", tmp_path), "is a directory; name a file in it"),
+        (("-o", plan, "--plot", tmp_path / "absent" / "plot.png"), "absent is not a directory"),
+        (("-o", plan, "--step", 0.6), "--step 0.6 must be above 0 and at most --target 0.5"),
+        (("-o", plan, "--samples", 0), "--samples must be at least 1"),
+    ):
+        error = fails(capsys, "sparsify", "no-model", "--target", 0.5, *options)
+        assert message in error and not plan.exists()
     plan.write_text("{}")
     error = fails(capsys, "eval", source, "--text", text, "--window", 16, "--sparsity", plan)
     assert "not a sparsity plan" in error
