@@ -1,5 +1,7 @@
 """Random functions out of the supported primitives: lifted equals dense."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,6 +56,8 @@ USES = {
 )  # fmt: skip
 def test_random_programs(layers, kind, bits, seed):
     lut = weight(32, 32, bits=bits, seed=seed)
+    # Sums of about one: where tanh saturates, 1 - tanh² has lost most of its digits.
+    lut = dataclasses.replace(lut, scales=lut.scales / 8)
     low_rank = lutjax.LowRankArray.of(normal(32, 3, seed=seed) / 8, normal(3, 32, seed=seed + 1))
     w = {"lut": lut, "low rank": low_rank, "sum": lutjax.SumArray.of(lut, low_rank)}[kind]
 
