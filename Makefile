@@ -41,7 +41,7 @@ layers: $(VENV)/dev.stamp
 	$(BIN)/lint-imports
 
 unit: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal --hypothesis-profile=ci  # the same examples every time
 	$(BIN)/python -m pytest --doctest-modules lutjax pallas_kernels train \
 	  --ignore=pallas_kernels/lut_matmul/triton.py --ignore=pallas_kernels/lut_matmul/triton_kernel.py  # need Triton
 
