@@ -20,6 +20,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from train.checkpoints import differences
 from train.pretrain import PretrainConfig, load_corpus, pretrain
 from train.text import Corpus, docstrings
 
@@ -48,9 +49,9 @@ def run(config: PretrainConfig, corpus: Corpus, path: Path) -> dict:
     if record["corpus"] != corpus.fingerprint:
         raise ValueError(f"{path} is of another text; use another output directory")
     wanted = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
-    other = [name for name in wanted if record["config"].get(name) != wanted[name]]
-    if other:
-        raise ValueError(f"{path} has another {', '.join(other)}; use another output directory")
+    differing = differences(record["config"], wanted, path.name)
+    if differing:
+        raise ValueError(f"{path} is of another run: {differing}; use another output directory")
     return record
 
 

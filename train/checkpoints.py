@@ -11,6 +11,19 @@ import orbax.checkpoint as ocp
 from lutjax.paths import path_string
 
 
+def differences(found: dict[str, Any], asked: dict[str, Any], where: str) -> str:
+    """What differs between a configuration found somewhere and the one asked for; empty if equal.
+
+    >>> differences({"rank": 4, "seed": 0}, {"rank": 3, "seed": 0}, "the checkpoint")
+    'rank: 4 in the checkpoint, 3 asked for'
+    """
+    return "; ".join(
+        f"{k}: {found.get(k)!r:.80} in {where}, {asked.get(k)!r:.80} asked for"
+        for k in sorted(found.keys() | asked.keys())
+        if k not in found or k not in asked or found[k] != asked[k]
+    )
+
+
 class Checkpoints:
     """Orbax checkpoints of a run's state, with the configuration that they belong to."""
 
@@ -34,15 +47,10 @@ class Checkpoints:
             return state, 0
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
         found = dict(meta["meta"])
-        if found != self._identity:
-            keys = sorted(found.keys() | self._identity.keys())
-            differing = [
-                f"{k}: {found.get(k)!r} in the checkpoint, {self._identity.get(k)!r} asked for"
-                for k in keys
-                if found.get(k) != self._identity.get(k)
-            ]
+        differing = differences(found, self._identity, "the checkpoint")
+        if differing:
             raise ValueError(
-                f"cannot resume the checkpoint of step {step}: {'; '.join(differing)}; "
+                f"cannot resume the checkpoint of step {step}: {differing}; "
                 "use another output directory"
             )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _flat(state))

@@ -19,7 +19,7 @@ from lutjax.adapters import lora
 from lutjax.arrays import is_compressed
 from lutjax.io import save_peft
 from train.base_model import Start, load_head, load_start, prepare, shard_base
-from train.checkpoints import Checkpoints
+from train.checkpoints import Checkpoints, differences
 from train.examples import NOTHING, Rows
 from train.finetune_config import FinetuneConfig
 from train.finetune_data import Data, load_data
@@ -176,14 +176,10 @@ def _saved_base(config: FinetuneConfig) -> Path | None:
     fix = f"use another --output, or delete {saved}"
     if not record.is_file():
         raise ValueError(f"{saved} has no {record.name} that says what it was made from; {fix}")
-    found, asked = json.loads(record.read_text(encoding="utf-8")), _base_identity(config)
-    differing = [
-        f"{k}: {found.get(k)!r:.80} in {record.name}, {asked.get(k)!r:.80} asked for"
-        for k in sorted(found.keys() | asked.keys())
-        if found.get(k) != asked.get(k)
-    ]
+    found = json.loads(record.read_text(encoding="utf-8"))
+    differing = differences(found, _base_identity(config), record.name)
     if differing:
-        raise ValueError(f"cannot go on with {saved}: {'; '.join(differing)}; {fix}")
+        raise ValueError(f"cannot go on with {saved}: {differing}; {fix}")
     return saved
 
 

@@ -19,9 +19,7 @@ from pallas_kernels.lut_matmul import PackedWeight, packed_matmul
 from pallas_kernels.lut_matmul import prepack as prepack_words
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["packed"], meta_fields=["dtype", "view"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["packed"], meta_fields=["view"])
 @dataclasses.dataclass(frozen=True)
 class PackedLutArray(CompressedArray):
     """The weight of a :class:`LutArray` as one kernel reads it, without reordering in every call.
@@ -32,7 +30,6 @@ class PackedLutArray(CompressedArray):
 
     Attributes:
       packed: What the kernel reads; with batch axes, all its arrays lead with them.
-      dtype: Dtype of the weight this stands for, and of the activations.
       view: How the logical axes map onto ``[K, N]``.
 
     >>> import lutjax
@@ -43,7 +40,6 @@ class PackedLutArray(CompressedArray):
     """
 
     packed: PackedWeight
-    dtype: np.dtype
     view: MatrixView = MATRIX
 
     @classmethod
@@ -69,7 +65,12 @@ class PackedLutArray(CompressedArray):
         for _ in array.batch_shape:
             pack = jax.vmap(pack)
         operands = (array.words, array.expanded_scales(), array.lut, array.offsets)
-        return cls(jax.jit(pack)(*operands), array.dtype, array.view)
+        return cls(jax.jit(pack)(*operands), array.view)
+
+    @property
+    def dtype(self) -> np.dtype:  # type: ignore[override]
+        """Dtype of the weight this stands for, and of the activations."""
+        return self.packed.dtype
 
     @property
     def batch_shape(self) -> tuple[int, ...]:

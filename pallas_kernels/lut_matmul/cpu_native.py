@@ -18,8 +18,7 @@ from pallas_kernels.manual_axes import varying_axes
 from pallas_kernels.native import LUT_MATMUL, availability
 
 BITS = (2, 3, 4, 8)
-SCALE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-"""Others are converted to float32 in every call."""
+_SCALE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def supports(
@@ -42,6 +41,15 @@ def supports(
     if group_size % BLOCK and group_size < k:
         return f"group_size={group_size} is not a multiple of {BLOCK}"
     return availability()
+
+
+def scale_operands(scales: jax.Array, offsets: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Scales and offsets of one dtype that the kernels read; empty offsets stand for none."""
+    if offsets is None:
+        offsets = jnp.zeros((0, scales.shape[-1]), scales.dtype)
+    if scales.dtype not in _SCALE_DTYPES or offsets.dtype != scales.dtype:
+        return scales.astype(jnp.float32), offsets.astype(jnp.float32)
+    return scales, offsets
 
 
 def lut_matmul(
@@ -68,9 +76,7 @@ def lut_matmul(
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     if not transpose and blocks * BLOCK != k:
         rows = jnp.pad(rows, [(0, 0), (0, blocks * BLOCK - k)])
-    if scales.dtype not in SCALE_DTYPES or (offsets is not None and offsets.dtype != scales.dtype):
-        scales = scales.astype(jnp.float32)
-        offsets = None if offsets is None else offsets.astype(jnp.float32)
+    scales, offsets = scale_operands(scales, offsets)
     columns = k if transpose else n
     result: Any = jax.ShapeDtypeStruct((rows.shape[0], columns), jnp.float32)
     if varying_axes(rows):  # ffi_call takes these from a whole type only
@@ -80,7 +86,7 @@ def lut_matmul(
         words,
         scales,
         lut.astype(jnp.float32).reshape(lut.shape[:2]),
-        jnp.zeros((0, n), scales.dtype) if offsets is None else offsets,
+        offsets,
         k=k,
         group_size=blocks * BLOCK if group_size >= k else group_size,
         transpose=transpose,

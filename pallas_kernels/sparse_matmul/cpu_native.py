@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.lut_matmul.cpu_native import BITS, SCALE_DTYPES
+from pallas_kernels.lut_matmul.cpu_native import BITS, scale_operands
 from pallas_kernels.manual_axes import varying_axes
 from pallas_kernels.native import SPARSE_DENSE, SPARSE_PACKED, availability
 from pallas_kernels.sparse_matmul.blocks import BlockCodes
@@ -73,10 +73,5 @@ def sparse_matmul(
 
 
 def _operands(weight: BlockCodes) -> tuple[jax.Array, ...]:
-    scales, offsets = weight.scales, weight.offsets
-    if scales.dtype not in SCALE_DTYPES or (offsets is not None and offsets.dtype != scales.dtype):
-        scales = scales.astype(jnp.float32)
-        offsets = None if offsets is None else offsets.astype(jnp.float32)
-    if offsets is None:
-        offsets = jnp.zeros((0, weight.shape[1]), scales.dtype)
+    scales, offsets = scale_operands(weight.scales, weight.offsets)
     return weight.words, scales, weight.lut.astype(jnp.float32)[..., 0], offsets

@@ -45,9 +45,10 @@ void LoadColumns(const float* p, const Columns& columns, Float out[4]) {
   Simd::Deinterleave(values, out);
 }
 
-// Scales or offsets of one group and tile.
-inline __attribute__((always_inline)) void LoadScales(const void* scales, ScaleType type, int64_t at, const Columns& columns,
-                Float out[4]) {
+// Scales or offsets of one group and tile. Inline, as a call would spill the sums of the caller.
+inline __attribute__((always_inline)) void LoadScales(const void* scales, ScaleType type,
+                                                      int64_t at, const Columns& columns,
+                                                      Float out[4]) {
   if (type == ScaleType::kFloat32)
     return LoadColumns(static_cast<const float*>(scales) + at, columns, out);
   const uint16_t* p = static_cast<const uint16_t*>(scales) + at;
