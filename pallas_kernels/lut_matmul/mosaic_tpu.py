@@ -117,7 +117,7 @@ def default_config(
     lookup = _lookup(bits, dtype, per_channel, device_kind)
     few = m <= 64 and not transpose
     block_n = min(512, -(-n // LANES) * LANES)
-    target = (4096 if lookup == "byte" else 2048) if few else 512
+    target = (2048 if lookup in ("wide", "lane") else 4096) if few else 512
     block_k = _block_k(bits, group, codes, target) or unit(bits)
     rows = 8 if jnp.dtype(dtype).itemsize == 4 else 16
     return Config(min(512, -(-m // rows) * rows), block_k, block_n, lookup, not few)
@@ -318,7 +318,11 @@ def apply(
         specs.append(pl.BlockSpec((3, ROWS, LANES), lambda *ids: (0, 0, 0)))
     y = pl.pallas_call(
         functools.partial(
-            _kernel, problem=problem, planes=len(planes), offsets=offsets is not None
+            _kernel,
+            problem=problem,
+            planes=len(planes),
+            offsets=offsets is not None,
+            interpret=bool(interpret),
         ),
         grid=grid,
         in_specs=specs,
@@ -337,7 +341,7 @@ def apply(
     return y[0, :m, :n]
 
 
-def _kernel(x_ref, *refs, problem: _Problem, planes: int, offsets: bool):
+def _kernel(x_ref, *refs, problem: _Problem, planes: int, offsets: bool, interpret: bool):
     plane_refs, (s_ref, t_ref, *rest) = refs[:planes], refs[planes:]
     config = problem.config
     offset_ref = rest.pop(0) if offsets else None
@@ -367,6 +371,7 @@ def _kernel(x_ref, *refs, problem: _Problem, planes: int, offsets: bool):
                     row=row,
                     lanes=lanes,
                     lookup=config.lookup,
+                    interpret=interpret,
                 )
             columns.append(jnp.concatenate(pieces, axis=0))
         return jnp.concatenate(columns, axis=1)

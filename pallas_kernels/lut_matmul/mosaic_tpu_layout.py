@@ -24,9 +24,10 @@ import numpy as np
 from pallas_kernels.layout import BLOCK, block_code
 
 Lookup = Literal["byte", "pair", "mixed", "wide", "lane"]
-"""``byte``: 8-bit sublane gathers (v6e, tpu7x). ``pair``: 32-bit sublane gathers to bf16.
-``mixed``: the same, but a quarter are lane gathers, which run in another unit.
-``wide``: 32-bit sublane gathers to float32. ``lane``: 32-bit lane gathers to float32."""
+"""``byte``: 8-bit sublane gathers (v6e, tpu7x). ``pair``: 32-bit sublane gathers of two bf16
+entries, of which the highest bit of the code takes one by a shift. ``mixed``: the same, but an
+eighth are lane gathers, which run in another unit. ``wide``: 32-bit sublane gathers to float32.
+``lane``: 32-bit lane gathers to float32."""
 
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 """Bits of the planes that a code is split into, low bits first."""
@@ -104,39 +105,36 @@ def tables(lut: jax.Array, columns: int, lookup: Lookup) -> jax.Array:
 
     Returns:
       ``[p, rows, 128]`` for one table, ``[p, rows, columns]`` for many. ``byte``: int8, rows 0..15
-      the low bytes of the bf16 entries, 16..31 the high ones. ``pair``: int32, rows 0..7 and 8..15
-      the entries in the low half, 16..31 in the high half, for ``mixed`` then eight rows of each
-      with entry i in lane i. ``wide``: float32, 16 rows. ``lane``:
-      float32, entry ``128 i + lane`` in row ``8 i``.
+      the low bytes of the bf16 entries, 16..31 the high ones. ``pair``: int32, eight rows of the
+      lower half of the bf16 entries in the low 16 bits and, from 3 bits on, the upper half in the
+      high ones; for ``mixed`` then eight rows with entry i in lane i. ``wide``: float32, 16 rows.
+      ``lane``: float32, entry ``128 i + lane`` in row ``8 i``. Fewer entries than places repeat, so
+      that bits above a code may stay.
     """
     shared = lut.shape[0] == 1
     values = jnp.transpose(lut, (2, 1, 0)).astype(jnp.float32)  # [p, entries, T]
-    entries = values.shape[1]
+    p, entries, _ = values.shape
     if lookup == "lane":
-        values = jnp.pad(values[..., 0], ((0, 0), (0, -entries % 128)))
-        values = values.reshape(values.shape[0], -1, 1, 128)
-        return jnp.broadcast_to(values, (*values.shape[:2], 8, 128)).reshape(
-            values.shape[0], -1, 128
-        )
-    values = jnp.pad(values, ((0, 0), (0, 16 - entries), (0, 0)))
-    lanes = 128 if shared else columns
+        values = jnp.tile(values[..., 0], (1, -(-128 // entries))).reshape(p, -1, 1, 128)
+        return jnp.broadcast_to(values, (*values.shape[:2], 8, 128)).reshape(p, -1, 128)
     if shared:
-        values = jnp.broadcast_to(values, (*values.shape[:2], lanes))
+        values = jnp.broadcast_to(values, (p, entries, 128))
     else:
-        values = jnp.pad(values, ((0, 0), (0, 0), (0, lanes - values.shape[2])))
+        values = jnp.pad(values, ((0, 0), (0, 0), (0, columns - values.shape[2])))
     if lookup == "wide":
-        return values
+        return jnp.tile(values, (1, 16 // entries, 1))
     bits = jax.lax.bitcast_convert_type(values.astype(jnp.bfloat16), jnp.uint16)
     if lookup in ("pair", "mixed"):
-        low32 = bits.astype(jnp.uint32)
-        halves = [low32, low32 << np.uint32(16)]
-        both = jnp.concatenate(halves, axis=1)
-        if lookup == "mixed":  # entry i in lane i
-            turned = [
-                jnp.pad(h[:, :, :8].swapaxes(1, 2), ((0, 0), (0, 0), (0, 112))) for h in halves
-            ]
-            both = jnp.concatenate([both, *turned], axis=1)
-        return jax.lax.bitcast_convert_type(both, jnp.int32)
+        half = max(4, entries // 2)
+        rows = bits[:, :half].astype(jnp.uint32)
+        if entries > half:
+            rows |= bits[:, half:].astype(jnp.uint32) << np.uint32(16)
+        rows = jnp.tile(rows, (1, 8 // half, 1))
+        if lookup == "mixed":
+            lanes = jnp.tile(bits[:, :, :8].swapaxes(1, 2), (1, 1, 128 // entries))
+            rows = jnp.concatenate([rows, lanes.astype(jnp.uint32)], axis=1)
+        return jax.lax.bitcast_convert_type(rows, jnp.int32)
     low, high = bits & np.uint16(255), bits >> np.uint16(8)
-    both = jnp.concatenate([low, high], axis=1).astype(jnp.uint8)
-    return jax.lax.bitcast_convert_type(both, jnp.int8)
+    padding = ((0, 0), (0, 16 - entries), (0, 0))
+    both = jnp.concatenate([jnp.pad(low, padding), jnp.pad(high, padding)], axis=1)
+    return jax.lax.bitcast_convert_type(both.astype(jnp.uint8), jnp.int8)

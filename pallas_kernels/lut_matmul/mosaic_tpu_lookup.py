@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +14,16 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.lut_matmul.mosaic_tpu_layout import PLANES, ROWS, Lookup
 
 LANES = 128
-LANE_BYTES = (0,)  # looked up by lane gathers in a mixed lookup; it balances the two units
 
 
-def gather(table: jax.Array, index: jax.Array, axis: int) -> jax.Array:
-    """``table[index[i, j], j]`` (axis 0) or ``table[i, index[i, j]]`` (axis 1).
+def gather(table: jax.Array, index: jax.Array, axis: int, interpret: bool) -> jax.Array:
+    """``table[index[i, j], j]`` (axis 0) or ``table[i, index[i, j]]`` (axis 1), modulo the size.
 
+    Mosaic defines ``tpu.dynamic_gather`` so, which saves masks; the interpreter does not.
     ``jnp.take_along_axis`` would widen narrow indices to 32 bits, which the compiler refuses.
     """
+    if interpret:
+        index = index & (table.shape[axis] - 1)
     numbers = lax.GatherDimensionNumbers(
         offset_dims=(),
         collapsed_slice_dims=(axis,),
@@ -44,26 +47,28 @@ def byte_constants() -> np.ndarray:
     return np.broadcast_to(rows[:, :, None], (3, ROWS, LANES)).astype(np.int8)
 
 
-def _shift(words: jax.Array, amount: int) -> jax.Array:
-    return lax.shift_right_logical(words, jnp.full_like(words, amount)) if amount else words
+def _shifted(plane: jax.Array, bits: int, row: int, byte: int, to: int) -> jax.Array:
+    """The field of code ``row`` in one byte of each int32 of a plane, moved to bit ``to``."""
+    by = bits * (row % (ROWS * 8 // bits) // ROWS) + 8 * byte - to
+    if by < 0:
+        return plane << -by
+    return lax.shift_right_logical(plane, jnp.full_like(plane, by)) if by else plane
 
 
-def _field(words: tuple, bits: int, row: int, byte: int | None, whole: bool = False) -> jax.Array:
-    """Codes ``row .. row + 31``: masked bytes of an int32 vreg, or one byte of each (``byte``).
+def _codes(words: tuple, bits: int, row: int, byte: int | None) -> jax.Array:
+    """Codes ``row .. row + 31``: all bytes of an int32 vreg, or one byte of each (``byte``).
 
-    With ``whole`` the bits above the code are left in place.
+    Bits above a code of one byte are left in place if the code is of one plane.
     """
     total, low = None, 0
     for b, plane in zip(PLANES[bits], words, strict=True):
-        at = b * (row % (ROWS * 8 // b) // ROWS)
+        part = _shifted(plane, b, row, byte or 0, low)
         mask = (2**b - 1) << low
         if byte is None:
             mask *= 0x01010101
-            mask -= 2**32 if mask >= 2**31 else 0
-        else:
-            at += 8 * byte
-        moved = _shift(plane, at - low) if at >= low else plane << (low - at)
-        part = moved if whole or (b == 8 and byte == 3) else moved & mask
+            part &= mask - (2**32 if mask >= 2**31 else 0)
+        elif b < bits:
+            part &= mask
         total = part if total is None else total | part
         low += b
     assert total is not None
@@ -79,6 +84,7 @@ def lookup_rows(
     row: int,
     lanes: slice,
     lookup: Lookup,
+    interpret: bool,
 ) -> list[jax.Array]:
     """Weights ``row .. row + 31`` of 128 columns as pieces that concatenate along rows.
 
@@ -90,6 +96,7 @@ def lookup_rows(
       row: The first code, a multiple of 32.
       lanes: The 128 columns.
       lookup: Which lookup to use.
+      interpret: Whether the kernel is interpreted, which lacks two things that Mosaic has.
 
     Returns:
       Two ``bf16[16, 128]``, or four ``float32[8, 128]`` for ``wide`` and ``lane``.
@@ -97,47 +104,75 @@ def lookup_rows(
     units = [row // (ROWS * 8 // b) for b in PLANES[bits]]
     words = tuple(ref[8 * u : 8 * u + 8, lanes] for ref, u in zip(plane_refs, units, strict=True))
     period = ROWS * 8 // min(PLANES[bits])
-    return _lookup(words, table, constants, bits=bits, row=row % period, lookup=lookup)
+    return _lookup(
+        words,
+        table,
+        constants,
+        bits=bits,
+        row=row % period,
+        lookup=lookup,
+        interpret=interpret,
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "row", "lookup"))
+@functools.partial(jax.jit, static_argnames=("bits", "row", "lookup", "interpret"))
 def _lookup(
-    words: tuple, table: jax.Array, constants: tuple, *, bits: int, row: int, lookup: Lookup
+    words: tuple,
+    table: jax.Array,
+    constants: tuple,
+    *,
+    bits: int,
+    row: int,
+    lookup: Lookup,
+    interpret: bool,
 ) -> list[jax.Array]:
     """:func:`lookup_rows` on registers; jitted so that a large kernel is traced once a pattern."""
+    take = functools.partial(gather, interpret=interpret)
     if lookup == "byte":
-        packed = pltpu.bitcast(_field(words, bits, row, None), jnp.int8)
+        packed = pltpu.bitcast(_codes(words, bits, row, None), jnp.int8)
         *halves, plane = constants
-        indices = [gather(packed, half, 0) | plane for half in halves]
-        return [pltpu.bitcast(gather(table, index, 0), jnp.bfloat16) for index in indices]
-    whole = bits == 4  # the gathers mask the bits they use themselves
-    codes = [_field(words, bits, row, byte, whole) for byte in range(4)]
+        indices = [take(packed, half, 0) | plane for half in halves]
+        return [pltpu.bitcast(take(table, index, 0), jnp.bfloat16) for index in indices]
     if lookup in ("pair", "mixed"):
-        values: list[jax.Array] = []
-        for byte, code in enumerate(codes):
-            if lookup == "mixed" and byte in LANE_BYTES:
-                start = 32 + 8 * (byte % 2)
-                values.append(gather(table[start : start + 8], code & 15, 1))
-            else:
-                start = 16 * (byte % 2)
-                values.append(_sixteen(table[start : start + 16], code, bits))
-        return [pltpu.bitcast(values[j] | values[j + 1], jnp.bfloat16) for j in (0, 2)]
+        values = []
+        for byte in range(4):
+            if lookup == "mixed" and byte == 0 and row % (2 * ROWS) == 0:
+                values.append(take(table[8:], _codes(words, bits, row, byte), 1))
+                continue
+            index = _shifted(words[0], PLANES[bits][0], row, byte, 0)
+            pair = take(table[:8], index, 0)
+            if bits > 2:  # the highest bit of the code, at bit 4: shift by 16 or not
+                last = PLANES[bits][-1]
+                upper = _shifted(words[-1], last, row, byte, 5 - last) & 16
+                pair = lax.shift_right_logical(pair, upper)
+            values.append(pair)
+        return [_pack(values[j], values[j + 1], interpret) for j in (0, 2)]
+    codes = [_codes(words, bits, row, byte) for byte in range(4)]
     if lookup == "wide":
-        return [_sixteen(table, code, bits) for code in codes]
-    return [_lane(table, code & 15 if whole else code, bits) for code in codes]
+        return [_sixteen(table, code, bits, take) for code in codes]
+    return [_lane(table, code, bits, take) for code in codes]
 
 
-def _sixteen(table: jax.Array, codes: jax.Array, bits: int) -> jax.Array:
+def _pack(even: jax.Array, odd: jax.Array, interpret: bool) -> jax.Array:
+    """The low halves of two int32 registers as the even and odd rows of a bf16 register."""
+    if interpret:  # the interpreter has no rule for the instruction
+        both = even & 0xFFFF | odd << 16
+    else:
+        both = pltpu.pack_elementwise([even, odd], packed_dtype=jnp.int16)
+    return pltpu.bitcast(both, jnp.bfloat16)
+
+
+def _sixteen(table: jax.Array, codes: jax.Array, bits: int, take: Callable) -> jax.Array:
     """A table of up to 16 entries by 8-row gathers, and a select for the fourth bit."""
     if bits <= 3:
-        return gather(table[:8], codes, 0)
-    low, high = (gather(table[i : i + 8], codes & 7, 0) for i in (0, 8))
+        return take(table[:8], codes, 0)
+    low, high = (take(table[i : i + 8], codes, 0) for i in (0, 8))
     return jnp.where((codes & 8) != 0, high, low)
 
 
-def _lane(table: jax.Array, codes: jax.Array, bits: int) -> jax.Array:
+def _lane(table: jax.Array, codes: jax.Array, bits: int, take: Callable) -> jax.Array:
     """A table of 128 entries a register by lane gathers, and a select for the eighth bit."""
     if bits <= 7:
-        return gather(table[:8], codes, 1)
-    low, high = (gather(table[i : i + 8], codes & 127, 1) for i in (0, 8))
+        return take(table[:8], codes, 1)
+    low, high = (take(table[i : i + 8], codes, 1) for i in (0, 8))
     return jnp.where((codes & 128) != 0, high, low)
