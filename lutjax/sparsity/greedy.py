@@ -17,10 +17,11 @@ import numpy as np
 
 from lutjax.arrays import CompressedArray, GatedArray, is_compressed
 from lutjax.calibrate.activations import ActivationQuantiles, projections, row_norms
+from lutjax.calibrate.hashing import content_hash
 from lutjax.lift import lift
 from lutjax.paths import named_leaves, path_string
 
-_FORMAT = "lutjax greedy sparsity search 1"
+_FORMAT = "lutjax greedy sparsity search 2"
 _MOST = 0.99  # a projection that ignores everything is no projection
 
 
@@ -46,10 +47,12 @@ class GreedySearch:
 
     Attributes:
       step: What a step adds to the sparsity of a block.
+      inputs: Fingerprint of the parameters, inputs and histograms that were searched.
       blocks: By path of the block.
     """
 
     step: float
+    inputs: str
     blocks: Mapping[str, BlockSearch]
 
     def sparsities(self, target: float) -> dict[str, float]:
@@ -82,7 +85,7 @@ class GreedySearch:
             f"{json.dumps(name)}: {json.dumps(dataclasses.asdict(block))}"
             for name, block in self.blocks.items()
         )
-        header = json.dumps({"format": _FORMAT, "step": self.step})[:-1]
+        header = json.dumps({"format": _FORMAT, "step": self.step, "inputs": self.inputs})[:-1]
         temporary = Path(f"{path}.tmp{os.getpid()}")
         temporary.write_text(f'{header}, "blocks": {{\n{rows}\n}}}}\n', encoding="utf-8")
         temporary.replace(path)
@@ -102,7 +105,7 @@ class GreedySearch:
                 name: BlockSearch(b["shares"], tuple(b["raised"]), tuple(b["errors"]))
                 for name, b in data["blocks"].items()
             }
-            return cls(data["step"], blocks)
+            return cls(data["step"], data["inputs"], blocks)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{path} is no greedy search: {error}") from error
 
@@ -144,8 +147,8 @@ def greedy_search(
       The path of every block.
 
     Raises:
-      ValueError: If limit or step are out of range, the file was made with another step, or the
-        quantiles are those of another model.
+      ValueError: If limit or step are out of range, the file was made with another step, other
+        blocks, inputs or histograms, or the quantiles are those of another model.
 
     Source: TEAL (arXiv 2408.14690, algorithm 1).
     """
@@ -156,10 +159,16 @@ def greedy_search(
             if f"{path}/{name}" not in quantiles:
                 raise ValueError(f"the calibration has no quantiles for '{path}/{name}'")
     done: dict[str, BlockSearch] = {}
+    counts = {path: quantiles[path].counts for path in sorted(quantiles)}
+    inputs = content_hash((dict(blocks), x, counts))
     if save is not None and Path(save).exists():
         before = GreedySearch.load(save)
         if before.step != step:
             raise ValueError(f"{save} was made with step={before.step}; delete it, or use that")
+        if before.inputs != inputs:
+            raise ValueError(
+                f"{save} was made for other parameters, inputs or histograms; use another file"
+            )
         done = dict(before.blocks)
     steps = math.ceil(limit / step - 1e-9)
     run = jax.jit(lift(fn))
@@ -168,9 +177,9 @@ def greedy_search(
         if len(getattr(done.get(path), "raised", ())) < steps:
             done[path] = _search_block(fn, path, params, x, y, quantiles, step, steps)
             if save is not None:
-                GreedySearch(step, done).save(save)
+                GreedySearch(step, inputs, done).save(save)
         x = y
-    return GreedySearch(step, {path: done[path] for path in blocks})
+    return GreedySearch(step, inputs, {path: done[path] for path in blocks})
 
 
 def _search_block(

@@ -210,11 +210,19 @@ def test_greedy_search_goes_on_from_its_file(setting, quantiles, search, tmp_pat
     search.save(file)
     half = GreedySearch.load(file)
     assert half == search
-    GreedySearch(half.step, {"layers/0": half.blocks["layers/0"]}).save(file)
+    first = {"layers/0": half.blocks["layers/0"]}
+    dataclasses.replace(half, blocks=first).save(file)
     again = greedy_search(fn, blocks, x, quantiles, limit=0.5, step=0.05, save=file)
     assert again == search == GreedySearch.load(file)
     with pytest.raises(ValueError, match=r"made with step=0.05"):
         greedy_search(fn, blocks, x, quantiles, limit=0.5, step=0.1, save=file)
+    for other in (
+        (blocks, 2 * x, quantiles),
+        (blocks, x, quantiles + quantiles),
+        (jax.tree.map(lambda w: 2 * w, blocks), x, quantiles),
+    ):
+        with pytest.raises(ValueError, match=r"search\.json was made for other parameters"):
+            greedy_search(fn, *other, limit=0.5, step=0.05, save=file)
     with pytest.raises(ValueError, match=r"target=0.7 is beyond the search of 'layers/0'"):
         search.sparsities(0.7)
     with pytest.raises(ValueError, match="limit=1"):
