@@ -45,8 +45,8 @@ def available() -> str | None:
 
 def load(ref: Any, layout: Any) -> Any:
     """Reads a whole reference into registers; before jax 0.11 ``plgpu.load`` wants an index."""
-    index = inspect.signature(plgpu.load).parameters["idx"]
-    indices = ((),) if index.default is inspect.Parameter.empty else ()
+    index = inspect.signature(plgpu.load).parameters.get("idx")
+    indices = ((),) if index is not None and index.default is inspect.Parameter.empty else ()
     return plgpu.load(ref, *indices, layout=layout, optimized=False)
 
 
