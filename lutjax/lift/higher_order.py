@@ -42,7 +42,7 @@ def _call(eqn: Any, operands: list, evaluator: Any) -> list:
 
 def _scan(eqn: Any, operands: list, evaluator: Any) -> list:
     params = eqn.params
-    count_consts, count_carry = params["num_consts"], params["num_carry"]
+    count_consts, count_carry = _scan_counts(params)
     closed = params["jaxpr"]
     consts, init = operands[:count_consts], operands[count_consts:][:count_carry]
     xs = operands[count_consts + count_carry :]
@@ -70,6 +70,14 @@ def _scan(eqn: Any, operands: list, evaluator: Any) -> list:
         unroll=params["unroll"],
     )
     return [*_merge(carry, constant), *outputs.unpack(ys)]
+
+
+def _scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are carried."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # trees of operands, since jax 0.12
+    return len(list(consts)), len(list(carry))
 
 
 def _while(eqn: Any, operands: list, evaluator: Any) -> list:
