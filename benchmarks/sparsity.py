@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import lutjax
 from lutjax.calibrate import ActivationQuantiles, activation_quantiles
+from lutjax.calibrate.hashing import content_hash
 from lutjax.cli.models import evaluation_text
 from lutjax.evaluate import windows
 from lutjax.io import demo_model_path
@@ -80,8 +81,16 @@ class Study:
         self.logits = jax.jit(lutjax.lift(self.run))
         ids = tokenizer.encode(calibration_text(), add_special_tokens=False)
         self.calibration = windows(ids, 512, 8)
+        inputs = content_hash((self.params, self.calibration))
+        self.cache = args.cache / f"{inputs[:16]}-{args.step}-{args.search_tokens}"
+        self.cache.mkdir(parents=True, exist_ok=True)
         ids = tokenizer.encode(evaluation_text(), add_special_tokens=False)
         self.evaluation = windows(ids, 512, args.windows)
+        # Group 32 in steps of the Q4_1 file would be exact and prove nothing; NF4 has a real error.
+        self.variants = {
+            "dense": self.params,
+            "4-bit": lutjax.quantize(self.params, bits=4, group_size=64),
+        }
         self.file = args.out / "sparsity.json"
         fresh = {"windows": args.windows, "runs": {}}
         self.results = json.loads(self.file.read_text()) if self.file.exists() else fresh
@@ -101,16 +110,19 @@ class Study:
 
     def quantiles(self, score: str) -> ActivationQuantiles:
         """Of the dense model, from the cache if they are there."""
-        path = self.args.cache / f"{score}.json"
+        path = self.cache / f"{score}.json"
         if not path.exists():
             batches = self.calibration[:, None]
             found = activation_quantiles(self.run, self.params, batches, score=score, progress=True)
             found.save(path)
         return ActivationQuantiles.load(path)
 
-    def plan(self, method: str, target: float) -> SparsityPlan:
-        """Thresholds for the activations that the plan itself leaves, from the cache if there."""
-        path = self.args.cache / f"plan_{method}_{target}.json"
+    def plan(self, weights: str, method: str, target: float) -> SparsityPlan:
+        """Thresholds for the activations that the plan itself leaves, from the cache if there.
+
+        How much of which input is ignored is found on the dense weights.
+        """
+        path = self.cache / f"plan_{weights}_{method}_{target}.json"
         if path.exists():
             return SparsityPlan.load(path)
         quantiles = self.quantiles("wina" if method == "wina" else "magnitude")
@@ -130,7 +142,7 @@ class Study:
             plan = plan_greedy(self.params, quantiles, search, target)
         else:
             plan = plan_uniform(self.params, quantiles, target)
-        plan = recalibrate(self.run, self.params, plan, self.calibration[::2, None])
+        plan = recalibrate(self.run, self.variants[weights], plan, self.calibration[::2, None])
         plan.save(path)
         return plan
 
@@ -148,12 +160,12 @@ class Study:
         nll, kl = np.asarray(pairs, np.float64).T.tolist()
         return {"window_nll": nll, "window_kl": kl}
 
-    def sparse(self, params: Any, method: str, target: float) -> dict:
+    def sparse(self, weights: str, method: str, target: float) -> dict:
         """One point of a curve."""
-        plan = self.plan(method, target)
-        if target == 0.5:
+        plan = self.plan(weights, method, target)
+        if weights == "dense" and target == 0.5:
             plan.plot(self.args.out / f"plan_{method}_50.png")
-        gated = sparsify(params, plan)
+        gated = sparsify(self.variants[weights], plan)
         achieved = measure_sparsity(self.run, gated, self.evaluation[:4, None])
         return {**self.scores(gated), "achieved": achieved.overall}
 
@@ -258,19 +270,13 @@ def main() -> None:
     )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    args.cache.mkdir(parents=True, exist_ok=True)
     study = Study(args)
-    # Group 32 in steps of the Q4_1 file would be exact and prove nothing; NF4 has a real error.
-    variants = {
-        "dense": study.params,
-        "4-bit": lutjax.quantize(study.params, bits=4, group_size=64),
-    }
     jobs = {}
-    for weights, params in variants.items():
+    for weights, params in study.variants.items():
         jobs[weights] = functools.partial(study.scores, params)
         for target, method in itertools.product(args.targets, METHODS):
             jobs[f"{weights} {method} {target}"] = functools.partial(
-                study.sparse, params, method, target
+                study.sparse, weights, method, target
             )
     jobs |= {
         f"outside {share}": functools.partial(study.outside, share) for share in ("0.25", "0.5")
