@@ -75,7 +75,7 @@ def test_gradients_equal_the_dense_ones():
 
     actual, expected = jax.jit(scales)(learns)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5 * float(jnp.abs(e).max()))
+        np.testing.assert_allclose(a, e, rtol=1e-4, atol=5e-5 * float(jnp.abs(e).max()))
 
 
 def test_train_state_and_optax():
