@@ -124,7 +124,9 @@ def main() -> None:
         "shape": [k, n],
         "group_size": args.group_size,
         "jax": jax.__version__,
-        "instruction_set": native.instruction_sets()[0] if native.library_path() else None,
+        "instruction_set": native.instruction_sets()[0]
+        if jax.default_backend() == "cpu" and native.library_path()
+        else None,
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "rounds": args.rounds,

@@ -103,6 +103,8 @@ def compiling_for(platform: str) -> bool:
 
 def reason_against_here(name: str, arrays: tuple, static: dict) -> str | None:
     """Like :func:`reason_against`, and the platform must be the right one or interpreted."""
+    if name == "cpu_native" and not compiling_for("cpu"):
+        return f"it is for CPUs and the default backend is {jax.default_backend()!r}"
     platform = KERNEL_PLATFORM.get(name)
     if platform is None or interpreting() or compiling_for(platform):
         return reason_against(name, arrays, static)

@@ -40,12 +40,15 @@ _DECODE_ROWS = 64
 _SHARED_MEMORY = 226 * 1024
 _MEMORY_REGISTERS = 40
 _MULTIPROCESSORS = 132
+# Five warpgroups have 5 x 96 registers a lane slot, and the pipeline asks for 4 x 112 + 40 of them:
+# the last one would wait forever.
+_MOST_WARPGROUPS = 3
 _PADDED_N = 2 * TILE_N  # a multiple of every block's columns or of its slices
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Warpgroups that multiply, stages of the pipeline, parts of K, and tiles of a block.
+    """Warpgroups that multiply (at most 3), stages of the pipeline, parts of K, tiles of a block.
 
     A block is ``tiles`` times 64 columns; its tiles share the descriptors of the activations.
     """
@@ -125,15 +128,13 @@ def reason_against_transposed(groups: int, group_size: int) -> str | None:
     )
 
 
-def default_config(m: int, bits: int, *, n: int, k: int) -> Config:
+def default_config(m: int, bits: int, *, n: int, k: int, group: int) -> Config:
     """Enough blocks for every multiprocessor and as many stages as shared memory holds."""
-    warpgroups = 4 if m <= 16 and bits <= 4 and k >= 4 * SLICE_K else 2
-    shapes = ((warpgroups, 2), (warpgroups, 1), (1, 2), (1, 1))
     fitting = (
         Config(w, stages, 1, t)
-        for w, t in shapes
+        for w, t in ((2, 2), (2, 1), (1, 2), (1, 1))
         for stages in (4, 3, 2)
-        if _fits(m, bits, Config(w, stages, 1, t))
+        if _fits(m, bits, Config(w, stages, 1, t), group)
     )
     config = next(fitting)
     steps = -(-k // config.block_k)
@@ -159,23 +160,25 @@ def candidates(
         return mosaic_gpu_tile.candidates(
             m, bits, group=group_size, columns=n, contracted=k, transpose=False
         )
-    first = default_config(m, bits, n=n, k=k)
+    first = default_config(m, bits, n=n, k=k, group=group_size)
     others = [
         Config(warpgroups, stages, splits, tiles)
-        for warpgroups in (2, 4)
+        for warpgroups in range(1, _MOST_WARPGROUPS + 1)
         for stages in (2, 3, 4)
         for splits in (1, 2, 4, 8)
         for tiles in (1, 2)
         if k % (warpgroups * SLICE_K * splits) == 0
         and n % (tiles * TILE_N) == 0
-        and _fits(m, bits, Config(warpgroups, stages, splits, tiles))
+        and _fits(m, bits, Config(warpgroups, stages, splits, tiles), group_size)
     ]
     return [first, *(c for c in others if c != first)]
 
 
-def _fits(m: int, bits: int, config: Config) -> bool:
+def _fits(m: int, bits: int, config: Config, group: int) -> bool:
     rows = _block_m(m)
-    stage = config.block_n * config.block_k * bits // 8 + rows * config.block_k * 2 + 2560
+    scales = max(1, config.block_k // group) * config.block_n * 4  # float32, the widest
+    words = config.block_n * config.block_k * bits // 8
+    stage = words + rows * config.block_k * 2 + scales + 1536
     fixed = table_rows(bits) * 256 + config.block_n * rows * 4
     return fixed + config.stages * stage <= _SHARED_MEMORY
 
@@ -229,7 +232,7 @@ def make_problem(
             m, bits, k=k, group_size=group_size, padded=padded, transpose=transpose, config=config
         )
     assert not isinstance(config, mosaic_gpu_tile.Config), "few rows take a Config"
-    config = config or default_config(m, bits, n=n, k=k)
+    config = config or default_config(m, bits, n=n, k=k, group=group_size)
 
     def fits(candidate: Config) -> bool:
         block = candidate.block_k  # holds whole groups, or a group holds whole blocks

@@ -141,14 +141,16 @@ def candidates(
         for cluster in (2, 1)
         if r % (8 * cluster) == 0  # each block of a cluster loads whole rows of tiles
         and steps % splits == 0
-        and _fits(bits, Config(r, tiles, stages))
+        and _fits(bits, Config(r, tiles, stages), group)
         and (not transpose or 0 in (group % (128 * tiles), 128 * tiles % group))
     ]
     return sorted(found, key=lambda c: clocks(m, bits, c, columns=columns, contracted=contracted))
 
 
-def _fits(bits: int, config: Config) -> bool:
-    stage = config.block_n * SLICE_K * bits // 8 + config.rows * SLICE_K * 2 + 4096
+def _fits(bits: int, config: Config, group: int) -> bool:
+    scales = max(1, SLICE_K // group) * config.block_n * 4  # float32, the widest
+    words = config.block_n * SLICE_K * bits // 8
+    stage = words + config.rows * SLICE_K * 2 + max(scales, 2048) + 2048
     fixed = max(table_rows(bits) * 256, _WARPGROUPS * TILE_N * config.rows * 4)
     return fixed + config.stages * stage <= _SHARED_MEMORY
 

@@ -176,6 +176,15 @@ class Sass:
                 self.instructions.append((address, found.group(2), found.group(3)))
         self._labels = labels
 
+    def registers_asked(self, computing: int) -> int:
+        """Registers of a lane slot that all warpgroups ask for, one of which moves memory."""
+        found = [
+            (o, int(p.split(",")[-1], 16)) for _, o, p in self.instructions if "SETMAXREG" in o
+        ]
+        (less,) = {n for opcode, n in found if ".DEALLOC" in opcode}
+        (more,) = {n for opcode, n in found if ".TRY_ALLOC" in opcode}
+        return less + computing * more
+
     def main_loop(self, product: str = "HGMMA") -> collections.Counter:
         """Opcodes of the smallest loop that multiplies matrices."""
         return collections.Counter(opcode.split(".")[0] for opcode, _ in self._main_loop(product))

@@ -51,6 +51,8 @@ def test_hopper_instructions_per_code(bits):
         lambda x, p, s, t: mosaic_gpu.apply(x, p, s, t, problem), x, planes, scales, table
     )
     assert code.spills == 0
+    warpgroups = problem.config.warpgroups
+    assert code.registers_asked(warpgroups) <= (warpgroups + 1) * code.registers
     codes_a_thread = 128 * mosaic_gpu.SLICE_K / 128
     loop = code.main_loop()
     assert loop["HGMMA"] == 16  # the loop is the one meant: two tiles, eight steps
@@ -90,6 +92,9 @@ def test_hopper_tile_instructions_per_code(bits, scale_dtype, transpose):
         table,
     )
     assert code.spills == 0
+    assert code.registers_asked(mosaic_gpu_tile._WARPGROUPS) <= code.registers * (
+        mosaic_gpu_tile._WARPGROUPS + 1
+    )
     loop = code.main_loop()
     assert loop["HGMMA"] == 8 * config.tiles
     codes_a_thread = 64 * config.tiles * mosaic_gpu.SLICE_K / 128
@@ -127,10 +132,49 @@ def test_hopper_prepacked_weight_serves_other_rows_without_spills(m, bits):
     assert compilers.sass(packed_matmul, x, weight).spills == 0
 
 
+def few_rows(m, bits, group, *, k=K, n=N, scale_dtype="bfloat16", config=None):
+    """The kernel on prepacked operands of a whole product."""
+    words = S((k // 8, bits, n), jnp.uint8)
+    with compilers.abstract("h200"):
+        problem = mosaic_gpu.make_problem(m, words, k=k, group_size=group, config=config)
+    planes, table = jax.eval_shape(
+        lambda w, t: mosaic_gpu.prepack(w, t, problem, jnp.bfloat16),
+        words,
+        S((1, 2**bits, 1), jnp.float32),
+    )
+    return compilers.sass(
+        lambda x, p, s, t: mosaic_gpu.apply(x, p, s, t, problem),
+        S((m, k), jnp.bfloat16),
+        planes,
+        S((k // group, n), scale_dtype),
+        table,
+    )
+
+
+def test_four_warpgroups_would_wait_for_registers_forever():
+    compilers.need_gpu()
+    code = few_rows(16, 4, 128, config=mosaic_gpu.Config(4, 3, 1))
+    assert code.registers_asked(4) > 5 * code.registers
+
+
+@pytest.mark.parametrize(
+    "m,bits,group,k,n,scale_dtype",
+    [
+        (16, 4, 16, 14336, 4096, "bfloat16"),
+        (64, 2, 16, 4096, 28672, "bfloat16"),
+        (16, 4, 32, 4096, 28672, "float32"),
+        (512, 4, 16, 4096, 28672, "float32"),
+    ],
+)
+def test_scales_of_small_groups_fit_shared_memory(m, bits, group, k, n, scale_dtype):
+    compilers.need_gpu()
+    assert few_rows(m, bits, group, k=k, n=n, scale_dtype=scale_dtype).main_loop()["HGMMA"]
+
+
 def test_a_kernel_with_too_much_shared_memory_does_not_compile():
     compilers.need_gpu()
     words = shapes(16, 4, 128)[1]
-    config = mosaic_gpu.Config(warpgroups=4, stages=16, splits=1)
+    config = mosaic_gpu.Config(warpgroups=2, stages=16, splits=1)
     problem = mosaic_gpu.make_problem(16, words, k=4 * K, group_size=128, config=config)
     tall = S((4 * K // 8, 4, N), jnp.uint8)
     planes, table = jax.eval_shape(

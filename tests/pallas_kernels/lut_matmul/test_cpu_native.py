@@ -275,3 +275,20 @@ def test_sanitizers_find_nothing(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "clean"
+
+
+def test_is_refused_where_programs_are_for_a_gpu():
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
+    with (
+        jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)),
+        pytest.raises(NotImplementedError, match="it is for CPUs"),
+    ):
+        lut_matmul(
+            jnp.ones((1, 8)),
+            jnp.zeros((1, 4, 2), jnp.uint8),
+            jnp.ones((1, 2)),
+            jnp.zeros((1, 16, 1)),
+            k=8,
+            group_size=8,
+            implementation="cpu_native",
+        )

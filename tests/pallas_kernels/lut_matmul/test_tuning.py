@@ -49,7 +49,7 @@ def test_the_kernel_takes_the_tuned_configuration(folder):
         many = mosaic_gpu.make_problem(100, words, k=512, group_size=128)
     assert problem.config.stages == 3 and problem.config.warpgroups == 2
     assert many.config == mosaic_gpu_tile.Config(104, 1, 3, splits=2)
-    assert other.config == mosaic_gpu.default_config(32, 4, n=256, k=512)
+    assert other.config == mosaic_gpu.default_config(32, 4, n=256, k=512, group=128)
 
 
 @pytest.mark.parametrize("m", [1, 16, 64, 512])
@@ -59,10 +59,10 @@ def test_candidates_fit_shared_memory_and_divide_the_weight(m, bits):
     assert len(found) > 3 and len(set(found)) == len(found)
     for config in found[1:]:
         if isinstance(config, mosaic_gpu_tile.Config):
-            assert mosaic_gpu_tile._fits(bits, config)
+            assert mosaic_gpu_tile._fits(bits, config, 128)
             assert 4096 % (mosaic_gpu.SLICE_K * config.splits) == 0
         else:
-            assert mosaic_gpu._fits(m, bits, config)
+            assert mosaic_gpu._fits(m, bits, config, 128)
             assert 4096 % (config.block_k * config.splits) == 0
 
 
@@ -94,10 +94,10 @@ def test_words_packed_once_serve_any_number_of_rows(bits, m, group_size):
     assert (problem.padded_k, problem.padded_n) == sizes
     if m > 64:
         assert sizes[0] == mosaic_gpu.SLICE_K * config.splits * problem.steps
-        assert mosaic_gpu_tile._fits(bits, config)
+        assert mosaic_gpu_tile._fits(bits, config, group_size)
         return
     assert sizes[0] % (config.block_k * config.splits) == 0 and sizes[1] % config.block_n == 0
-    assert mosaic_gpu._fits(m, bits, config)
+    assert mosaic_gpu._fits(m, bits, config, group_size)
 
 
 @pytest.mark.parametrize("m", [1, 16, 512])
