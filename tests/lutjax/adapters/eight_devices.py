@@ -20,6 +20,9 @@ from lutjax import linear_maps as lm
 from lutjax.adapters import dual, merge_workers, start_worker
 from lutjax.optim import project
 
+# Two programs at once could each hold a part of the few threads and wait for the rest.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
 K, N, RANK, WORKERS = 64, 96, 4, 8
 SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 

@@ -22,6 +22,9 @@ from jax.sharding import PartitionSpec as P
 import lutjax
 from lutjax.arrays import LowRankArray
 
+# Two programs at once could each hold a part of the few threads and wait for the rest.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
 WIDTH, HIDDEN = 128, 256
 
 

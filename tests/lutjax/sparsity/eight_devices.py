@@ -17,6 +17,9 @@ from jax.sharding import PartitionSpec as P
 import lutjax
 from lutjax.arrays import DenseArray, GatedArray
 
+# Two programs at once could each hold a part of the few threads and wait for the rest.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
 WIDTH, HIDDEN = 64, 128
 SPECS = {"up": P(None, "model"), "down": P("model", None)}  # by columns, then by rows
 MESH = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
