@@ -34,6 +34,31 @@ def shapes(m, bits, group, dtype=jnp.bfloat16, *, transpose=False):
     )
 
 
+def compiled_kernel(
+    m, bits, group, *, k=K, n=N, scale_dtype="float32", transpose=False, config=None
+):
+    """The machine code of the kernel on prepacked operands, and the problem it solves."""
+    words = S((k // 8, bits, n), jnp.uint8)
+    with compilers.abstract("h200"):
+        problem = mosaic_gpu.make_problem(
+            m, words, k=k, group_size=group, transpose=transpose, config=config
+        )
+    planes, table = jax.eval_shape(
+        lambda w, t: mosaic_gpu.prepack(w, t, problem, jnp.bfloat16),
+        words,
+        S((1, 2**bits, 1), jnp.float32),
+    )
+    out_dtype = jnp.bfloat16 if isinstance(problem, mosaic_gpu_tile.Problem) else jnp.float32
+    code = compilers.sass(
+        lambda x, p, s, t: mosaic_gpu.apply(x, p, s, t, problem, out_dtype=out_dtype),
+        S((m, n if transpose else k), jnp.bfloat16),
+        planes,
+        S((k // group, n), scale_dtype),
+        table,
+    )
+    return code, problem
+
+
 # SASS instructions a code in the main loop; 3.6, 2.7 and 1.85 are affordable at 4, 3 and 2 bits.
 INSTRUCTIONS = {2: 1.2, 3: 2.2, 4: 1.75, 8: 3.4}
 
@@ -41,15 +66,7 @@ INSTRUCTIONS = {2: 1.2, 3: 2.2, 4: 1.75, 8: 3.4}
 @pytest.mark.parametrize("bits", INSTRUCTIONS)
 def test_hopper_instructions_per_code(bits):
     compilers.need_gpu()
-    x, words, scales, lut = shapes(16, bits, 128)
-    with compilers.abstract("h200"):
-        problem = mosaic_gpu.make_problem(16, words, k=K, group_size=128)
-    planes, table = jax.eval_shape(
-        lambda w, t: mosaic_gpu.prepack(w, t, problem, jnp.bfloat16), words, lut
-    )
-    code = compilers.sass(
-        lambda x, p, s, t: mosaic_gpu.apply(x, p, s, t, problem), x, planes, scales, table
-    )
+    code, problem = compiled_kernel(16, bits, 128)
     assert code.spills == 0
     warpgroups = problem.config.warpgroups
     assert code.registers_asked(warpgroups) <= (warpgroups + 1) * code.registers
@@ -75,26 +92,13 @@ TILE_INSTRUCTIONS = {
 @pytest.mark.parametrize("bits,scale_dtype,transpose", TILE_INSTRUCTIONS, ids=str)
 def test_hopper_tile_instructions_per_code(bits, scale_dtype, transpose):
     compilers.need_gpu()
-    x, words, scales, lut = shapes(512, bits, 128, transpose=transpose)
-    scales = S(scales.shape, scale_dtype)
     config = mosaic_gpu_tile.Config(rows=128, tiles=1 if bits == 8 else 2, stages=3)
-    problem = mosaic_gpu.make_problem(
-        512, words, k=K, group_size=128, config=config, transpose=transpose
-    )
-    planes, table = jax.eval_shape(
-        lambda w, t: mosaic_gpu.prepack(w, t, problem, jnp.bfloat16), words, lut
-    )
-    code = compilers.sass(
-        lambda x, p, s, t: mosaic_gpu.apply(x, p, s, t, problem, out_dtype=x.dtype),
-        x,
-        planes,
-        scales,
-        table,
+    code, _ = compiled_kernel(
+        512, bits, 128, scale_dtype=scale_dtype, transpose=transpose, config=config
     )
     assert code.spills == 0
-    assert code.registers_asked(mosaic_gpu_tile._WARPGROUPS) <= code.registers * (
-        mosaic_gpu_tile._WARPGROUPS + 1
-    )
+    warpgroups = mosaic_gpu_tile._WARPGROUPS
+    assert code.registers_asked(warpgroups) <= (warpgroups + 1) * code.registers
     loop = code.main_loop()
     assert loop["HGMMA"] == 8 * config.tiles
     codes_a_thread = 64 * config.tiles * mosaic_gpu.SLICE_K / 128
@@ -115,11 +119,12 @@ def test_hopper_tile_instructions_per_code(bits, scale_dtype, transpose):
 def test_hopper_kernel_compiles_through_the_public_function(m, bits, group, dtype, transpose):
     compilers.need_gpu()
     static = {"k": K, "group_size": group, "transpose": transpose}
-    compilers.compile_for(
+    compiled, _ = compilers.compile_for(
         "h200",
         lambda *a: lut_matmul(*a, **static, implementation="mosaic_gpu"),
         *shapes(m, bits, group, dtype, transpose=transpose),
     )
+    assert 'custom_call_target="mosaic_gpu' in compiled.as_text()
 
 
 @pytest.mark.parametrize("m,bits", [(512, 4), (64, 8)])
@@ -132,28 +137,9 @@ def test_hopper_prepacked_weight_serves_other_rows_without_spills(m, bits):
     assert compilers.sass(packed_matmul, x, weight).spills == 0
 
 
-def few_rows(m, bits, group, *, k=K, n=N, scale_dtype="bfloat16", config=None):
-    """The kernel on prepacked operands of a whole product."""
-    words = S((k // 8, bits, n), jnp.uint8)
-    with compilers.abstract("h200"):
-        problem = mosaic_gpu.make_problem(m, words, k=k, group_size=group, config=config)
-    planes, table = jax.eval_shape(
-        lambda w, t: mosaic_gpu.prepack(w, t, problem, jnp.bfloat16),
-        words,
-        S((1, 2**bits, 1), jnp.float32),
-    )
-    return compilers.sass(
-        lambda x, p, s, t: mosaic_gpu.apply(x, p, s, t, problem),
-        S((m, k), jnp.bfloat16),
-        planes,
-        S((k // group, n), scale_dtype),
-        table,
-    )
-
-
 def test_four_warpgroups_would_wait_for_registers_forever():
     compilers.need_gpu()
-    code = few_rows(16, 4, 128, config=mosaic_gpu.Config(4, 3, 1))
+    code, _ = compiled_kernel(16, 4, 128, config=mosaic_gpu.Config(4, 3, 1))
     assert code.registers_asked(4) > 5 * code.registers
 
 
@@ -168,29 +154,15 @@ def test_four_warpgroups_would_wait_for_registers_forever():
 )
 def test_scales_of_small_groups_fit_shared_memory(m, bits, group, k, n, scale_dtype):
     compilers.need_gpu()
-    assert few_rows(m, bits, group, k=k, n=n, scale_dtype=scale_dtype).main_loop()["HGMMA"]
+    code, _ = compiled_kernel(m, bits, group, k=k, n=n, scale_dtype=scale_dtype)
+    assert code.main_loop()["HGMMA"]
 
 
 def test_a_kernel_with_too_much_shared_memory_does_not_compile():
     compilers.need_gpu()
-    words = shapes(16, 4, 128)[1]
     config = mosaic_gpu.Config(warpgroups=2, stages=16, splits=1)
-    problem = mosaic_gpu.make_problem(16, words, k=4 * K, group_size=128, config=config)
-    tall = S((4 * K // 8, 4, N), jnp.uint8)
-    planes, table = jax.eval_shape(
-        lambda w, t: mosaic_gpu.prepack(w, t, problem, jnp.bfloat16),
-        tall,
-        S((1, 16, 1), jnp.float32),
-    )
     with pytest.raises(Exception, match=r"(?i)shared memory|smem"):
-        compilers.compile_for(
-            "h200",
-            lambda x, p, s, t: mosaic_gpu.apply(x, p, s, t, problem),
-            S((16, 4 * K), jnp.bfloat16),
-            planes,
-            S((4 * K // 128, N), jnp.float32),
-            table,
-        )
+        compiled_kernel(16, 4, 128, k=4 * K, config=config)
 
 
 @pytest.mark.parametrize("m", [16, 512])

@@ -74,13 +74,14 @@ def test_tpu_bundles_per_1024_codes(target, bits):
 def test_tpu_kernels_compile(target, kind):
     compilers.need_tpu()
     function, operands, _ = tpu_product(target, **kind)
-    compilers.compile_for(target, function, *operands)
+    compiled, _ = compilers.compile_for(target, function, *operands)
+    assert 'custom_call_target="tpu_custom_call"' in compiled.as_text()
 
 
 def test_tpu_kernel_compiles_through_the_public_function():
     compilers.need_tpu()
     k, n = 1000, 500
-    compilers.compile_for(
+    compiled, _ = compilers.compile_for(
         "v6e",
         lambda *a: lut_matmul(*a, k=k, group_size=64, implementation="mosaic_tpu"),
         S((16, k), jnp.bfloat16),
@@ -88,18 +89,20 @@ def test_tpu_kernel_compiles_through_the_public_function():
         S((-(-k // 64), n), jnp.float32),
         S((1, 8, 1), jnp.float32),
     )
+    assert 'custom_call_target="tpu_custom_call"' in compiled.as_text()
 
 
 @pytest.mark.parametrize("transpose", [False, True])
 def test_triton_kernel_compiles(transpose):
     compilers.need_gpu()
-    compilers.compile_for(
+    compiled, _ = compilers.compile_for(
         "h200",
         lambda *a: lut_matmul(
             *a, k=K, group_size=64, transpose=transpose, implementation="pallas_triton"
         ),
         *shapes(16, 3, 64, transpose=transpose),
     )
+    assert 'custom_call_target="__gpu$xla.gpu.triton"' in compiled.as_text()
 
 
 def test_a_broken_tpu_kernel_does_not_compile():
