@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from kernels import best_implementation
 
 from pallas_kernels.layout import packed_shape
 from pallas_kernels.lut_matmul import IMPLEMENTATIONS, PackedWeight, packed_matmul, prepack
@@ -59,29 +60,6 @@ class Shape:
 
 
 SMOKE = Shape(layers=2, width=128, inner=256, heads=4, kv_heads=2, vocabulary=64, slots=16)
-
-
-def best_implementation(names: list[str]) -> str:
-    """The prepacked kernel of this platform, if it is right at the model's size."""
-    kernels = {"gpu": ("mosaic_gpu", "pallas_triton"), "tpu": ("mosaic_tpu",)}
-    k, n = 4096, 4096
-    for name in kernels.get(jax.default_backend(), ()):
-        if name not in names:
-            continue
-        try:
-            key = jax.random.key(0)
-            x = jax.random.normal(key, (1, k), DTYPE)
-            found, expected = (
-                packed_matmul(x, random_matrix(key, k, n, 4, kernel)) for kernel in (name, "xla")
-            )
-            error = jnp.linalg.norm((found - expected).astype(jnp.float32))
-            error /= jnp.linalg.norm(expected.astype(jnp.float32))
-            if error <= 1.1e-2:
-                return name
-            print(f"{name} differs from xla by {error:.1e}")
-        except Exception as error:
-            print(f"{name} cannot run: {type(error).__name__}: {str(error)[:200]}")
-    return "xla"
 
 
 def random_matrix(key: jax.Array, k: int, n: int, bits: int | None, name: str) -> Any:
