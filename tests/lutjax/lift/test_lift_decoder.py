@@ -85,5 +85,7 @@ def test_tracing_thirty_unrolled_layers_costs_little_more_than_the_plain_model()
 
     lifted = lutjax.lift(model.apply, strict=True)
     seconds(lifted, compressed)  # what JAX caches for good
-    ratios = [seconds(lifted, compressed) / seconds(model.apply, params) for _ in range(3)]
-    assert np.median(ratios) < 2.5, ratios  # 1.7 when idle; the rest is for busy machines
+    rounds = [(seconds(lifted, compressed), seconds(model.apply, params)) for _ in range(5)]
+    # Other programs only add to a time, so the least of each counts. 1.7 when idle.
+    ours, plain = np.min(rounds, axis=0)
+    assert ours / plain < 2.5, rounds
