@@ -334,6 +334,7 @@ def test_two_by_two_devices_train_alike(qlora_run):
     environment = os.environ | {
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PLATFORMS": "cpu",
+        "PJRT_NPROC": "32",  # as in tests/lutjax/adapters/eight_devices.py
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4"
         " --xla_cpu_collective_call_terminate_timeout_seconds=600",
     }

@@ -9,6 +9,8 @@ os.environ["XLA_FLAGS"] = (  # the devices share few cores
     "--xla_force_host_platform_device_count=8"
     " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
+# Devices wait for each other in threads; with as many as cores they can wait forever.
+os.environ["PJRT_NPROC"] = "32"
 
 import jax
 import jax.numpy as jnp

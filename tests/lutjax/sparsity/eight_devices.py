@@ -7,6 +7,8 @@ os.environ["XLA_FLAGS"] = (
     " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Devices wait for each other in threads; with as many as cores they can wait forever.
+os.environ["PJRT_NPROC"] = "32"
 
 import jax
 import jax.numpy as jnp
