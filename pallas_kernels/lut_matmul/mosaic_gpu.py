@@ -4,9 +4,13 @@ More rows and the transposed product go to ``mosaic_gpu_tile``.
 
 The transposed weight is the register operand of ``wgmma`` and is made by lookups in shared memory:
 one byte permute and one load for two 4-bit codes. A producer warpgroup streams words, activations
-and scales through shared memory; each of the other warpgroups takes its own 128 rows of a step for
-128 columns. The scale of a group multiplies the group's sums. The sums of the warpgroups, then of
-the parts that K was split into, are added in a fixed order: the same inputs give the same bits.
+and scales through shared memory; each of the other warpgroups has its own columns of a step, and
+looks up the next tile of 64 columns while the tensor cores multiply the last one. The scale of a
+group multiplies the group's sums.
+
+One block runs on a multiprocessor for the whole product: the steps of all columns, one after the
+other, are divided evenly among the blocks. A block that begins or ends within some columns leaves
+a part of their sums; parts are added in a fixed order: the same inputs give the same bits.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
@@ -43,30 +48,32 @@ _MULTIPROCESSORS = 132
 # Five warpgroups have 5 x 96 registers a lane slot, and the pipeline asks for 4 x 112 + 40 of them:
 # the last one would wait forever.
 _MOST_WARPGROUPS = 3
-_PADDED_N = 2 * TILE_N  # a multiple of every block's columns or of its slices
+_PADDED_N = 2 * TILE_N  # a multiple of the columns of the smallest block
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Warpgroups that multiply (at most 3), stages of the pipeline, parts of K, tiles of a block.
+    """Warpgroups that multiply (at most 3), stages of the pipeline, and sizes of a step.
 
-    A block is ``tiles`` times 64 columns; its tiles share the descriptors of the activations.
+    A step is ``tiles`` times 64 columns for every warpgroup, by ``slices`` times 128 rows; all
+    steps are divided among ``blocks`` blocks of the grid.
     """
 
     warpgroups: int
     stages: int
-    splits: int
-    tiles: int = 2
+    tiles: int = 1
+    slices: int = 1
+    blocks: int = _MULTIPROCESSORS
 
     @property
     def block_k(self) -> int:
         """Rows of a step of the pipeline."""
-        return self.warpgroups * SLICE_K
+        return self.slices * SLICE_K
 
     @property
     def block_n(self) -> int:
-        """Columns of a block."""
-        return self.tiles * TILE_N
+        """Columns of a step."""
+        return self.warpgroups * self.tiles * TILE_N
 
 
 def is_hopper(kind: str) -> bool:
@@ -129,19 +136,16 @@ def reason_against_transposed(groups: int, group_size: int) -> str | None:
 
 
 def default_config(m: int, bits: int, *, n: int, k: int, group: int) -> Config:
-    """Enough blocks for every multiprocessor and as many stages as shared memory holds."""
-    fitting = (
-        Config(w, stages, 1, t)
-        for w, t in ((2, 2), (2, 1), (1, 2), (1, 1))
-        for stages in (4, 3, 2)
-        if _fits(m, bits, Config(w, stages, 1, t), group)
-    )
-    config = next(fitting)
-    steps = -(-k // config.block_k)
-    blocks = -(-n // config.block_n)
-    most = min(steps // 2, -(-_MULTIPROCESSORS // blocks)) if blocks < 100 else 1
-    splits = max(d for d in range(1, max(1, most) + 1) if steps % d == 0)
-    return dataclasses.replace(config, splits=splits)
+    """Wide steps where every block has several, and as many stages as shared memory holds."""
+    n = -(-n // _PADDED_N) * _PADDED_N
+    for tiles, slices in ((4, 1), (2, 1), (1, 2), (1, 1)):
+        steps = -(-k // (slices * SLICE_K)) * (n // (2 * tiles * TILE_N))
+        enough = steps >= 4 * _MULTIPROCESSORS or tiles == 1
+        for stages in (4, 3, 2):
+            config = Config(2, stages, tiles, slices)
+            if enough and n % config.block_n == 0 and _fits(m, bits, config, group):
+                return config
+    raise AssertionError("the smallest configuration fits 64 rows")
 
 
 def _tuned(m: int, bits: int, *, k: int, n: int) -> Config | mosaic_gpu_tile.Config | None:
@@ -162,25 +166,27 @@ def candidates(
         )
     first = default_config(m, bits, n=n, k=k, group=group_size)
     others = [
-        Config(warpgroups, stages, splits, tiles)
+        Config(warpgroups, stages, tiles, slices)
         for warpgroups in range(1, _MOST_WARPGROUPS + 1)
-        for stages in (2, 3, 4)
-        for splits in (1, 2, 4, 8)
-        for tiles in (1, 2)
-        if k % (warpgroups * SLICE_K * splits) == 0
-        and n % (tiles * TILE_N) == 0
-        and _fits(m, bits, Config(warpgroups, stages, splits, tiles), group_size)
+        for tiles, slices in ((4, 1), (2, 2), (2, 1), (1, 4), (1, 2))
+        for stages in (2, 3, 4, 6)
+        if k % (slices * SLICE_K) == 0
+        and n % (warpgroups * tiles * TILE_N) == 0
+        and _fits(m, bits, Config(warpgroups, stages, tiles, slices), group_size)
     ]
     return [first, *(c for c in others if c != first)]
 
 
 def _fits(m: int, bits: int, config: Config, group: int) -> bool:
+    """Whether shared memory holds the stages, and a thread's registers its sums and two tiles."""
     rows = _block_m(m)
     scales = max(1, config.block_k // group) * config.block_n * 4  # float32, the widest
     words = config.block_n * config.block_k * bits // 8
     stage = words + rows * config.block_k * 2 + scales + 1536
-    fixed = table_rows(bits) * 256 + config.block_n * rows * 4
-    return fixed + config.stages * stage <= _SHARED_MEMORY
+    fixed = table_rows(bits) * 256 + config.warpgroups * TILE_N * rows * 4
+    sums = (config.tiles + 1) * rows // 2
+    registers = (512 - _MEMORY_REGISTERS) // config.warpgroups
+    return fixed + config.stages * stage <= _SHARED_MEMORY and sums + 110 <= registers
 
 
 def _block_m(m: int) -> int:
@@ -200,12 +206,30 @@ class _Problem:
 
     @property
     def steps(self) -> int:
-        return self.padded_k // self.config.block_k // self.config.splits
+        """Steps of a block's columns."""
+        return self.padded_k // self.config.block_k
+
+    @property
+    def all_steps(self) -> int:
+        """Steps of all columns."""
+        return self.steps * (self.padded_n // self.config.block_n)
+
+    @property
+    def steps_of_block(self) -> int:
+        """Steps that a block of the grid takes; the last block may have fewer."""
+        return -(-self.all_steps // self.config.blocks)
 
     @property
     def scale_rows(self) -> int:
         """Rows of scales in a step."""
         return max(1, self.config.block_k // self.group)
+
+    def parts(self) -> np.ndarray:
+        """``bool[parts, column blocks]``: which parts of the sums are written."""
+        starts = np.arange(0, self.all_steps, self.steps)
+        share = self.steps_of_block
+        counts = (starts + self.steps - 1) // share - starts // share + 1
+        return np.arange(counts.max())[:, None] < counts
 
 
 def make_problem(
@@ -234,18 +258,21 @@ def make_problem(
     assert not isinstance(config, mosaic_gpu_tile.Config), "few rows take a Config"
     config = config or default_config(m, bits, n=n, k=k, group=group_size)
 
+    if padded is None:
+        padded = (-(-k // config.block_k) * config.block_k, -(-n // _PADDED_N) * _PADDED_N)
+
     def fits(candidate: Config) -> bool:
         block = candidate.block_k  # holds whole groups, or a group holds whole blocks
         aligned = group_size >= k or 0 in (group_size % block, block % group_size)
-        return aligned and (padded is None or padded[0] % block == 0)
+        return aligned and padded[0] % block == 0 and padded[1] % candidate.block_n == 0
 
-    counts = range(config.warpgroups, 0, -1)
-    config = next(filter(fits, (dataclasses.replace(config, warpgroups=w) for w in counts)))
-    step = config.block_k * config.splits
-    if padded is None:
-        padded = (-(-k // step) * step, -(-n // _PADDED_N) * _PADDED_N)
-    elif padded[0] % step:
-        config = dataclasses.replace(config, splits=1)
+    smaller = (
+        dataclasses.replace(config, warpgroups=warpgroups, tiles=tiles, slices=slices)
+        for warpgroups in range(config.warpgroups, 0, -1)
+        for tiles in range(config.tiles, 0, -1)
+        for slices in range(config.slices, 0, -1)
+    )
+    config = next(filter(fits, smaller))
     return _Problem(
         bits=bits,
         group=padded[0] if group_size >= k else group_size,
@@ -285,7 +312,7 @@ def lut_matmul(
         if transpose or m > _DECODE_ROWS:
             config = mosaic_gpu_tile.Config(min(_block_m(m), 128), 1, stages=2, cluster=1)
         else:
-            config = Config(warpgroups=2, stages=2, splits=1)
+            config = Config(warpgroups=2, stages=2, blocks=3)
     problem = make_problem(
         x.shape[0], words, k=k, group_size=group_size, config=config, transpose=transpose
     )
@@ -319,7 +346,8 @@ def apply(
     scales = jnp.pad(
         scales, ((0, groups - scales.shape[0]), (0, problem.padded_n - scales.shape[1]))
     )
-    config, splits = problem.config, problem.config.splits
+    scales = scales.reshape(groups, -1, TILE_N)  # a copy has at most 256 elements along an axis
+    config, parts = problem.config, problem.parts()
     options: dict[str, Any] = {}
     if interpret:
         params = plgpu.InterpretGPUParams() if interpret is True else interpret
@@ -328,131 +356,154 @@ def apply(
         functools.partial(
             _kernel, problem=problem, dtype=x.dtype, planes=len(planes), interpret=bool(interpret)
         ),
-        out_type=shape_struct((splits, problem.padded_n, problem.block_m), jnp.float32, x),
+        out_type=shape_struct((len(parts), problem.padded_n, problem.block_m), jnp.float32, x),
         scratch_types=[
             plgpu.SMEM((table_rows(problem.bits), 64), jnp.uint32),
-            plgpu.SMEM((config.block_n, problem.block_m), jnp.float32),
+            plgpu.SMEM((config.warpgroups, TILE_N, problem.block_m), jnp.float32),
             plgpu.Barrier(num_arrivals=config.warpgroups),
             # the interpreter has no register operands
             *([plgpu.SMEM((config.warpgroups, TILE_N, SLICE_K), x.dtype)] if interpret else []),
         ],
-        grid=(problem.padded_n // config.block_n, splits),
-        grid_names=("n", "split"),
+        grid=(-(-problem.all_steps // problem.steps_of_block),),
+        grid_names=("block",),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         **options,
     )
     y = kernel(*planes, x, scales, table)
-    y = y[0] if splits == 1 else jnp.sum(y, axis=0)
+    if len(parts) == 1:
+        y = y[0]
+    else:
+        written = np.repeat(parts, config.block_n, axis=1)[:, :, None]
+        y = jnp.sum(jnp.where(written, y, 0), axis=0)
     return y.T[:m].astype(out_dtype)
 
 
 def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
     plane_refs, refs = refs[:planes], refs[planes:]
-    x_ref, s_ref, t_ref, o_ref, table, total, barrier, *operand = refs
+    x_ref, s_ref, t_ref, o_ref, table, staged, barrier, *operand = refs
     config, bits, block_m = problem.config, problem.bits, problem.block_m
     layout = plgpu.Layout
-    tile_n, split = lax.axis_index("n"), lax.axis_index("split")
     warpgroup = lax.axis_index("warpgroup")
     lengths = vector_lengths(bits)
     group = min(problem.group, SLICE_K)
+    block, share = lax.axis_index("block"), problem.steps_of_block
+    # a part of a tile whose rows share a scale: (tile, slice, first row of the slice)
+    units = [
+        (tile, piece, start)
+        for tile in range(config.tiles)
+        for piece in range(config.slices)
+        for start in range(0, SLICE_K, group)
+    ]
 
-    def meet():
-        plgpu.barrier_arrive(barrier)
-        plgpu.barrier_wait(barrier)
+    def place(step: Any) -> tuple:
+        """The block of columns and the rows' block of a step of this block."""
+        step = jnp.minimum(block * share + step, problem.all_steps - 1)
+        return step // problem.steps, step % problem.steps
 
-    def multiply(index, *args):
-        del index
-        *word_refs, x_smem, s_smem, totals = args
-        new = []
-        for tile in range(config.tiles):
+    def zeros() -> Any:
+        return plgpu.layout_cast(jnp.zeros((TILE_N, block_m), jnp.float32), layout.WGMMA)
+
+    def dequantize(word_refs: list, unit: tuple, words: tuple) -> tuple:
+        """The weight of a unit, and the words of its slice, which the next may share."""
+        tile, piece, start = unit
+        if start == 0:
             words = tuple(
                 mosaic_gpu_asm.load(
-                    ref.at[tile, warpgroup],
+                    ref.at[warpgroup * config.tiles + tile, piece],
                     layout.WG_STRIDED(ref.shape[2:], vec_size=length),
                 )
                 for ref, length in zip(word_refs, lengths, strict=True)
             )
-            y = totals[tile]
-            for start in range(0, SLICE_K, group):
-                steps = range(start // 16, (start + group) // 16)
-                weight: Any
-                if interpret:
-                    weight = operand[0].at[warpgroup, :, pl.ds(0, group)]
-                    weight[...] = emulate(words, table[...], bits, steps, dtype)
-                else:
-                    weight = mosaic_gpu_asm.dequantize(
-                        words, table, bits=bits, steps=steps, dtype=dtype
-                    )
+        steps = range(start // 16, (start + group) // 16)
+        if not interpret:
+            weight = mosaic_gpu_asm.dequantize(words, table, bits=bits, steps=steps, dtype=dtype)
+            return weight, words
+        weight = operand[0].at[warpgroup, :, pl.ds(0, group)]
+        weight[...] = emulate(words, table[...], bits, steps, dtype)
+        return weight, words
 
-                def partial_sums(acc, weight=weight, start=start):
-                    rows = x_smem.at[warpgroup, :, pl.ds(start, group)]
-                    plgpu.wgmma(acc, weight, mosaic_gpu_asm.transposed(rows))
-                    return acc[...]
+    def multiply(index, *args):
+        *word_refs, x_smem, s_smem, totals = args
+        totals = list(totals)
+        weight, words = dequantize(word_refs, units[0], ())
+        for unit, following in zip(units, [*units[1:], None], strict=True):
+            tile, piece, start = unit
 
-                sums = pl.run_scoped(partial_sums, plgpu.ACC((TILE_N, block_m), jnp.float32))
-                row: Any = 0
-                if problem.scale_rows > 1:
-                    row = (warpgroup * SLICE_K + start) // problem.group
-                scale = mosaic_gpu_asm.load(
-                    s_smem.at[row, pl.ds(tile * TILE_N, TILE_N)], layout.WGMMA.reduce(1)
-                ).astype(jnp.float32)
-                scale = lax.broadcast_in_dim(scale, (TILE_N, block_m), (0,))
-                y = y + sums * plgpu.layout_cast(scale, layout.WGMMA)
-            new.append(y)
-        return tuple(new)
+            def product(acc, weight=weight, words=words, unit=unit, following=following):
+                _, piece, start = unit
+                rows = x_smem.at[piece, :, pl.ds(start, group)]
+                plgpu.wgmma(acc, weight, mosaic_gpu_asm.transposed(rows))
+                if interpret or following is None:
+                    return acc[...], (weight, words)
+                coming = dequantize(word_refs, following, words)  # while the tensor cores multiply
+                return acc[...], coming
+
+            sums, (weight, words) = pl.run_scoped(
+                product, plgpu.ACC((TILE_N, block_m), jnp.float32)
+            )
+            if interpret and following is not None:
+                weight, words = dequantize(word_refs, following, words)
+            row = (piece * SLICE_K + start) // problem.group if problem.scale_rows > 1 else 0
+            scale = mosaic_gpu_asm.load(
+                s_smem.at[row, warpgroup * config.tiles + tile], layout.WGMMA.reduce(1)
+            )
+            scale = lax.broadcast_in_dim(scale.astype(jnp.float32), (TILE_N, block_m), (0,))
+            totals[tile] += sums * plgpu.layout_cast(scale, layout.WGMMA)
+        return finish(index[0], totals)
+
+    def finish(step: Any, totals: list) -> tuple:
+        """Writes the sums after the last step of a block's columns, or of the block."""
+        column, row = place(step)
+        inside = block * share + step < problem.all_steps
+
+        def write() -> tuple:
+            part = block - column * problem.steps // share
+            for tile in range(config.tiles):
+                staged[warpgroup] = totals[tile]
+                plgpu.commit_smem()
+                first = column * config.block_n + (warpgroup * config.tiles + tile) * TILE_N
+                plgpu.copy_smem_to_gmem(staged.at[warpgroup], o_ref.at[part, pl.ds(first, TILE_N)])
+                plgpu.wait_smem_to_gmem(0)
+            return tuple(zeros() for _ in totals)
+
+        ends = inside & ((row == problem.steps - 1) | (step == share - 1))
+        return lax.cond(ends, write, lambda: tuple(totals))
 
     def compute(pipeline):
         mosaic_gpu_asm.fill_table(
             table, t_ref, bits=bits, warpgroup=warpgroup, warpgroups=config.warpgroups
         )
-        meet()
-        zero = plgpu.layout_cast(jnp.zeros((TILE_N, block_m), jnp.float32), layout.WGMMA)
-        sums = pipeline((zero,) * config.tiles)
-        for turn in range(config.warpgroups):
+        plgpu.barrier_arrive(barrier)
+        plgpu.barrier_wait(barrier)
+        pipeline((zeros(),) * config.tiles)
 
-            @pl.when(warpgroup == turn)
-            def _(turn=turn):
-                for tile in range(config.tiles):
-                    part = pl.ds(tile * TILE_N, TILE_N)
-                    value = sums[tile]
-                    if turn:
-                        value += mosaic_gpu_asm.load(total.at[part], layout.WGMMA)
-                    total[part, :] = value
-                if turn == config.warpgroups - 1:
-                    plgpu.commit_smem()
-                    out = o_ref.at[split, pl.ds(tile_n * config.block_n, config.block_n)]
-                    plgpu.copy_smem_to_gmem(total, out)
-                    plgpu.wait_smem_to_gmem(0)
-
-            meet()
-
-    first_step = split * problem.steps
     per_scale = max(1, problem.group // config.block_k)
     tile_k = min(group, 64)  # a group's rows of x must be whole tiles
     in_specs = [
         plgpu.BlockSpec(
-            (config.tiles, config.warpgroups, *ref.shape[2:]),
-            lambda k: (tile_n, first_step + k, 0, 0),
+            (config.warpgroups * config.tiles, config.slices, *ref.shape[2:]),
+            lambda step: (*place(step), 0, 0),
         )
         for ref in plane_refs
     ]
     in_specs += [
         plgpu.BlockSpec(
-            (config.warpgroups, block_m, SLICE_K),
-            lambda k: (first_step + k, 0, 0),
+            (config.slices, block_m, SLICE_K),
+            lambda step: (place(step)[1], 0, 0),
             transforms=(plgpu.TilingTransform((8, tile_k)), plgpu.SwizzleTransform(2 * tile_k)),
         ),
         plgpu.BlockSpec(
-            (problem.scale_rows, config.block_n), lambda k: ((first_step + k) // per_scale, tile_n)
+            (problem.scale_rows, config.block_n // TILE_N, TILE_N),
+            lambda step: (place(step)[1] // per_scale, place(step)[0], 0),
         ),
     ]
     plgpu.emit_pipeline_warp_specialized(
         multiply,
-        grid=(problem.steps,),
+        grid=(share,),
         memory_registers=_MEMORY_REGISTERS,
         in_specs=in_specs,
-        max_concurrent_steps=min(config.stages, problem.steps),
+        max_concurrent_steps=min(config.stages, share),
         wg_axis="warpgroup",
         num_compute_wgs=config.warpgroups,
         compute_context=compute,
