@@ -188,7 +188,7 @@ def _fits(m: int, bits: int, config: Config, group: int) -> bool:
     words = config.block_n * config.block_k * bits // 8
     stage = words + rows * config.block_k * 2 + scales + 1536
     fixed = table_rows(bits) * 256 + config.warpgroups * TILE_N * rows * 4
-    sums = (config.tiles + 1) * rows // 2
+    sums = (config.tiles + 2) * rows // 2  # two products are in flight
     registers = (512 - _MEMORY_REGISTERS) // config.warpgroups
     return fixed + config.stages * stage <= _SHARED_MEMORY and sums + 110 <= registers
 
@@ -233,7 +233,7 @@ class _Problem:
         starts = np.arange(0, self.all_steps, self.steps)
         share = self.steps_of_block
         counts = (starts + self.steps - 1) // share - starts // share + 1
-        return np.arange(counts.max())[:, None] < counts
+        return np.arange(np.max(counts))[:, None] < counts
 
 
 def make_problem(
@@ -408,53 +408,58 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
     def zeros() -> Any:
         return plgpu.layout_cast(jnp.zeros((TILE_N, block_m), jnp.float32), layout.WGMMA)
 
-    def dequantize(word_refs: list, unit: tuple, words: tuple) -> tuple:
-        """The weight of a unit, and the words of its slice, which the next may share."""
-        tile, piece, start = unit
-        if start == 0:
-            words = tuple(
-                mosaic_gpu_asm.load(
-                    ref.at[warpgroup * config.tiles + tile, piece],
-                    layout.WG_STRIDED(ref.shape[2:], vec_size=length),
-                )
-                for ref, length in zip(word_refs, lengths, strict=True)
+    def load_words(word_refs: list, tile: int, piece: int) -> tuple:
+        """The words of a slice of this warpgroup's tile, in registers."""
+        return tuple(
+            mosaic_gpu_asm.load(
+                ref.at[warpgroup * config.tiles + tile, piece],
+                layout.WG_STRIDED(ref.shape[2:], vec_size=length),
             )
+            for ref, length in zip(word_refs, lengths, strict=True)
+        )
+
+    def dequantize(words: tuple, start: int) -> Any:
         steps = range(start // 16, (start + group) // 16)
         if not interpret:
-            weight = mosaic_gpu_asm.dequantize(words, table, bits=bits, steps=steps, dtype=dtype)
-            return weight, words
+            return mosaic_gpu_asm.dequantize(words, table, bits=bits, steps=steps, dtype=dtype)
+        plgpu.wgmma_wait(0)
         weight = operand[0].at[warpgroup, :, pl.ds(0, group)]
         weight[...] = emulate(words, table[...], bits, steps, dtype)
-        return weight, words
+        return weight
+
+    def load_scale(s_smem: Any, unit: tuple) -> Any:
+        tile, piece, start = unit
+        row = (piece * SLICE_K + start) // problem.group if problem.scale_rows > 1 else 0
+        place = s_smem.at[row, warpgroup * config.tiles + tile]
+        scale = mosaic_gpu_asm.load(place, layout.WGMMA.reduce(1)).astype(jnp.float32)
+        scale = lax.broadcast_in_dim(scale, (TILE_N, block_m), (0,))
+        return plgpu.layout_cast(scale, layout.WGMMA)
 
     def multiply(index, *args):
         *word_refs, x_smem, s_smem, totals = args
-        totals = list(totals)
-        weight, words = dequantize(word_refs, units[0], ())
-        for unit, following in zip(units, [*units[1:], None], strict=True):
-            tile, piece, start = unit
 
-            def product(acc, weight=weight, words=words, unit=unit, following=following):
-                _, piece, start = unit
+        def all_units(*products):
+            """Looks up the next unit and adds the last one while the tensor cores multiply one."""
+            sums = list(totals)
+            scales = [load_scale(s_smem, unit) for unit in units]
+            words = load_words(word_refs, *units[0][:2])
+            weight = dequantize(words, 0)
+            for i, (_, piece, start) in enumerate(units):
+                coming = units[i + 1] if i + 1 < len(units) else None
+                if coming is not None and coming[2] == 0:
+                    words = load_words(word_refs, *coming[:2])
                 rows = x_smem.at[piece, :, pl.ds(start, group)]
-                plgpu.wgmma(acc, weight, mosaic_gpu_asm.transposed(rows))
-                if interpret or following is None:
-                    return acc[...], (weight, words)
-                coming = dequantize(word_refs, following, words)  # while the tensor cores multiply
-                return acc[...], coming
+                plgpu.wgmma(products[i], weight, mosaic_gpu_asm.transposed(rows))
+                if i:
+                    last = plgpu.wgmma_accumulator_load(products[i - 1], wait_n=1)
+                    sums[units[i - 1][0]] += last * scales[i - 1]
+                if coming is not None:
+                    weight = dequantize(words, coming[2])
+            sums[units[-1][0]] += products[-1][...] * scales[-1]
+            return tuple(sums)
 
-            sums, (weight, words) = pl.run_scoped(
-                product, plgpu.ACC((TILE_N, block_m), jnp.float32)
-            )
-            if interpret and following is not None:
-                weight, words = dequantize(word_refs, following, words)
-            row = (piece * SLICE_K + start) // problem.group if problem.scale_rows > 1 else 0
-            scale = mosaic_gpu_asm.load(
-                s_smem.at[row, warpgroup * config.tiles + tile], layout.WGMMA.reduce(1)
-            )
-            scale = lax.broadcast_in_dim(scale.astype(jnp.float32), (TILE_N, block_m), (0,))
-            totals[tile] += sums * plgpu.layout_cast(scale, layout.WGMMA)
-        return finish(index[0], totals)
+        accumulators = [plgpu.ACC((TILE_N, block_m), jnp.float32)] * len(units)
+        return finish(index[0], list(pl.run_scoped(all_units, *accumulators)))
 
     def finish(step: Any, totals: list) -> tuple:
         """Writes the sums after the last step of a block's columns, or of the block."""
@@ -464,11 +469,11 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
         def write() -> tuple:
             part = block - column * problem.steps // share
             for tile in range(config.tiles):
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last copy has left it
                 staged[warpgroup] = totals[tile]
                 plgpu.commit_smem()
                 first = column * config.block_n + (warpgroup * config.tiles + tile) * TILE_N
                 plgpu.copy_smem_to_gmem(staged.at[warpgroup], o_ref.at[part, pl.ds(first, TILE_N)])
-                plgpu.wait_smem_to_gmem(0)
             return tuple(zeros() for _ in totals)
 
         ends = inside & ((row == problem.steps - 1) | (step == share - 1))
@@ -481,6 +486,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
         plgpu.barrier_arrive(barrier)
         plgpu.barrier_wait(barrier)
         pipeline((zeros(),) * config.tiles)
+        plgpu.wait_smem_to_gmem(0)
 
     per_scale = max(1, problem.group // config.block_k)
     tile_k = min(group, 64)  # a group's rows of x must be whole tiles

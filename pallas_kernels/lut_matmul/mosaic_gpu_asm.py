@@ -69,21 +69,23 @@ def fill_table(table: Any, entries: Any, *, bits: int, warpgroup: Any, warpgroup
       warpgroups: How many there are.
     """
     layout = plgpu.Layout.WGMMA
-    for part in range(table_rows(bits) // 64):
-
-        @pl.when(warpgroup == part % warpgroups)
-        def _(part=part):
-            rows = pl.ds(64 * part, 64)
-            low, high = (
-                jax.lax.broadcast_in_dim(
-                    load(entries.at[i, rows], layout.reduce(1)), (64, 64), (0,)
-                )
-                for i in range(2)
-            )
-            if bits == 2:
-                lane = plgpu.broadcasted_iota(jax.numpy.int32, (64, 64), 1, layout=layout)
-                low = jax.numpy.where(lane % 2 == 0, low, high)
-            table[rows, :] = low
+    parts = table_rows(bits) // 64
+    # All loads before the first use: each one waits for device memory. Too many warpgroups write
+    # the last part again.
+    places = [
+        pl.ds(64 * jax.numpy.minimum(first * warpgroups + warpgroup, parts - 1), 64)
+        for first in range(-(-parts // warpgroups))
+    ]
+    loaded = [
+        [load(entries.at[i, rows], layout.reduce(1)) for i in range(2 if bits == 2 else 1)]
+        for rows in places
+    ]
+    for rows, registers in zip(places, loaded, strict=True):
+        low, *high = (jax.lax.broadcast_in_dim(r, (64, 64), (0,)) for r in registers)
+        if high:
+            lane = plgpu.broadcasted_iota(jax.numpy.int32, (64, 64), 1, layout=layout)
+            low = jax.numpy.where(lane % 2 == 0, low, high[0])
+        table[rows, :] = low
 
 
 def _address(byte: int, word: str, register: str) -> str:
