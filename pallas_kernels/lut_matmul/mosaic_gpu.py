@@ -35,7 +35,6 @@ from pallas_kernels.lut_matmul.mosaic_gpu_layout import (
     lookup_table,
     pack_fragments,
     table_rows,
-    vector_lengths,
 )
 from pallas_kernels.manual_axes import shape_struct
 
@@ -136,11 +135,7 @@ def reason_against_transposed(groups: int, group_size: int) -> str | None:
 
 
 def default_config(m: int, bits: int, *, n: int, k: int, group: int) -> Config:
-    """Wide steps where every block has several, and as many stages as shared memory holds.
-
-    On an H200 at 4096 x 28672, 4 bits and 16 rows, four tiles of a warpgroup took 24.6 us and 4.0
-    for adding more parts, two 25.3 and 2.7.
-    """
+    """Wide steps where every block has several, and as many stages as shared memory holds."""
     n = -(-n // _PADDED_N) * _PADDED_N
     for tiles, slices in ((2, 1), (1, 2), (1, 1)):
         steps = -(-k // (slices * SLICE_K)) * (n // (2 * tiles * TILE_N))
@@ -228,11 +223,15 @@ class _Problem:
         """Rows of scales in a step."""
         return max(1, self.config.block_k // self.group)
 
+    def first_block(self, column: Any) -> Any:
+        """The block of the grid that takes the first step of a block of columns."""
+        return column * self.steps // self.steps_of_block
+
     def parts(self) -> np.ndarray:
         """``bool[parts, column blocks]``: which parts of the sums are written."""
-        starts = np.arange(0, self.all_steps, self.steps)
-        share = self.steps_of_block
-        counts = (starts + self.steps - 1) // share - starts // share + 1
+        columns = np.arange(self.padded_n // self.config.block_n)
+        last_block = ((columns + 1) * self.steps - 1) // self.steps_of_block
+        counts = last_block - self.first_block(columns) + 1
         return np.arange(np.max(counts))[:, None] < counts
 
 
@@ -389,7 +388,6 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
     config, bits, block_m = problem.config, problem.bits, problem.block_m
     layout = plgpu.Layout
     warpgroup = lax.axis_index("warpgroup")
-    lengths = vector_lengths(bits)
     group = min(problem.group, SLICE_K)
     block, share = lax.axis_index("block"), problem.steps_of_block
     # a part of a tile whose rows share a scale: (tile, slice, first row of the slice)
@@ -408,15 +406,8 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
     def zeros() -> Any:
         return plgpu.layout_cast(jnp.zeros((TILE_N, block_m), jnp.float32), layout.WGMMA)
 
-    def load_words(word_refs: list, tile: int, piece: int) -> tuple:
-        """The words of a slice of this warpgroup's tile, in registers."""
-        return tuple(
-            mosaic_gpu_asm.load(
-                ref.at[warpgroup * config.tiles + tile, piece],
-                layout.WG_STRIDED(ref.shape[2:], vec_size=length),
-            )
-            for ref, length in zip(word_refs, lengths, strict=True)
-        )
+    def load_words(refs: list, tile: int, piece: int) -> tuple:
+        return mosaic_gpu_asm.load_words(refs, bits, warpgroup * config.tiles + tile, piece)
 
     def dequantize(words: tuple, start: int) -> Any:
         steps = range(start // 16, (start + group) // 16)
@@ -430,8 +421,8 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
     def load_scale(s_smem: Any, unit: tuple) -> Any:
         tile, piece, start = unit
         row = (piece * SLICE_K + start) // problem.group if problem.scale_rows > 1 else 0
-        place = s_smem.at[row, warpgroup * config.tiles + tile]
-        scale = mosaic_gpu_asm.load(place, layout.WGMMA.reduce(1)).astype(jnp.float32)
+        ref = s_smem.at[row, warpgroup * config.tiles + tile]
+        scale = mosaic_gpu_asm.load(ref, layout.WGMMA.reduce(1)).astype(jnp.float32)
         scale = lax.broadcast_in_dim(scale, (TILE_N, block_m), (0,))
         return plgpu.layout_cast(scale, layout.WGMMA)
 
@@ -467,7 +458,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
         inside = block * share + step < problem.all_steps
 
         def write() -> tuple:
-            part = block - column * problem.steps // share
+            part = block - problem.first_block(column)
             for tile in range(config.tiles):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last copy has left it
                 staged[warpgroup] = totals[tile]

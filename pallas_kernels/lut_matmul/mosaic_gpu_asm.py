@@ -50,6 +50,14 @@ def load(ref: Any, layout: Any) -> Any:
     return plgpu.load(ref, *indices, layout=layout, optimized=False)
 
 
+def load_words(word_refs: Any, bits: int, *index: Any) -> tuple:
+    """The words of a slice, ``word_refs[...][index]``, in registers: those of a thread together."""
+    return tuple(
+        load(ref.at[index], plgpu.Layout.WG_STRIDED(ref.shape[len(index) :], vec_size=length))
+        for ref, length in zip(word_refs, vector_lengths(bits), strict=True)
+    )
+
+
 def transposed(ref: Any) -> Any:
     """A view of a matrix in shared memory; a method of references since jax 0.11."""
     if hasattr(ref, "transpose"):

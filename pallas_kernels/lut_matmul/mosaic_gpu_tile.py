@@ -29,7 +29,6 @@ from pallas_kernels.lut_matmul.mosaic_gpu_layout import (
     TILE_N,
     emulate,
     table_rows,
-    vector_lengths,
 )
 from pallas_kernels.manual_axes import shape_struct
 
@@ -249,14 +248,7 @@ def _kernel(*refs, problem: Problem, dtype: Any, planes: int, interpret: bool):
         plgpu.barrier_wait(barrier)
 
     def forward_words(refs, tile: int) -> tuple:
-        """The words of a slice of this warpgroup's tile, in registers."""
-        return tuple(
-            mosaic_gpu_asm.load(
-                ref.at[warpgroup * config.tiles + tile, 0],
-                layout.WG_STRIDED(ref.shape[2:], vec_size=length),
-            )
-            for ref, length in zip(refs, vector_lengths(bits), strict=True)
-        )
+        return mosaic_gpu_asm.load_words(refs, bits, warpgroup * config.tiles + tile, 0)
 
     def looked_up(words, refs, tile: int, start: int) -> Any:
         """Table values of 64 columns of the result and ``part`` terms of its sums."""

@@ -25,6 +25,7 @@ from lutjax.io import load_peft, load_peft_head, save_peft
 from lutjax.models import DecoderConfig
 from lutjax.paths import named_leaves
 from tests.lutjax.tiny_checkpoint import assert_same_bits, dense_params, write_hf
+from tests.virtual_devices import environment
 from train.finetune import FinetuneConfig, finetune, main
 from train.lora_step import (
     Batch,
@@ -216,10 +217,10 @@ def run_command(config: FinetuneConfig) -> list[str]:
 def test_a_killed_run_resumes_to_the_same_bits(qlora_run):
     whole, result = qlora_run
     config = dataclasses.replace(whole, output=whole.output.parent / "killed")
-    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"}
+    settings = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"}
     log = config.output / "metrics.jsonl"
     process = subprocess.Popen(
-        run_command(config), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
+        run_command(config), cwd=ROOT, env=settings, stdout=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 300
     while not (log.exists() and '"step": 6,' in log.read_text()):
@@ -331,14 +332,8 @@ def test_two_by_two_devices_train_alike(qlora_run):
     alone = dataclasses.replace(
         config, output=whole.output.parent / "alone", data_parallel=1, model_parallel=1
     )
-    environment = os.environ | {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_PLATFORMS": "cpu",
-        "PJRT_NPROC": "32",  # as in tests/lutjax/adapters/eight_devices.py
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4"
-        " --xla_cpu_collective_call_terminate_timeout_seconds=600",
-    }
-    subprocess.run(run_command(config), cwd=ROOT, env=environment, check=True, capture_output=True)
+    settings = environment(4) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    subprocess.run(run_command(config), cwd=ROOT, env=settings, check=True, capture_output=True)
     expected = finetune(alone, quiet=True)
     found = [r["loss"] for r in read_metrics(config.output)[1:]]
     np.testing.assert_allclose(found, list(expected.losses.values()), rtol=1e-5)

@@ -2,15 +2,7 @@
 
 import json
 import math
-import os
 import re
-
-os.environ["XLA_FLAGS"] = (  # the devices share few cores
-    "--xla_force_host_platform_device_count=8"
-    " --xla_cpu_collective_call_terminate_timeout_seconds=600"
-)
-# Devices wait for each other in threads; with as many as cores they can wait forever.
-os.environ["PJRT_NPROC"] = "32"
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +13,6 @@ from jax.sharding import PartitionSpec as P
 from lutjax import linear_maps as lm
 from lutjax.adapters import dual, merge_workers, start_worker
 from lutjax.optim import project
-
-# Two programs at once could each hold a part of the few threads and wait for the rest.
-jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 K, N, RANK, WORKERS = 64, 96, 4, 8
 SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")

@@ -12,6 +12,7 @@ import pytest
 from lutjax import linear_maps as lm
 from lutjax.adapters import dual, start_worker
 from lutjax.optim import project
+from tests.virtual_devices import environment
 
 K, N, RANK, WORKERS = 64, 96, 4, 8
 
@@ -20,7 +21,12 @@ K, N, RANK, WORKERS = 64, 96, 4, 8
 def results():
     script = Path(__file__).parent / "eight_devices.py"
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, str(script)],
+        env=environment(8),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -1,19 +1,10 @@
 """Programs on eight virtual devices; run as a process of its own by ``test_lift_sharding.py``.
 
-``python sharded_programs.py NAME`` runs one of PROGRAMS and fails loudly.
+``python sharded_programs.py NAME``, in the environment of ``tests/virtual_devices.py``, runs one of
+PROGRAMS and fails loudly.
 """
 
-import os
 import sys
-
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=8"
-    " --xla_cpu_collective_call_terminate_timeout_seconds=600",
-)
-os.environ["JAX_PLATFORMS"] = "cpu"
-# Devices wait for each other in threads; with as many as cores they can wait forever.
-os.environ["PJRT_NPROC"] = "32"
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +14,6 @@ from jax.sharding import PartitionSpec as P
 
 import lutjax
 from lutjax.arrays import LowRankArray
-
-# Two programs at once could each hold a part of the few threads and wait for the rest.
-jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 WIDTH, HIDDEN = 128, 256
 

@@ -1,6 +1,5 @@
 """Sharded weights: eight virtual devices, and two processes, each in processes of their own."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -15,16 +14,16 @@ from lift_checks import weight
 
 import lutjax
 from lutjax.arrays.sharding import part_specs
+from tests.virtual_devices import environment
 
 HERE = Path(__file__).parent
 
 
-def start(*arguments):
-    path = os.pathsep.join([str(HERE.parents[2]), os.environ.get("PYTHONPATH", "")])
+def start(devices, *arguments):
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=HERE,
-        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": path},
+        env=environment(devices),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -32,7 +31,7 @@ def start(*arguments):
 
 
 def test_eight_devices():
-    process = start("sharded_programs.py")
+    process = start(8, "sharded_programs.py")
     out, _ = process.communicate(timeout=540)
     assert process.returncode == 0, out
     assert out.count("PASSED") == 6
@@ -42,7 +41,7 @@ def test_two_processes():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    processes = [start("two_processes.py", port, str(i)) for i in range(2)]
+    processes = [start(4, "two_processes.py", port, str(i)) for i in range(2)]
     try:
         outs = [process.communicate(timeout=540)[0] for process in processes]
     finally:

@@ -1,15 +1,6 @@
 """One of two processes on the loopback interface; started by ``test_lift_sharding.py``."""
 
-import os
 import sys
-
-os.environ["XLA_FLAGS"] = (  # the devices share few cores
-    "--xla_force_host_platform_device_count=4"
-    " --xla_cpu_collective_call_terminate_timeout_seconds=600"
-)
-os.environ["JAX_PLATFORMS"] = "cpu"
-# Devices wait for each other in threads; with as many as cores they can wait forever.
-os.environ["PJRT_NPROC"] = "32"
 
 import jax
 

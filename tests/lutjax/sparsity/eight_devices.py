@@ -1,15 +1,5 @@
 """Gated weights by columns and by rows on eight virtual devices; a process of its own."""
 
-import os
-
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8"
-    " --xla_cpu_collective_call_terminate_timeout_seconds=600"
-)
-os.environ["JAX_PLATFORMS"] = "cpu"
-# Devices wait for each other in threads; with as many as cores they can wait forever.
-os.environ["PJRT_NPROC"] = "32"
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,9 +8,6 @@ from jax.sharding import PartitionSpec as P
 
 import lutjax
 from lutjax.arrays import DenseArray, GatedArray
-
-# Two programs at once could each hold a part of the few threads and wait for the rest.
-jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 WIDTH, HIDDEN = 64, 128
 SPECS = {"up": P(None, "model"), "down": P("model", None)}  # by columns, then by rows

@@ -1,17 +1,17 @@
 """Gated weights on eight virtual devices, in a process of their own."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+from tests.virtual_devices import environment
+
 
 def test_eight_devices():
     program = Path(__file__).with_name("eight_devices.py")
-    path = os.pathsep.join([str(program.parents[3]), os.environ.get("PYTHONPATH", "")])
     process = subprocess.run(
         [sys.executable, program],
-        env=os.environ | {"PYTHONPATH": path},
+        env=environment(8),
         capture_output=True,
         text=True,
         timeout=540,

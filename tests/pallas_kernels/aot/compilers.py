@@ -189,10 +189,10 @@ class Sass:
         """Opcodes of the smallest loop that multiplies matrices."""
         return collections.Counter(opcode.split(".")[0] for opcode, _ in self._main_loop(product))
 
-    def products_in_flight(self) -> int:
-        """How many products the main loop leaves unfinished wherever it waits for one."""
+    def products_in_flight(self) -> set[int]:
+        """How many products the main loop leaves unfinished where it waits for one."""
         waits = [o for opcode, o in self._main_loop() if opcode.startswith("WARPGROUP.DEPBAR")]
-        return min(int(operands.split(",")[1], 16) for operands in waits)
+        return {int(operands.split(",")[1], 16) for operands in waits}
 
     def _main_loop(self, product: str = "HGMMA") -> list[tuple[str, str]]:
         loops = []
