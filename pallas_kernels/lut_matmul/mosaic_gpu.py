@@ -32,6 +32,7 @@ from pallas_kernels.lut_matmul.mosaic_gpu_layout import (
     SLICE_K,
     TILE_N,
     emulate,
+    fill_lookup_table,
     lookup_table,
     pack_fragments,
     table_rows,
@@ -209,9 +210,14 @@ class _Problem:
         return self.padded_k // self.config.block_k
 
     @property
+    def column_blocks(self) -> int:
+        """Blocks of columns; the last one may reach beyond the words, where copies are cut."""
+        return -(-self.padded_n // self.config.block_n)
+
+    @property
     def all_steps(self) -> int:
         """Steps of all columns."""
-        return self.steps * (self.padded_n // self.config.block_n)
+        return self.steps * self.column_blocks
 
     @property
     def steps_of_block(self) -> int:
@@ -229,7 +235,7 @@ class _Problem:
 
     def parts(self) -> np.ndarray:
         """``bool[parts, column blocks]``: which parts of the sums are written."""
-        columns = np.arange(self.padded_n // self.config.block_n)
+        columns = np.arange(self.column_blocks)
         last_block = ((columns + 1) * self.steps - 1) // self.steps_of_block
         counts = last_block - self.first_block(columns) + 1
         return np.arange(np.max(counts))[:, None] < counts
@@ -267,7 +273,7 @@ def make_problem(
     def fits(candidate: Config) -> bool:
         block = candidate.block_k  # holds whole groups, or a group holds whole blocks
         aligned = group_size >= k or 0 in (group_size % block, block % group_size)
-        return aligned and padded[0] % block == 0 and padded[1] % candidate.block_n == 0
+        return aligned and padded[0] % block == 0
 
     smaller = (
         dataclasses.replace(config, warpgroups=warpgroups, tiles=tiles, slices=slices)
@@ -359,10 +365,14 @@ def apply(
         functools.partial(
             _kernel, problem=problem, dtype=x.dtype, planes=len(planes), interpret=bool(interpret)
         ),
-        out_type=shape_struct((len(parts), problem.padded_n, problem.block_m), jnp.float32, x),
+        out_type=shape_struct((len(parts), problem.block_m, problem.padded_n), jnp.float32, x),
         scratch_types=[
             plgpu.SMEM((table_rows(problem.bits), 64), jnp.uint32),
-            plgpu.SMEM((config.warpgroups, TILE_N, problem.block_m), jnp.float32),
+            plgpu.SMEM(
+                (config.warpgroups, problem.block_m, TILE_N),
+                jnp.float32,
+                transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
+            ),
             plgpu.Barrier(num_arrivals=config.warpgroups),
             # the interpreter has no register operands
             *([plgpu.SMEM((config.warpgroups, TILE_N, SLICE_K), x.dtype)] if interpret else []),
@@ -377,9 +387,9 @@ def apply(
     if len(parts) == 1:
         y = y[0]
     else:
-        written = np.repeat(parts, config.block_n, axis=1)[:, :, None]
+        written = np.repeat(parts, config.block_n, axis=1)[:, None, : problem.padded_n]
         y = jnp.sum(jnp.where(written, y, 0), axis=0)
-    return y.T[:m].astype(out_dtype)
+    return y[:m].astype(out_dtype)
 
 
 def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
@@ -409,10 +419,12 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
     def load_words(refs: list, tile: int, piece: int) -> tuple:
         return mosaic_gpu_asm.load_words(refs, bits, warpgroup * config.tiles + tile, piece)
 
-    def dequantize(words: tuple, start: int) -> Any:
+    def dequantize(words: tuple, planes: tuple, start: int) -> Any:
         steps = range(start // 16, (start + group) // 16)
         if not interpret:
-            return mosaic_gpu_asm.dequantize(words, table, bits=bits, steps=steps, dtype=dtype)
+            return mosaic_gpu_asm.dequantize(
+                words, table, planes, bits=bits, steps=steps, dtype=dtype
+            )
         plgpu.wgmma_wait(0)
         weight = operand[0].at[warpgroup, :, pl.ds(0, group)]
         weight[...] = emulate(words, table[...], bits, steps, dtype)
@@ -427,14 +439,14 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
         return plgpu.layout_cast(scale, layout.WGMMA)
 
     def multiply(index, *args):
-        *word_refs, x_smem, s_smem, totals = args
+        *word_refs, x_smem, s_smem, (totals, planes) = args
 
         def all_units(*products):
             """Looks up the next unit and adds the last one while the tensor cores multiply one."""
             sums = list(totals)
             scales = [load_scale(s_smem, unit) for unit in units]
             words = load_words(word_refs, *units[0][:2])
-            weight = dequantize(words, 0)
+            weight = dequantize(words, planes, 0)
             for i, (_, piece, start) in enumerate(units):
                 coming = units[i + 1] if i + 1 < len(units) else None
                 if coming is not None and coming[2] == 0:
@@ -445,12 +457,13 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
                     last = plgpu.wgmma_accumulator_load(products[i - 1], wait_n=1)
                     sums[units[i - 1][0]] += last * scales[i - 1]
                 if coming is not None:
-                    weight = dequantize(words, coming[2])
+                    weight = dequantize(words, planes, coming[2])
             sums[units[-1][0]] += products[-1][...] * scales[-1]
             return tuple(sums)
 
         accumulators = [plgpu.ACC((TILE_N, block_m), jnp.float32)] * len(units)
-        return finish(index[0], list(pl.run_scoped(all_units, *accumulators)))
+        totals = finish(index[0], list(pl.run_scoped(all_units, *accumulators)))
+        return totals, planes
 
     def finish(step: Any, totals: list) -> tuple:
         """Writes the sums after the last step of a block's columns, or of the block."""
@@ -461,22 +474,28 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
             part = block - problem.first_block(column)
             for tile in range(config.tiles):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last copy has left it
-                staged[warpgroup] = totals[tile]
+                own = staged.at[warpgroup]
+                mosaic_gpu_asm.transposed(own)[...] = plgpu.layout_cast(
+                    totals[tile], layout.WGMMA_TRANSPOSED
+                )
                 plgpu.commit_smem()
                 first = column * config.block_n + (warpgroup * config.tiles + tile) * TILE_N
-                plgpu.copy_smem_to_gmem(staged.at[warpgroup], o_ref.at[part, pl.ds(first, TILE_N)])
+                plgpu.copy_smem_to_gmem(own, o_ref.at[part, :, pl.ds(first, TILE_N)])
             return tuple(zeros() for _ in totals)
 
         ends = inside & ((row == problem.steps - 1) | (step == share - 1))
         return lax.cond(ends, write, lambda: tuple(totals))
 
     def compute(pipeline):
-        mosaic_gpu_asm.fill_table(
-            table, t_ref, bits=bits, warpgroup=warpgroup, warpgroups=config.warpgroups
-        )
+        planes = ()
+        if interpret:
+            fill_lookup_table(table, t_ref)
+        else:
+            planes = mosaic_gpu_asm.load_planes(t_ref, bits)
+            mosaic_gpu_asm.fill_table(table, t_ref, bits=bits, warpgroups=config.warpgroups)
         plgpu.barrier_arrive(barrier)
         plgpu.barrier_wait(barrier)
-        pipeline((zeros(),) * config.tiles)
+        pipeline(((zeros(),) * config.tiles, planes))
         plgpu.wait_smem_to_gmem(0)
 
     per_scale = max(1, problem.group // config.block_k)

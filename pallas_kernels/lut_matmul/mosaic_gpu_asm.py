@@ -18,11 +18,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.lut_matmul.mosaic_gpu_layout import (
+    plane_words,
     table_rows,
     vector_lengths,
     words_of_step,
 )
 
+
+import os
+PERM = [int(q) for q in os.environ.get('PERM', '1') if q.isdigit()]
 
 @functools.cache
 def available() -> str | None:
@@ -65,35 +69,57 @@ def transposed(ref: Any) -> Any:
     return plgpu.transpose_ref(ref, (1, 0))
 
 
-def fill_table(table: Any, entries: Any, *, bits: int, warpgroup: Any, warpgroups: int) -> None:
+def fill_table(table: Any, entries: Any, *, bits: int, warpgroups: int) -> None:
     """Copies the entries to every lane's place in shared memory; all warpgroups take part.
 
     Args:
       table: ``uint32[table_rows(bits), 64]`` in shared memory.
-      entries: ``uint32[2, 256]``, see ``mosaic_gpu_layout.lookup_table``; the two differ at 2 bits
-        only, where they alternate.
+      entries: ``uint32[3, 256]``, see ``mosaic_gpu_layout.lookup_table``; the first two rows differ at
+        2 bits only, where they alternate.
       bits: Bits a code.
-      warpgroup: Index of the warpgroup.
-      warpgroups: How many there are.
+      warpgroups: How many there are, the first ones of the block.
     """
-    layout = plgpu.Layout.WGMMA
-    parts = table_rows(bits) // 64
-    # All loads before the first use: each one waits for device memory. Too many warpgroups write
-    # the last part again.
-    places = [
-        pl.ds(64 * jax.numpy.minimum(first * warpgroups + warpgroup, parts - 1), 64)
-        for first in range(-(-parts // warpgroups))
+    ref = plgpu.RefType()
+
+    @plgpu.inline_mgpu(arg_types=(ref, ref), return_type=None)
+    def fill(ctx, table, entries):
+        del ctx
+        _Builder(table, bits).fill(entries, _fill_asm(bits, 128 * warpgroups))
+
+    fill(table, entries)
+
+
+def _fill_asm(bits: int, threads: int) -> str:
+    """PTX that fills the table; ``$0`` the thread, ``$1`` the table, ``$2`` the entries.
+
+    A thread stores 16 bytes of every so many rows: a warp's stores share no bank. All loads come
+    before the first store, because each waits for device memory.
+    """
+    registers = 2 if bits == 2 else 1  # 256 bytes of a row are used or 128
+    across = 8 * registers  # threads
+    rows = table_rows(bits)
+    rounds = -(-rows // (threads // across))
+    lines = [
+        ".reg .b32 row, last, place;",
+        f".reg .b32 row<{rounds}>, value<{rounds * registers}>;",
+        ".reg .b64 from;",
+        f"shr.u32 row, $0, {across.bit_length() - 1};",
+        f"and.b32 place, $0, {across - 1};",
+        "shl.b32 place, place, 4; add.u32 place, place, $1;",
     ]
-    loaded = [
-        [load(entries.at[i, rows], layout.reduce(1)) for i in range(2 if bits == 2 else 1)]
-        for rows in places
-    ]
-    for rows, registers in zip(places, loaded, strict=True):
-        low, *high = (jax.lax.broadcast_in_dim(r, (64, 64), (0,)) for r in registers)
-        if high:
-            lane = plgpu.broadcasted_iota(jax.numpy.int32, (64, 64), 1, layout=layout)
-            low = jax.numpy.where(lane % 2 == 0, low, high[0])
-        table[rows, :] = low
+    for i in range(rounds):  # too many threads write the last row again
+        lines.append(f"add.u32 row{i}, row, {i * (threads // across)};")
+        lines.append(f"min.u32 row{i}, row{i}, {rows - 1};")
+        lines.append(f"mad.wide.u32 from, row{i}, 4, $2;")
+        lines += [
+            f"ld.global.nc.b32 value{registers * i + r}, [from + {1024 * r}];"
+            for r in range(registers)
+        ]
+    for i in range(rounds):
+        first, second = (f"value{registers * i + r}" for r in (0, registers - 1))
+        lines.append(f"mad.lo.u32 last, row{i}, 256, place;")
+        lines.append(f"st.shared.v4.b32 [last], {{{first}, {second}, {first}, {second}}};")
+    return "{\n" + "\n".join(lines) + "\n}"
 
 
 def _address(byte: int, word: str, register: str) -> str:
@@ -117,18 +143,7 @@ def _lookup_lines(bits: int, step: int, words: list[str], results: list[str]) ->
                 f"ld.shared.v2.b32 {{{results[2 * c]}, {results[2 * c + 1]}}}, [a{c}];",
             ]
     elif bits == 3:
-        nibble, crumb = 4 * (step % 2), 2 * (step % 4) - 4
-        if nibble:
-            lines.append(f"shr.u32 p, {words[0]}, {nibble}; and.b32 p, p, 0x0f0f0f0f;")
-        else:
-            lines.append(f"and.b32 p, {words[0]}, 0x0f0f0f0f;")
-        if crumb == 0:
-            high = words[1]
-        else:
-            direction = f"shl.b32 h, {words[1]}" if crumb < 0 else f"shr.u32 h, {words[1]}"
-            lines.append(f"{direction}, {abs(crumb)};")
-            high = "h"
-        lines.append(f"lop3.b32 p, {high}, 0x30303030, p, 0xEA;")
+        lines += _join_lines(step, words)
         for q in range(4):
             lines += [_address(q, "p", f"a{q}"), f"ld.shared.b32 {results[q]}, [a{q}];"]
     else:
@@ -140,6 +155,52 @@ def _lookup_lines(bits: int, step: int, words: list[str], results: list[str]) ->
                     f"ld.shared.b32 p{v}, [a{v}];",
                 ]
             lines.append(f"prmt.b32 {results[q]}, p0, p1, 0x5410;")
+    return lines
+
+
+def _join_lines(step: int, words: list[str]) -> list[str]:
+    """PTX for the 3-bit codes of a step, a nibble each: in order c, r, v in register p."""
+    low, move = words[0], 2 - step % 4
+    lines = []
+    if step % 2:
+        lines.append(f"shr.u32 p, {low}, 2;")
+        low = "p"
+    lines.append(f"and.b32 p, {low}, 0x33333333;")
+    high = words[1] if move == 0 else "h"
+    if move:
+        direction = "shl.b32" if move > 0 else "shr.u32"
+        lines.append(f"{direction} h, {words[1]}, {abs(move)};")
+    lines.append(f"lop3.b32 p, {high}, 0x44444444, p, 0xEA;")
+    return lines
+
+
+def _permute_lines(
+    bits: int, step: int, words: list[str], planes: list[str], results: list[str]
+) -> list[str]:
+    """PTX for the same registers as ``_lookup_lines`` without shared memory, at 2 and 3 bits."""
+    count = len(planes) // 2
+    low, high = ", ".join(planes[:count][i] for i in (0, -1)), ", ".join(
+        planes[count:][i] for i in (0, -1)
+    )
+    lines = _join_lines(step, words) if bits == 3 else []
+    for i in range(2):  # a selector has four nibbles
+        if bits == 3:
+            lines.append("mov.b32 h, p;" if i == 0 else "shr.u32 h, p, 16;")
+            targets = results[2 * i], results[2 * i + 1]  # r of c = i
+        else:
+            source = words[0]
+            if i:
+                lines.append(f"shr.u32 h, {source}, 2;")
+                source = "h"
+            lines.append(f"and.b32 h, {source}, 0x33333333;")
+            if step % 2:
+                lines.append("shr.u32 h, h, 16;")
+            targets = results[i], results[2 + i]  # c of r = i
+        lines.append(f"prmt.b32 p0, {low}, h; prmt.b32 p1, {high}, h;")
+        lines += [
+            f"prmt.b32 {target}, p0, p1, {selector:#x};"
+            for target, selector in zip(targets, (0x5140, 0x7362), strict=True)
+        ]
     return lines
 
 
@@ -161,6 +222,15 @@ def _step_asm(bits: int, step: int) -> tuple[str, int]:
     return _assemble(_lookup_lines(bits, step, words, [f"${q}" for q in range(4)]), count), count
 
 
+def _permute_asm(bits: int, step: int) -> tuple[str, int]:
+    """The same, with the planes for byte permutes as operands after the words."""
+    count = len(words_of_step(bits, step))
+    names = [f"${i}" for i in range(4 + count + plane_words(bits))]
+    lines = _permute_lines(bits, step, names[4 : 4 + count], names[4 + count :], names[:4])
+    operands = count + plane_words(bits)
+    return _assemble(lines, operands), operands
+
+
 @dataclasses.dataclass(frozen=True)
 class _Place:
     """Where a thread of the transposed kernel finds its words of a plane, in words of 32 bits.
@@ -180,7 +250,7 @@ class _Place:
 
 _PLACES = {
     2: [_Place(4, 1, 0, 2, 128, odd_bits=16)],
-    3: [_Place(4, 1, 0, 2, 128, odd_bits=4), _Place(2, 0, 0, 1, 64, warp_bits=2)],
+    3: [_Place(4, 1, 0, 2, 128, odd_bits=2), _Place(2, 0, 0, 1, 64, warp_bits=1)],
     4: [_Place(4, 2, 1, 512, 128)],
     8: [_Place(4, 512, 2, 1024, 128)],
 }
@@ -214,12 +284,21 @@ def _transposed_asm(bits: int, block: int) -> tuple[str, int]:
     return _assemble(lines, operands), operands
 
 
-def dequantize(words: tuple, table_ref: Any, *, bits: int, steps: range, dtype: Any) -> Any:
+def load_planes(entries: Any, bits: int) -> tuple:
+    """The planes for byte permutes, scalars; ``entries`` as in :func:`fill_table`."""
+    return tuple(entries[2, i] for i in range(plane_words(bits)))
+
+
+def dequantize(
+    words: tuple, table_ref: Any, planes: tuple = (), *, bits: int, steps: range, dtype: Any
+) -> Any:
     """``dtype[64, 16 * len(steps)]`` in the layout of a wgmma operand.
 
     Args:
       words: The words of a slice, ``uint32[words of a thread, 128]`` for each plane.
       table_ref: ``uint32[rows, 64]`` in shared memory.
+      planes: See :func:`load_planes`; if given, some steps are looked up by byte permutes, so that
+        shared memory and arithmetic share the work.
       bits: Bits a code.
       steps: The steps of 16 rows within the slice.
       dtype: bfloat16 or float16.
@@ -231,24 +310,28 @@ def dequantize(words: tuple, table_ref: Any, *, bits: int, steps: range, dtype: 
     shape = (64, 16 * len(steps))
 
     @plgpu.inline_mgpu(
-        arg_types=(*arg_types, plgpu.RefType()),
+        arg_types=(*arg_types, plgpu.RefType(), *[layout.WG_SPLAT(())] * len(planes)),
         return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=layout.WGMMA),
     )
     def lookup(ctx, *operands):
         del ctx
-        *planes, table = operands
+        words, table, planes = operands[: len(lengths)], operands[len(lengths)], operands[len(lengths) + 1 :]
         build = _Builder(table, bits)
-        flat = [list(plane.registers.flat) for plane in planes]
+        flat = [list(plane.registers.flat) for plane in words]
+        scalars = [plane.registers.item() for plane in planes]
         registers: list[Any] = []
         for step in steps:
             used = []
             for plane, word in words_of_step(bits, step):
                 row, column = divmod(word, lengths[plane])
                 used.append(build.vector.extract(flat[plane][row], [], [column]))
-            registers += build.look_up(_step_asm(bits, step)[0], used)
+            if scalars and step % 2 in PERM:
+                registers += build.look_up(_permute_asm(bits, step)[0], [*used, *scalars])
+            else:
+                registers += build.look_up(_step_asm(bits, step)[0], used)
         return build.array(registers, shape, dtype)
 
-    return lookup(*words, table_ref)
+    return lookup(*words, table_ref, *planes)
 
 
 def dequantize_transposed(
@@ -321,6 +404,19 @@ class _Builder:
     def _address(self, ref: Any) -> Any:
         """The address of a reference in shared memory."""
         return self._llvm.ptrtoint(self._i32, self._mgpu.utils.memref_ptr(ref))
+
+    def fill(self, entries: Any, asm: str) -> None:
+        """Runs the PTX that fills the table from ``entries`` in device memory."""
+        i64 = self._ir.IntegerType.get_signless(64)
+        source = self._llvm.ptrtoint(i64, self._mgpu.utils.memref_ptr(entries))
+        self._llvm.inline_asm(
+            self._ir.Type.parse("!llvm.void"),
+            [self._thread, self._table, source],
+            asm,
+            "r,r,l,~{memory}",
+            has_side_effects=True,
+            asm_dialect=0,
+        )
 
     def start(self, plane: Any, place: _Place, half: int | None) -> Any:
         """The address of the thread's words of block 0."""

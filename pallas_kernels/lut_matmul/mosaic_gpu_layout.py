@@ -8,17 +8,22 @@ words are contiguous vectors, so that shared memory is read 16 bytes at a time.
 A byte is the index of a table that is copied once for each lane, 256 bytes apart: inserting the
 byte into the lane's own address is one byte permute, and no two lanes share a bank.
 
-===== ================================================================ ===================
-bits  a byte holds                                                     the table's entry
-===== ================================================================ ===================
-2     four codes: both registers r of one c                            two registers
-3     two codes, low bits in a nibble, high bits in a crumb elsewhere  one register
-4     two codes: one register                                          one register
-8     one code                                                         half a register
-===== ================================================================ ===================
+===== ============================================================== ===================
+bits  a byte holds                                                   the table's entry
+===== ============================================================== ===================
+2     four codes: both registers r of one c                          two registers
+3     two nibbles of a code each, joined from words of 2 and 1 bits  one register
+4     two codes: one register                                        one register
+8     one code                                                       half a register
+===== ============================================================== ===================
+
+Nibbles of a code of 2 or 3 bits are also the selectors of byte permutes, which look up the low and
+the high bytes of four values in registers.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,17 +60,17 @@ def pack_fragments(words: jax.Array, rows: int, columns: int) -> tuple[jax.Array
     codes = codes.reshape(columns // 64, rows // 128, 128, 8, 2, 2, 2).astype(_U32)
     if bits == 4:
         return (_vectors(_join(codes, 4, (-3, -2, -1)), 4),)
-    if bits == 2:  # byte 2 (step % 2) + c
-        codes = codes.reshape(*codes.shape[:3], 4, 2, 2, 2, 2)
+    if bits == 2:  # byte 2 (step % 2) + c, crumb 2 v + r
+        codes = codes.reshape(*codes.shape[:3], 4, 2, 2, 2, 2).swapaxes(-2, -1)
         return (_vectors(_join(codes, 2, (-4, -3, -2, -1)), 4),)
     if bits == 8:  # a word holds r, v of one c
         words32 = _join(codes, 8, (-2, -1))
         return (_vectors(words32.reshape(*words32.shape[:3], 16), 4),)
     low, high = codes & _U32(3), codes >> _U32(2)
     low = low.reshape(*low.shape[:3], 4, 2, 2, 2, 2)  # step // 2, step % 2, c, r, v
-    low = jnp.moveaxis(low, 4, 6)  # nibble step % 2 of byte 2 c + r
+    low = jnp.moveaxis(low, 4, 7)  # byte 2 c + r, crumb 2 v + step % 2
     high = high.reshape(*high.shape[:3], 2, 4, 2, 2, 2)
-    high = jnp.moveaxis(high, 4, 6)  # crumb step % 4 of byte 2 c + r
+    high = jnp.moveaxis(high, 4, 7)  # byte 2 c + r, bit 4 v + step % 4
     return (
         _vectors(_join(low, 2, (-4, -3, -2, -1)), 4),
         _vectors(_join(high, 1, (-4, -3, -2, -1)), 2),
@@ -117,10 +122,10 @@ def lookup_bytes(words: list[jax.Array], bits: int, step: int) -> list[jax.Array
     if bits == 2:
         return [byte(words[0], 2 * (step % 2) + c) for c in range(2)]
     if bits == 3:
-        low = (words[0] >> _U32(4 * (step % 2))) & _U32(0x0F0F0F0F)
-        move = 4 - 2 * (step % 4)
+        low = (words[0] >> _U32(2 * (step % 2))) & _U32(0x33333333)
+        move = 2 - step % 4
         high = words[1] << _U32(move) if move >= 0 else words[1] >> _U32(-move)
-        return [byte(low | (high & _U32(0x30303030)), q) for q in range(4)]
+        return [byte(low | (high & _U32(0x44444444)), q) for q in range(4)]
     return [byte(words[q // 2], 2 * (q % 2) + v) for q in range(4) for v in range(2)]
 
 
@@ -162,8 +167,19 @@ def emulate(
     return jnp.concatenate(blocks, axis=1)
 
 
+def fill_lookup_table(table: Any, entries: Any) -> None:
+    """What ``mosaic_gpu_asm.fill_table`` does, in jax.numpy: both registers in turn, in every row."""
+    rows = table.shape[0]
+    pairs = [jnp.broadcast_to(entries[i, :rows][:, None], (rows, 32)) for i in range(2)]
+    table[...] = jnp.stack(pairs, axis=2).reshape(rows, 64)
+
+
 def lookup_table(lut: jax.Array, bits: int, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The entries of every byte, ``uint32[2, 256]``: the (first, second) register.
+    """What the kernel looks up in, ``uint32[3, 256]``.
+
+    Two rows are the entries of every byte, for the (first, second) register. At 2 and 3 bits the
+    last one begins with the planes for byte permutes: low bytes of four values a word, then high
+    bytes.
 
     Args:
       lut: ``float[1, 2**bits, 1]``.
@@ -172,20 +188,28 @@ def lookup_table(lut: jax.Array, bits: int, dtype: jax.typing.DTypeLike) -> jax.
     """
     values = lut[0, :, 0].astype(dtype)
     half = jax.lax.bitcast_convert_type(values, jnp.uint16).astype(_U32)
+    planes = jnp.zeros(256, _U32)
     byte = np.arange(256)
     if bits == 8:
-        return jnp.stack([half, half])
+        return jnp.stack([half, half, planes])
+    if bits == 4:
+        pair = half[byte & 15] | half[byte >> 4] << _U32(16)
+        return jnp.stack([pair, pair, planes])
+    both = jnp.stack([half & _U32(255), half >> _U32(8)])
+    planes = planes.at[: plane_words(bits)].set(_join(both.reshape(-1, 4), 8, (-1,)))
     if bits == 3:
-        first = (byte & 3) | ((byte >> 4) & 1) << 2
-        second = ((byte >> 2) & 3) | ((byte >> 5) & 1) << 2
-        pair = half[first] | half[second] << _U32(16)
-        return jnp.stack([pair, pair])
-    mask = 2**bits - 1
-    code = [(byte >> (bits * i)) & mask for i in range(8 // bits)]
-    pairs = [half[code[i]] | half[code[i + 1]] << _U32(16) for i in range(0, len(code), 2)]
-    return jnp.stack([pairs[0], pairs[-1]])
+        pair = half[byte & 7] | half[byte >> 4 & 7] << _U32(16)
+        return jnp.stack([pair, pair, planes])
+    code = [byte >> shift & 3 for shift in (0, 2, 4, 6)]
+    pairs = [half[code[r]] | half[code[2 + r]] << _U32(16) for r in range(2)]
+    return jnp.stack([*pairs, planes])
+
+
+def plane_words(bits: int) -> int:
+    """Registers that byte permutes look up in."""
+    return {2: 2, 3: 4}.get(bits, 0)
 
 
 def table_rows(bits: int) -> int:
     """Rows of the table in shared memory."""
-    return 64 if bits == 3 else 256
+    return 0x78 if bits == 3 else 256

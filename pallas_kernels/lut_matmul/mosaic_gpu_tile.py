@@ -28,6 +28,7 @@ from pallas_kernels.lut_matmul.mosaic_gpu_layout import (
     SLICE_K,
     TILE_N,
     emulate,
+    fill_lookup_table,
     table_rows,
 )
 from pallas_kernels.manual_axes import shape_struct
@@ -301,9 +302,10 @@ def _kernel(*refs, problem: Problem, dtype: Any, planes: int, interpret: bool):
         return sums
 
     def compute(pipeline):
-        mosaic_gpu_asm.fill_table(
-            table, t_ref, bits=bits, warpgroup=warpgroup, warpgroups=_WARPGROUPS
-        )
+        if interpret:
+            fill_lookup_table(table, t_ref)
+        else:
+            mosaic_gpu_asm.fill_table(table, t_ref, bits=bits, warpgroups=_WARPGROUPS)
         meet()
 
         def with_sums(*sums):

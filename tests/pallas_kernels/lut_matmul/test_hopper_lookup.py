@@ -15,6 +15,7 @@ from pallas_kernels.lut_matmul.mosaic_gpu_layout import (
     lookup_bytes,
     lookup_table,
     pack_fragments,
+    plane_words,
     table_rows,
     vector_lengths,
     words_of_step,
@@ -36,6 +37,7 @@ def shared_memory(bits: int, table: np.ndarray) -> np.ndarray:
 def prmt(a: int, b: int, selector: int) -> int:
     pool = [a >> 8 * i & 255 for i in range(4)] + [b >> 8 * i & 255 for i in range(4)]
     picked = [pool[selector >> 4 * i & 7] for i in range(4)]
+    selector &= 0xFFFF
     assert not any(selector >> 4 * i & 8 for i in range(4)), "sign replication is not meant here"
     return sum(byte << 8 * i for i, byte in enumerate(picked))
 
@@ -95,6 +97,8 @@ def run_ptx(
         match op:
             case "prmt.b32":
                 state[target] = prmt(a, *others)
+            case "mov.b32":
+                state[target] = a
             case "add.u32":
                 state[target] = a + others[0]
             case "shr.u32":
@@ -137,6 +141,24 @@ def test_ptx_does_what_the_emulation_says(bits):
             else:
                 expected = [table[0, e] for e in entries]
             assert got == [int(e) for e in expected]
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_permutes_look_up_the_same_values(bits):
+    rng = np.random.default_rng(bits)
+    lut = rng.standard_normal((1, 2**bits, 1)).astype(np.float32)
+    table = np.asarray(lookup_table(jnp.asarray(lut), bits, jnp.bfloat16))
+    planes = [int(plane) for plane in table[2, : plane_words(bits)]]
+    for step in range(8):
+        words = [int(w) for w in rng.integers(0, 2**32, len(words_of_step(bits, step)))]
+        entry = 8 if bits == 2 else 4
+        expected, _ = mosaic_gpu_asm._step_asm(bits, step)
+        permutes, count = mosaic_gpu_asm._permute_asm(bits, step)
+        assert count == len(words) + len(planes) and "ld." not in permutes
+        shared = shared_memory(bits, table)
+        assert run_ptx(permutes, [*words, *planes], shared) == run_ptx(
+            expected, [*words, entry, BASE], shared
+        )
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
