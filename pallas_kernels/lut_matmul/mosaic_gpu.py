@@ -363,7 +363,7 @@ def apply(
         options["interpret"] = params
     kernel = plgpu.kernel(
         functools.partial(
-            _kernel, problem=problem, dtype=x.dtype, planes=len(planes), interpret=bool(interpret)
+            _kernel, problem=problem, dtype=x.dtype, words=len(planes), interpret=bool(interpret)
         ),
         out_type=shape_struct((len(parts), problem.block_m, problem.padded_n), jnp.float32, x),
         scratch_types=[
@@ -392,12 +392,16 @@ def apply(
     return y[:m].astype(out_dtype)
 
 
-def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
-    plane_refs, refs = refs[:planes], refs[planes:]
+def _kernel(*refs, problem: _Problem, dtype: Any, words: int, interpret: bool):
+    word_refs, refs = refs[:words], refs[words:]
     x_ref, s_ref, t_ref, o_ref, table, staged, barrier, *operand = refs
     config, bits, block_m = problem.config, problem.bits, problem.block_m
     layout = plgpu.Layout
     warpgroup = lax.axis_index("warpgroup")
+    planes: tuple = ()
+    if not interpret:
+        planes = mosaic_gpu_asm.load_planes(t_ref, bits)
+        entries = mosaic_gpu_asm.load_entries(t_ref, bits=bits, warpgroups=config.warpgroups)
     group = min(problem.group, SLICE_K)
     block, share = lax.axis_index("block"), problem.steps_of_block
     # a part of a tile whose rows share a scale: (tile, slice, first row of the slice)
@@ -419,7 +423,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
     def load_words(refs: list, tile: int, piece: int) -> tuple:
         return mosaic_gpu_asm.load_words(refs, bits, warpgroup * config.tiles + tile, piece)
 
-    def dequantize(words: tuple, planes: tuple, start: int) -> Any:
+    def dequantize(words: tuple, start: int) -> Any:
         steps = range(start // 16, (start + group) // 16)
         if not interpret:
             return mosaic_gpu_asm.dequantize(
@@ -439,31 +443,30 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
         return plgpu.layout_cast(scale, layout.WGMMA)
 
     def multiply(index, *args):
-        *word_refs, x_smem, s_smem, (totals, planes) = args
+        *w_smem, x_smem, s_smem, totals = args
 
         def all_units(*products):
             """Looks up the next unit and adds the last one while the tensor cores multiply one."""
             sums = list(totals)
             scales = [load_scale(s_smem, unit) for unit in units]
-            words = load_words(word_refs, *units[0][:2])
-            weight = dequantize(words, planes, 0)
+            words = load_words(w_smem, *units[0][:2])
+            weight = dequantize(words, 0)
             for i, (_, piece, start) in enumerate(units):
                 coming = units[i + 1] if i + 1 < len(units) else None
                 if coming is not None and coming[2] == 0:
-                    words = load_words(word_refs, *coming[:2])
+                    words = load_words(w_smem, *coming[:2])
                 rows = x_smem.at[piece, :, pl.ds(start, group)]
                 plgpu.wgmma(products[i], weight, mosaic_gpu_asm.transposed(rows))
                 if i:
                     last = plgpu.wgmma_accumulator_load(products[i - 1], wait_n=1)
                     sums[units[i - 1][0]] += last * scales[i - 1]
                 if coming is not None:
-                    weight = dequantize(words, planes, coming[2])
+                    weight = dequantize(words, coming[2])
             sums[units[-1][0]] += products[-1][...] * scales[-1]
             return tuple(sums)
 
         accumulators = [plgpu.ACC((TILE_N, block_m), jnp.float32)] * len(units)
-        totals = finish(index[0], list(pl.run_scoped(all_units, *accumulators)))
-        return totals, planes
+        return finish(index[0], list(pl.run_scoped(all_units, *accumulators)))
 
     def finish(step: Any, totals: list) -> tuple:
         """Writes the sums after the last step of a block's columns, or of the block."""
@@ -487,15 +490,13 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
         return lax.cond(ends, write, lambda: tuple(totals))
 
     def compute(pipeline):
-        planes = ()
         if interpret:
             fill_lookup_table(table, t_ref)
         else:
-            planes = mosaic_gpu_asm.load_planes(t_ref, bits)
-            mosaic_gpu_asm.fill_table(table, t_ref, bits=bits, warpgroups=config.warpgroups)
+            mosaic_gpu_asm.store_entries(table, entries, bits=bits, warpgroups=config.warpgroups)
         plgpu.barrier_arrive(barrier)
         plgpu.barrier_wait(barrier)
-        pipeline(((zeros(),) * config.tiles, planes))
+        pipeline((zeros(),) * config.tiles)
         plgpu.wait_smem_to_gmem(0)
 
     per_scale = max(1, problem.group // config.block_k)
@@ -505,7 +506,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
             (config.warpgroups * config.tiles, config.slices, *ref.shape[2:]),
             lambda step: (*place(step), 0, 0),
         )
-        for ref in plane_refs
+        for ref in word_refs
     ]
     in_specs += [
         plgpu.BlockSpec(
@@ -527,4 +528,4 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
         wg_axis="warpgroup",
         num_compute_wgs=config.warpgroups,
         compute_context=compute,
-    )(*plane_refs, x_ref, s_ref)
+    )(*word_refs, x_ref, s_ref)

@@ -168,7 +168,7 @@ def emulate(
 
 
 def fill_lookup_table(table: Any, entries: Any) -> None:
-    """What ``mosaic_gpu_asm.fill_table`` does, in jax.numpy: both registers in turn, in every row."""
+    """What ``mosaic_gpu_asm.store_entries`` does, in jax.numpy: both registers in turn, in every row."""
     rows = table.shape[0]
     pairs = [jnp.broadcast_to(entries[i, :rows][:, None], (rows, 32)) for i in range(2)]
     table[...] = jnp.stack(pairs, axis=2).reshape(rows, 64)
