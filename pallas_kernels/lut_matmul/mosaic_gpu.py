@@ -183,10 +183,9 @@ def _fits(m: int, bits: int, config: Config, group: int) -> bool:
     scales = max(1, config.block_k // group) * config.block_n * 4  # float32, the widest
     words = config.block_n * config.block_k * bits // 8
     stage = words + rows * config.block_k * 2 + scales + 1536
-    fixed = table_rows(bits) * 256 + config.warpgroups * TILE_N * rows * 4
     sums = (config.tiles + 2) * rows // 2  # two products are in flight
     registers = (512 - _MEMORY_REGISTERS) // config.warpgroups
-    return fixed + config.stages * stage <= _SHARED_MEMORY and sums + 110 <= registers
+    return table_rows(bits) * 256 + config.stages * stage <= _SHARED_MEMORY and sums + 108 <= registers
 
 
 def _block_m(m: int) -> int:
@@ -350,7 +349,6 @@ def apply(
         )
     m, padded_k = x.shape[0], problem.padded_k
     x = jnp.pad(x, ((0, problem.block_m - m), (0, padded_k - x.shape[1])))
-    x = x.reshape(-1, padded_k // SLICE_K, SLICE_K).swapaxes(0, 1)
     groups = -(-padded_k // problem.group)
     scales = jnp.pad(
         scales, ((0, groups - scales.shape[0]), (0, problem.padded_n - scales.shape[1]))
@@ -368,11 +366,6 @@ def apply(
         out_type=shape_struct((len(parts), problem.block_m, problem.padded_n), jnp.float32, x),
         scratch_types=[
             plgpu.SMEM((table_rows(problem.bits), 64), jnp.uint32),
-            plgpu.SMEM(
-                (config.warpgroups, problem.block_m, TILE_N),
-                jnp.float32,
-                transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
-            ),
             plgpu.Barrier(num_arrivals=config.warpgroups),
             # the interpreter has no register operands
             *([plgpu.SMEM((config.warpgroups, TILE_N, SLICE_K), x.dtype)] if interpret else []),
@@ -394,7 +387,7 @@ def apply(
 
 def _kernel(*refs, problem: _Problem, dtype: Any, words: int, interpret: bool):
     word_refs, refs = refs[:words], refs[words:]
-    x_ref, s_ref, t_ref, o_ref, table, staged, barrier, *operand = refs
+    x_ref, s_ref, t_ref, o_ref, table, barrier, *operand = refs
     config, bits, block_m = problem.config, problem.bits, problem.block_m
     layout = plgpu.Layout
     warpgroup = lax.axis_index("warpgroup")
@@ -455,7 +448,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, words: int, interpret: bool):
                 coming = units[i + 1] if i + 1 < len(units) else None
                 if coming is not None and coming[2] == 0:
                     words = load_words(w_smem, *coming[:2])
-                rows = x_smem.at[piece, :, pl.ds(start, group)]
+                rows = x_smem.at[:, pl.ds(piece * SLICE_K + start, group)]
                 plgpu.wgmma(products[i], weight, mosaic_gpu_asm.transposed(rows))
                 if i:
                     last = plgpu.wgmma_accumulator_load(products[i - 1], wait_n=1)
@@ -476,14 +469,14 @@ def _kernel(*refs, problem: _Problem, dtype: Any, words: int, interpret: bool):
         def write() -> tuple:
             part = block - problem.first_block(column)
             for tile in range(config.tiles):
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last copy has left it
-                own = staged.at[warpgroup]
-                mosaic_gpu_asm.transposed(own)[...] = plgpu.layout_cast(
-                    totals[tile], layout.WGMMA_TRANSPOSED
-                )
-                plgpu.commit_smem()
                 first = column * config.block_n + (warpgroup * config.tiles + tile) * TILE_N
-                plgpu.copy_smem_to_gmem(own, o_ref.at[part, :, pl.ds(first, TILE_N)])
+
+                @pl.when(first < problem.padded_n)
+                def _(tile: int = tile, first: Any = first) -> None:
+                    place = o_ref.at[part, :, pl.ds(first, TILE_N)]
+                    value = plgpu.layout_cast(totals[tile], layout.WGMMA_TRANSPOSED)
+                    mosaic_gpu_asm.transposed(place)[...] = value
+
             return tuple(zeros() for _ in totals)
 
         ends = inside & ((row == problem.steps - 1) | (step == share - 1))
@@ -497,7 +490,6 @@ def _kernel(*refs, problem: _Problem, dtype: Any, words: int, interpret: bool):
         plgpu.barrier_arrive(barrier)
         plgpu.barrier_wait(barrier)
         pipeline((zeros(),) * config.tiles)
-        plgpu.wait_smem_to_gmem(0)
 
     per_scale = max(1, problem.group // config.block_k)
     tile_k = min(group, 64)  # a group's rows of x must be whole tiles
@@ -510,8 +502,8 @@ def _kernel(*refs, problem: _Problem, dtype: Any, words: int, interpret: bool):
     ]
     in_specs += [
         plgpu.BlockSpec(
-            (config.slices, block_m, SLICE_K),
-            lambda step: (place(step)[1], 0, 0),
+            (block_m, config.block_k),
+            lambda step: (0, place(step)[1]),
             transforms=(plgpu.TilingTransform((8, tile_k)), plgpu.SwizzleTransform(2 * tile_k)),
         ),
         plgpu.BlockSpec(
