@@ -1,6 +1,6 @@
 """Checks and times ``lut_matmul`` on the accelerator that is there.
 
-    python benchmarks/kernels.py [--quick] [--smoke] [--output benchmarks/results]
+    python benchmarks/kernels.py [--quick] [--shapes KxN ...] [--output benchmarks/results]
 
 Writes ``kernels-<device>.json`` and ``.md``, after every part: errors of every implementation
 against float64, then times with the ceilings of the same run (a device copy and a large bf16
@@ -8,8 +8,7 @@ product). Weights are random and rotate through more memory than the last-level 
 is the median of many replays of one program that multiplies by all of them; small products wait
 for their launches there. So the busy time, of all that the device did for a product as the profiler
 saw it, counts where there is one. gemlite and bitsandbytes are timed beside where they are
-installed.
-``--smoke`` shows on any machine that the program works.
+installed. ``--smoke`` shows on any machine that the program works.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ MOST_COPIES = 32
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """One line of the table."""
+    """One line of the table; a dense product has 16 bits, and is its own base."""
 
     k: int
     n: int
@@ -57,6 +56,36 @@ class Timing:
     copy_fraction: float
     speedup: float
     transpose: bool = False
+
+    @property
+    def seconds(self) -> float:
+        """The time that counts."""
+        return (self.busy_us or self.wall_us) / 1e6
+
+
+def timing(
+    product: tuple, times: tuple[float, float | None], copy: float, base: float | None, **kind: Any
+) -> Timing:
+    """The line of one product ``(k, n, m, bits)``; prints it.
+
+    ``times`` are the wall and the busy time in seconds, ``copy`` is the bandwidth in bytes a
+    second and ``base`` the time of the dense product, None for that itself.
+    """
+    k, n, m, bits = product
+    scales = 2 * (k // GROUP) * n if bits < 16 else 0
+    wall, busy = times
+    taken = busy or wall
+    fraction = (k * n * bits / 8 + scales + 2 * m * (k + n)) / taken / copy
+    row = Timing(
+        *product,
+        wall_us=wall * 1e6,
+        busy_us=None if busy is None else busy * 1e6,
+        copy_fraction=fraction,
+        speedup=(base or taken) / taken,
+        **kind,
+    )
+    print(row, flush=True)
+    return row
 
 
 def median_seconds(function: Any, *args: Any, budget: float = 0.3) -> float:
@@ -80,10 +109,6 @@ def seconds_of(function: Any, *args: Any, copies: int) -> tuple[float, float | N
     wall = median_seconds(function, *args) / copies
     busy = busy_seconds(function, *args)
     return wall, None if busy is None else busy / copies
-
-
-def microseconds(seconds: float | None) -> float | None:
-    return None if seconds is None else seconds * 1e6
 
 
 def copies_of(size: int) -> int:
@@ -211,39 +236,31 @@ def time_dense(k: int, n: int, ms: tuple[int, ...], copy: float) -> list[Timing]
     rows = []
     for m in ms:
         x = jax.random.normal(jax.random.key(m), (m, k), jnp.bfloat16)
-        wall, busy = seconds_of(product, x, weights, copies=copies)
-        fraction = 2 * (k * n + m * k + m * n) / (busy or wall) / copy
-        times = wall * 1e6, microseconds(busy)
-        rows.append(Timing(k, n, m, 16, "dense bf16", *times, fraction, 1.0))
+        times = seconds_of(product, x, weights, copies=copies)
+        rows.append(timing((k, n, m, 16), times, copy, None, implementation="dense bf16"))
     return rows
 
 
 def time_packed(name: str, k: int, n: int, bits: int, dense: dict[int, float], copy: float) -> list:
     """Products with a prepacked weight; for Hopper, whose words serve both, the transposed too."""
-    size = k * n * bits // 8
-    copies = copies_of(size)
+    copies = copies_of(k * n * bits // 8)
     pack_one = jax.jit(functools.partial(prepack, k=k, group_size=GROUP, implementation=name))
     keys = jax.random.split(jax.random.key(0), copies)
     weights = [pack_one(*random_weight(key, k, n, bits)) for key in keys]
-    stored = size + 2 * (k // GROUP) * n
     rows = []
     for transpose in (False, True) if name == "mosaic_gpu" else (False,):
-        multiply = functools.partial(packed_matmul, transpose=transpose)
-        run = jax.jit(lambda x, weights, multiply=multiply: [multiply(x, w) for w in weights])
+        one = jax.jit(functools.partial(packed_matmul, transpose=transpose))  # lowered once
+        run = jax.jit(lambda x, weights, one=one: [one(x, w) for w in weights])
         for m in [m for m in dense if not transpose or m >= 512]:
             shape = (m, n if transpose else k)
             x = jax.random.normal(jax.random.key(m), shape, jnp.bfloat16)
             try:
-                wall, busy = seconds_of(run, x, weights, copies=copies)
+                times = seconds_of(run, x, weights, copies=copies)
             except Exception as error:
                 print(f"{k}x{n} m{m} b{bits} FAILED {type(error).__name__}: {str(error)[:300]}")
                 continue
-            fraction = (stored + 2 * m * (k + n)) / (busy or wall) / copy
-            speedup = dense[m] / (busy or wall)
-            times = wall * 1e6, microseconds(busy)
-            timing = Timing(k, n, m, bits, name, *times, fraction, speedup, transpose)
-            rows.append(timing)
-            print(timing, flush=True)
+            kind = {"implementation": name, "transpose": transpose}
+            rows.append(timing((k, n, m, bits), times, copy, dense[m], **kind))
     return rows
 
 
@@ -262,9 +279,8 @@ def time_others(k: int, n: int, dense: dict[int, float], copy: float) -> list[Ti
             print(f"{name} FAILED {type(error).__name__}: {str(error)[:300]}")
             continue
         for m, seconds in found.items():
-            moved = (k * n / 2 + 2 * (k // GROUP) * n + 2 * m * (k + n)) / seconds / copy
-            rows.append(Timing(k, n, m, 4, name, seconds * 1e6, None, moved, dense[m] / seconds))
-            print(rows[-1], flush=True)
+            line = timing((k, n, m, 4), (seconds, None), copy, dense[m], implementation=name)
+            rows.append(line)
     return rows
 
 
@@ -273,7 +289,7 @@ def time_shape(
 ) -> list:
     """Dense and compressed products of one weight shape."""
     rows = time_dense(k, n, ms, copy)
-    dense = {t.m: (t.busy_us or t.wall_us) / 1e6 for t in rows}
+    dense = {t.m: t.seconds for t in rows}
     for b in bits:
         rows += time_packed(name, k, n, b, dense, copy)
     return rows + time_others(k, n, dense, copy)
@@ -326,6 +342,7 @@ def main() -> int:
         "--implementations", nargs="+", choices=IMPLEMENTATIONS, default=list(IMPLEMENTATIONS)
     )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--shapes", nargs="+", metavar="KxN", help="of the weights that are timed")
     args = parser.parse_args()
     device = jax.devices()[0]
     args.output.mkdir(parents=True, exist_ok=True)
@@ -353,6 +370,8 @@ def main() -> int:
     bits: tuple[int, ...] = (4,) if tiny else (4, 3, 2)
     if args.quick and not tiny:
         shapes, ms = ((4096, 4096), (4096, 28672)), (1, 16, 64, 512)
+    if args.shapes:
+        shapes = tuple((int(k), int(n)) for k, n in (shape.split("x") for shape in args.shapes))
     if not args.checks_only:
         report |= {"copy_bytes_per_second": copy_bandwidth(), "product_flops": product_flops()}
         best = best_implementation(args.implementations)

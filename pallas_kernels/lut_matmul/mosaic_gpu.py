@@ -39,6 +39,7 @@ from pallas_kernels.lut_matmul.mosaic_gpu_layout import (
 )
 from pallas_kernels.manual_axes import shape_struct
 
+import os
 plgpu: Any = mosaic_gpu  # its interface moves with every release; see `mosaic_gpu_asm.available`
 
 _DECODE_ROWS = 64
@@ -138,7 +139,7 @@ def reason_against_transposed(groups: int, group_size: int) -> str | None:
 def default_config(m: int, bits: int, *, n: int, k: int, group: int) -> Config:
     """Wide steps where every block has several, and as many stages as shared memory holds."""
     n = -(-n // _PADDED_N) * _PADDED_N
-    for tiles, slices in ((2, 1), (1, 2), (1, 1)):
+    for tiles, slices in ((2, 2), (2, 1), (1, 2), (1, 1)) if bits < 4 else ((2, 1), (1, 2), (1, 1)):
         steps = -(-k // (slices * SLICE_K)) * (n // (2 * tiles * TILE_N))
         enough = steps >= 4 * _MULTIPROCESSORS or tiles == 1
         for stages in (4, 3, 2):
@@ -183,9 +184,10 @@ def _fits(m: int, bits: int, config: Config, group: int) -> bool:
     scales = max(1, config.block_k // group) * config.block_n * 4  # float32, the widest
     words = config.block_n * config.block_k * bits // 8
     stage = words + rows * config.block_k * 2 + scales + 1536
+    fixed = table_rows(bits) * 256 + config.warpgroups * TILE_N * rows * 4
     sums = (config.tiles + 2) * rows // 2  # two products are in flight
     registers = (512 - _MEMORY_REGISTERS) // config.warpgroups
-    return table_rows(bits) * 256 + config.stages * stage <= _SHARED_MEMORY and sums + 108 <= registers
+    return fixed + config.stages * stage <= _SHARED_MEMORY and sums + 108 <= registers
 
 
 def _block_m(m: int) -> int:
@@ -348,7 +350,9 @@ def apply(
             x, planes, scales, table, problem, out_dtype=out_dtype, interpret=interpret
         )
     m, padded_k = x.shape[0], problem.padded_k
-    x = jnp.pad(x, ((0, problem.block_m - m), (0, padded_k - x.shape[1])))
+    x = jnp.pad(x, ((0, 0 if os.environ.get("XD") else problem.block_m - m), (0, padded_k - x.shape[1])))
+    if not os.environ.get("XD"):
+        x = x.reshape(-1, padded_k // SLICE_K, SLICE_K).swapaxes(0, 1)
     groups = -(-padded_k // problem.group)
     scales = jnp.pad(
         scales, ((0, groups - scales.shape[0]), (0, problem.padded_n - scales.shape[1]))
@@ -366,6 +370,11 @@ def apply(
         out_type=shape_struct((len(parts), problem.block_m, problem.padded_n), jnp.float32, x),
         scratch_types=[
             plgpu.SMEM((table_rows(problem.bits), 64), jnp.uint32),
+            plgpu.SMEM(
+                (config.warpgroups, problem.block_m, TILE_N),
+                jnp.float32,
+                transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
+            ),
             plgpu.Barrier(num_arrivals=config.warpgroups),
             # the interpreter has no register operands
             *([plgpu.SMEM((config.warpgroups, TILE_N, SLICE_K), x.dtype)] if interpret else []),
@@ -387,14 +396,14 @@ def apply(
 
 def _kernel(*refs, problem: _Problem, dtype: Any, words: int, interpret: bool):
     word_refs, refs = refs[:words], refs[words:]
-    x_ref, s_ref, t_ref, o_ref, table, barrier, *operand = refs
+    x_ref, s_ref, t_ref, o_ref, table, staged, barrier, *operand = refs
     config, bits, block_m = problem.config, problem.bits, problem.block_m
     layout = plgpu.Layout
     warpgroup = lax.axis_index("warpgroup")
     planes: tuple = ()
     if not interpret:
         planes = mosaic_gpu_asm.load_planes(t_ref, bits)
-        entries = mosaic_gpu_asm.load_entries(t_ref, bits=bits, warpgroups=config.warpgroups)
+        entries = mosaic_gpu_asm.load_entries(t_ref, bits=bits, warpgroups=config.warpgroups) if os.environ.get("EARLY") else None
     group = min(problem.group, SLICE_K)
     block, share = lax.axis_index("block"), problem.steps_of_block
     # a part of a tile whose rows share a scale: (tile, slice, first row of the slice)
@@ -448,7 +457,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, words: int, interpret: bool):
                 coming = units[i + 1] if i + 1 < len(units) else None
                 if coming is not None and coming[2] == 0:
                     words = load_words(w_smem, *coming[:2])
-                rows = x_smem.at[:, pl.ds(piece * SLICE_K + start, group)]
+                rows = x_smem.at[:, pl.ds(piece * SLICE_K + start, group)] if os.environ.get('XD') else x_smem.at[piece, :, pl.ds(start, group)]
                 plgpu.wgmma(products[i], weight, mosaic_gpu_asm.transposed(rows))
                 if i:
                     last = plgpu.wgmma_accumulator_load(products[i - 1], wait_n=1)
@@ -468,7 +477,16 @@ def _kernel(*refs, problem: _Problem, dtype: Any, words: int, interpret: bool):
 
         def write() -> tuple:
             part = block - problem.first_block(column)
-            for tile in range(config.tiles):
+            for tile in range(config.tiles) if not os.environ.get("STORE") else []:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last copy has left it
+                own = staged.at[warpgroup]
+                mosaic_gpu_asm.transposed(own)[...] = plgpu.layout_cast(
+                    totals[tile], layout.WGMMA_TRANSPOSED
+                )
+                plgpu.commit_smem()
+                first = column * config.block_n + (warpgroup * config.tiles + tile) * TILE_N
+                plgpu.copy_smem_to_gmem(own, o_ref.at[part, :, pl.ds(first, TILE_N)])
+            for tile in range(config.tiles) if os.environ.get("STORE") else []:
                 first = column * config.block_n + (warpgroup * config.tiles + tile) * TILE_N
 
                 @pl.when(first < problem.padded_n)
@@ -486,10 +504,12 @@ def _kernel(*refs, problem: _Problem, dtype: Any, words: int, interpret: bool):
         if interpret:
             fill_lookup_table(table, t_ref)
         else:
-            mosaic_gpu_asm.store_entries(table, entries, bits=bits, warpgroups=config.warpgroups)
+            late = entries if entries is not None else mosaic_gpu_asm.load_entries(t_ref, bits=bits, warpgroups=config.warpgroups)
+            mosaic_gpu_asm.store_entries(table, late, bits=bits, warpgroups=config.warpgroups)
         plgpu.barrier_arrive(barrier)
         plgpu.barrier_wait(barrier)
         pipeline((zeros(),) * config.tiles)
+        plgpu.wait_smem_to_gmem(0)
 
     per_scale = max(1, problem.group // config.block_k)
     tile_k = min(group, 64)  # a group's rows of x must be whole tiles
@@ -502,8 +522,8 @@ def _kernel(*refs, problem: _Problem, dtype: Any, words: int, interpret: bool):
     ]
     in_specs += [
         plgpu.BlockSpec(
-            (block_m, config.block_k),
-            lambda step: (0, place(step)[1]),
+            (block_m, config.block_k) if os.environ.get("XD") else (config.slices, block_m, SLICE_K),
+            (lambda step: (0, place(step)[1])) if os.environ.get("XD") else lambda step: (place(step)[1], 0, 0),
             transforms=(plgpu.TilingTransform((8, tile_k)), plgpu.SwizzleTransform(2 * tile_k)),
         ),
         plgpu.BlockSpec(
