@@ -2,7 +2,7 @@
 
     python benchmarks/kernels.py [--quick] [--shapes KxN ...] [--output benchmarks/results]
 
-Writes ``kernels-<device>.json`` and ``.md``, after every part: errors of every implementation
+Writes ``kernels-<device>.json`` and ``.md``, after every line: errors of every implementation
 against float64, then times with the ceilings of the same run (a device copy and a large bf16
 product). Weights are random and rotate through more memory than the last-level cache. A wall time
 is the median of many replays of one program that multiplies by all of them; small products wait
@@ -20,6 +20,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -227,27 +228,26 @@ def best_implementation(names: list[str]) -> str:
     return "xla"
 
 
-def time_dense(k: int, n: int, ms: tuple[int, ...], copy: float) -> list[Timing]:
+def time_dense(k: int, n: int, ms: tuple[int, ...], copy: float) -> Iterator[Timing]:
     """The bf16 product of one weight shape."""
     copies = copies_of(2 * k * n)
     keys = jax.random.split(jax.random.key(0), copies)
     weights = [jax.random.normal(key, (k, n), jnp.bfloat16) for key in keys]
     product = jax.jit(lambda x, weights: [x @ w for w in weights])
-    rows = []
     for m in ms:
         x = jax.random.normal(jax.random.key(m), (m, k), jnp.bfloat16)
         times = seconds_of(product, x, weights, copies=copies)
-        rows.append(timing((k, n, m, 16), times, copy, None, implementation="dense bf16"))
-    return rows
+        yield timing((k, n, m, 16), times, copy, None, implementation="dense bf16")
 
 
-def time_packed(name: str, k: int, n: int, bits: int, dense: dict[int, float], copy: float) -> list:
+def time_packed(
+    name: str, k: int, n: int, bits: int, dense: dict[int, float], copy: float
+) -> Iterator[Timing]:
     """Products with a prepacked weight; for Hopper, whose words serve both, the transposed too."""
     copies = copies_of(k * n * bits // 8)
     pack_one = jax.jit(functools.partial(prepack, k=k, group_size=GROUP, implementation=name))
     keys = jax.random.split(jax.random.key(0), copies)
     weights = [pack_one(*random_weight(key, k, n, bits)) for key in keys]
-    rows = []
     for transpose in (False, True) if name == "mosaic_gpu" else (False,):
         one = jax.jit(functools.partial(packed_matmul, transpose=transpose))  # lowered once
         run = jax.jit(lambda x, weights, one=one: [one(x, w) for w in weights])
@@ -260,13 +260,11 @@ def time_packed(name: str, k: int, n: int, bits: int, dense: dict[int, float], c
                 print(f"{k}x{n} m{m} b{bits} FAILED {type(error).__name__}: {str(error)[:300]}")
                 continue
             kind = {"implementation": name, "transpose": transpose}
-            rows.append(timing((k, n, m, bits), times, copy, dense[m], **kind))
-    return rows
+            yield timing((k, n, m, bits), times, copy, dense[m], **kind)
 
 
-def time_others(k: int, n: int, dense: dict[int, float], copy: float) -> list[Timing]:
+def time_others(k: int, n: int, dense: dict[int, float], copy: float) -> Iterator[Timing]:
     """Other libraries' 4-bit products, where they can run."""
-    rows = []
     for name in other_libraries.LIBRARIES:
         reason = other_libraries.missing(name)
         if reason is not None:
@@ -279,20 +277,20 @@ def time_others(k: int, n: int, dense: dict[int, float], copy: float) -> list[Ti
             print(f"{name} FAILED {type(error).__name__}: {str(error)[:300]}")
             continue
         for m, seconds in found.items():
-            line = timing((k, n, m, 4), (seconds, None), copy, dense[m], implementation=name)
-            rows.append(line)
-    return rows
+            yield timing((k, n, m, 4), (seconds, None), copy, dense[m], implementation=name)
 
 
 def time_shape(
     name: str, k: int, n: int, ms: tuple[int, ...], bits: tuple[int, ...], copy: float
-) -> list:
+) -> Iterator[Timing]:
     """Dense and compressed products of one weight shape."""
-    rows = time_dense(k, n, ms, copy)
-    dense = {t.m: t.seconds for t in rows}
+    dense = {}
+    for row in time_dense(k, n, ms, copy):
+        dense[row.m] = row.seconds
+        yield row
     for b in bits:
-        rows += time_packed(name, k, n, b, dense, copy)
-    return rows + time_others(k, n, dense, copy)
+        yield from time_packed(name, k, n, b, dense, copy)
+    yield from time_others(k, n, dense, copy)
 
 
 def markdown(report: dict) -> str:
@@ -355,7 +353,7 @@ def main() -> int:
         "timings": [],
     }
 
-    def write() -> None:  # after every part: the next one may run out of time
+    def write() -> None:  # after every line: the next one may run out of time
         file.write_text(json.dumps(report, indent=1) + "\n")
         file.with_suffix(".md").write_text(markdown(report))
 
@@ -376,9 +374,9 @@ def main() -> int:
         report |= {"copy_bytes_per_second": copy_bandwidth(), "product_flops": product_flops()}
         best = best_implementation(args.implementations)
         for k, n in shapes:
-            timings = time_shape(best, k, n, ms, bits, report["copy_bytes_per_second"])
-            report["timings"] += [dataclasses.asdict(t) for t in timings]
-            write()
+            for row in time_shape(best, k, n, ms, bits, report["copy_bytes_per_second"]):
+                report["timings"].append(dataclasses.asdict(row))
+                write()
     print(markdown(report))
     return int(any(c["status"] == "FAILED" for c in report["checks"]))
 

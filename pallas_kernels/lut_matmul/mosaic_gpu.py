@@ -3,10 +3,11 @@
 More rows and the transposed product go to ``mosaic_gpu_tile``.
 
 The transposed weight is the register operand of ``wgmma`` and is made by lookups in shared memory:
-one byte permute and one load for two 4-bit codes. A producer warpgroup streams words, activations
-and scales through shared memory; each of the other warpgroups has its own columns of a step, and
-looks up the next tile of 64 columns while the tensor cores multiply the last one. The scale of a
-group multiplies the group's sums.
+one byte permute and one load for two 4-bit codes. At 2 and 3 bits byte permutes of registers do
+half of the lookups. A producer warpgroup streams words, activations and scales through shared
+memory; each of the other warpgroups has its own columns of a step, and looks up the next tile of 64
+columns while the tensor cores multiply the last one. The scale of a group multiplies the group's
+sums.
 
 One block runs on a multiprocessor for the whole product: the steps of all columns, one after the
 other, are divided evenly among the blocks. A block that begins or ends within some columns leaves
@@ -39,7 +40,6 @@ from pallas_kernels.lut_matmul.mosaic_gpu_layout import (
 )
 from pallas_kernels.manual_axes import shape_struct
 
-import os
 plgpu: Any = mosaic_gpu  # its interface moves with every release; see `mosaic_gpu_asm.available`
 
 _DECODE_ROWS = 64
@@ -139,7 +139,8 @@ def reason_against_transposed(groups: int, group_size: int) -> str | None:
 def default_config(m: int, bits: int, *, n: int, k: int, group: int) -> Config:
     """Wide steps where every block has several, and as many stages as shared memory holds."""
     n = -(-n // _PADDED_N) * _PADDED_N
-    for tiles, slices in ((2, 2), (2, 1), (1, 2), (1, 1)) if bits < 4 else ((2, 1), (1, 2), (1, 1)):
+    sizes = ((2, 1), (1, 2), (1, 1))
+    for tiles, slices in sizes if bits >= 4 else ((2, 2), *sizes):  # many codes in few bytes
         steps = -(-k // (slices * SLICE_K)) * (n // (2 * tiles * TILE_N))
         enough = steps >= 4 * _MULTIPROCESSORS or tiles == 1
         for stages in (4, 3, 2):
@@ -168,11 +169,10 @@ def candidates(
     first = default_config(m, bits, n=n, k=k, group=group_size)
     others = [
         Config(warpgroups, stages, tiles, slices)
-        for warpgroups in range(1, _MOST_WARPGROUPS + 1)
+        for warpgroups in (2, _MOST_WARPGROUPS, 1)
         for tiles, slices in ((4, 1), (2, 2), (2, 1), (1, 4), (1, 2))
         for stages in (2, 3, 4, 6)
         if k % (slices * SLICE_K) == 0
-        and n % (warpgroups * tiles * TILE_N) == 0
         and _fits(m, bits, Config(warpgroups, stages, tiles, slices), group_size)
     ]
     return [first, *(c for c in others if c != first)]
@@ -350,9 +350,7 @@ def apply(
             x, planes, scales, table, problem, out_dtype=out_dtype, interpret=interpret
         )
     m, padded_k = x.shape[0], problem.padded_k
-    x = jnp.pad(x, ((0, 0 if os.environ.get("XD") else problem.block_m - m), (0, padded_k - x.shape[1])))
-    if not os.environ.get("XD"):
-        x = x.reshape(-1, padded_k // SLICE_K, SLICE_K).swapaxes(0, 1)
+    x = jnp.pad(x, ((0, 0), (0, padded_k - x.shape[1])))  # copies fill missing rows with zeros
     groups = -(-padded_k // problem.group)
     scales = jnp.pad(
         scales, ((0, groups - scales.shape[0]), (0, problem.padded_n - scales.shape[1]))
@@ -365,7 +363,11 @@ def apply(
         options["interpret"] = params
     kernel = plgpu.kernel(
         functools.partial(
-            _kernel, problem=problem, dtype=x.dtype, words=len(planes), interpret=bool(interpret)
+            _kernel,
+            problem=problem,
+            dtype=x.dtype,
+            word_planes=len(planes),
+            interpret=bool(interpret),
         ),
         out_type=shape_struct((len(parts), problem.block_m, problem.padded_n), jnp.float32, x),
         scratch_types=[
@@ -394,16 +396,13 @@ def apply(
     return y[:m].astype(out_dtype)
 
 
-def _kernel(*refs, problem: _Problem, dtype: Any, words: int, interpret: bool):
-    word_refs, refs = refs[:words], refs[words:]
+def _kernel(*refs, problem: _Problem, dtype: Any, word_planes: int, interpret: bool):
+    word_refs, refs = refs[:word_planes], refs[word_planes:]
     x_ref, s_ref, t_ref, o_ref, table, staged, barrier, *operand = refs
     config, bits, block_m = problem.config, problem.bits, problem.block_m
     layout = plgpu.Layout
     warpgroup = lax.axis_index("warpgroup")
-    planes: tuple = ()
-    if not interpret:
-        planes = mosaic_gpu_asm.load_planes(t_ref, bits)
-        entries = mosaic_gpu_asm.load_entries(t_ref, bits=bits, warpgroups=config.warpgroups) if os.environ.get("EARLY") else None
+    planes = () if interpret else mosaic_gpu_asm.load_planes(t_ref, bits)
     group = min(problem.group, SLICE_K)
     block, share = lax.axis_index("block"), problem.steps_of_block
     # a part of a tile whose rows share a scale: (tile, slice, first row of the slice)
@@ -457,7 +456,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, words: int, interpret: bool):
                 coming = units[i + 1] if i + 1 < len(units) else None
                 if coming is not None and coming[2] == 0:
                     words = load_words(w_smem, *coming[:2])
-                rows = x_smem.at[:, pl.ds(piece * SLICE_K + start, group)] if os.environ.get('XD') else x_smem.at[piece, :, pl.ds(start, group)]
+                rows = x_smem.at[:, pl.ds(piece * SLICE_K + start, group)]
                 plgpu.wgmma(products[i], weight, mosaic_gpu_asm.transposed(rows))
                 if i:
                     last = plgpu.wgmma_accumulator_load(products[i - 1], wait_n=1)
@@ -477,7 +476,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, words: int, interpret: bool):
 
         def write() -> tuple:
             part = block - problem.first_block(column)
-            for tile in range(config.tiles) if not os.environ.get("STORE") else []:
+            for tile in range(config.tiles):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last copy has left it
                 own = staged.at[warpgroup]
                 mosaic_gpu_asm.transposed(own)[...] = plgpu.layout_cast(
@@ -486,15 +485,6 @@ def _kernel(*refs, problem: _Problem, dtype: Any, words: int, interpret: bool):
                 plgpu.commit_smem()
                 first = column * config.block_n + (warpgroup * config.tiles + tile) * TILE_N
                 plgpu.copy_smem_to_gmem(own, o_ref.at[part, :, pl.ds(first, TILE_N)])
-            for tile in range(config.tiles) if os.environ.get("STORE") else []:
-                first = column * config.block_n + (warpgroup * config.tiles + tile) * TILE_N
-
-                @pl.when(first < problem.padded_n)
-                def _(tile: int = tile, first: Any = first) -> None:
-                    place = o_ref.at[part, :, pl.ds(first, TILE_N)]
-                    value = plgpu.layout_cast(totals[tile], layout.WGMMA_TRANSPOSED)
-                    mosaic_gpu_asm.transposed(place)[...] = value
-
             return tuple(zeros() for _ in totals)
 
         ends = inside & ((row == problem.steps - 1) | (step == share - 1))
@@ -504,8 +494,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, words: int, interpret: bool):
         if interpret:
             fill_lookup_table(table, t_ref)
         else:
-            late = entries if entries is not None else mosaic_gpu_asm.load_entries(t_ref, bits=bits, warpgroups=config.warpgroups)
-            mosaic_gpu_asm.store_entries(table, late, bits=bits, warpgroups=config.warpgroups)
+            mosaic_gpu_asm.fill_table(table, t_ref, bits=bits, warpgroups=config.warpgroups)
         plgpu.barrier_arrive(barrier)
         plgpu.barrier_wait(barrier)
         pipeline((zeros(),) * config.tiles)
@@ -522,8 +511,8 @@ def _kernel(*refs, problem: _Problem, dtype: Any, words: int, interpret: bool):
     ]
     in_specs += [
         plgpu.BlockSpec(
-            (block_m, config.block_k) if os.environ.get("XD") else (config.slices, block_m, SLICE_K),
-            (lambda step: (0, place(step)[1])) if os.environ.get("XD") else lambda step: (place(step)[1], 0, 0),
+            (block_m, config.block_k),
+            lambda step: (0, place(step)[1]),
             transforms=(plgpu.TilingTransform((8, tile_k)), plgpu.SwizzleTransform(2 * tile_k)),
         ),
         plgpu.BlockSpec(

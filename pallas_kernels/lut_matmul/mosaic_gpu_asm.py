@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.lut_matmul.mosaic_gpu_layout import (
@@ -24,9 +23,6 @@ from pallas_kernels.lut_matmul.mosaic_gpu_layout import (
     words_of_step,
 )
 
-
-import os
-PERM = [int(q) for q in os.environ.get('PERM', '1') if q.isdigit()]
 
 @functools.cache
 def available() -> str | None:
@@ -69,101 +65,51 @@ def transposed(ref: Any) -> Any:
     return plgpu.transpose_ref(ref, (1, 0))
 
 
-def load_entries(entries: Any, *, bits: int, warpgroups: int) -> Any:
-    """The entries that a thread copies to the table, in registers.
-
-    Called before the weight is loaded, so that they do not queue behind it.
-
-    Args:
-      entries: ``uint32[3, 256]``, see ``mosaic_gpu_layout.lookup_table``.
-      bits: Bits a code.
-      warpgroups: How many fill the table, the first ones of the block.
-    """
-    shape = (128 * _rounds(bits, warpgroups) * _registers(bits),)
-    layout = plgpu.Layout.WG_STRIDED(shape, vec_size=1)
-
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(),),
-        return_type=plgpu.ShapeDtypeStruct(shape, jax.numpy.uint32, layout=layout),
-    )
-    def load(ctx, entries):
-        del ctx
-        build = _Builder()
-        asm = _load_asm(bits, warpgroups)
-        values = build.run(asm, [build.thread, build.global_address(entries)], shape[0] // 128)
-        return build.words(values, layout)
-
-    return load(entries)
-
-
-def store_entries(table: Any, values: Any, *, bits: int, warpgroups: int) -> None:
-    """Copies entries to every lane's place in shared memory; all warpgroups take part.
+def fill_table(table: Any, entries: Any, *, bits: int, warpgroups: int) -> None:
+    """Copies the entries to every lane's place in shared memory; all warpgroups take part.
 
     Args:
       table: ``uint32[table_rows(bits), 64]`` in shared memory.
-      values: From :func:`load_entries`.
+      entries: ``uint32[3, 256]``, see ``mosaic_gpu_layout.lookup_table``; the first two rows differ
+        at 2 bits only, where they alternate.
       bits: Bits a code.
-      warpgroups: How many there are.
+      warpgroups: How many there are, the first ones of the block.
     """
-    layout = plgpu.Layout.WG_STRIDED(values.shape, vec_size=1)
+    ref = plgpu.RefType()
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout), return_type=None)
-    def store(ctx, table, values):
+    @plgpu.inline_mgpu(arg_types=(ref, ref), return_type=None)
+    def fill(ctx, table, entries):
         del ctx
-        build = _Builder(table, bits)
-        values = [build.word(value) for value in values.registers.flat]
-        build.run(_store_asm(bits, warpgroups), [build.thread, build.table, *values], 0)
+        _Builder(table, bits).fill(_fill_asm(bits, 128 * warpgroups), entries)
 
-    store(table, values)
+    fill(table, entries)
 
 
-def _registers(bits: int) -> int:
-    """Registers of an entry: 128 bytes of a row of the table are used for each."""
-    return 2 if bits == 2 else 1
+def _fill_asm(bits: int, threads: int) -> str:
+    """PTX that fills the table; ``$0`` the thread, ``$1`` the table, ``$2`` the entries.
 
-
-def _threads_of_row(bits: int) -> int:
-    return 8 * _registers(bits)  # of 16 bytes each: a warp's stores share no bank
-
-
-def _rounds(bits: int, warpgroups: int) -> int:
-    return -(-table_rows(bits) // (128 * warpgroups // _threads_of_row(bits)))
-
-
-def _row_lines(bits: int, warpgroups: int, thread: str) -> list[str]:
-    """PTX: the rows of a thread; too many threads take the last row again."""
-    across, rounds = _threads_of_row(bits), _rounds(bits, warpgroups)
-    lines = [f".reg .b32 row<{rounds + 1}>; shr.u32 row0, {thread}, {across.bit_length() - 1};"]
-    for i in reversed(range(rounds)):
-        lines.append(f"add.u32 row{i}, row0, {i * (128 * warpgroups // across)};")
-        lines.append(f"min.u32 row{i}, row{i}, {table_rows(bits) - 1};")
-    return lines
-
-
-def _load_asm(bits: int, warpgroups: int) -> str:
-    """PTX of :func:`load_entries`: results, then the thread and the address of the entries."""
-    registers, rounds = _registers(bits), _rounds(bits, warpgroups)
-    thread, source = (f"${registers * rounds + i}" for i in range(2))
-    lines = [".reg .b64 from;", *_row_lines(bits, warpgroups, thread)]
-    for i in range(rounds):
-        lines.append(f"mad.wide.u32 from, row{i}, 4, {source};")
-        lines += [
-            f"ld.global.nc.b32 ${registers * i + r}, [from + {1024 * r}];" for r in range(registers)
-        ]
-    return "{\n" + "\n".join(lines) + "\n}"
-
-
-def _store_asm(bits: int, warpgroups: int) -> str:
-    """PTX of :func:`store_entries`: the thread, the address of the table, and the entries."""
-    registers = _registers(bits)
+    A thread stores 16 bytes of every so many rows: a warp's stores share no bank. All loads come
+    before the first store, because each waits for device memory.
+    """
+    registers = 2 if bits == 2 else 1  # of an entry; 128 bytes of a row are used for each
+    across = 8 * registers  # threads
+    at_once = threads // across  # rows
+    rounds = -(-table_rows(bits) // at_once)
     lines = [
-        ".reg .b32 place, to;",
-        *_row_lines(bits, warpgroups, "$0"),
-        f"and.b32 place, $0, {_threads_of_row(bits) - 1};",
-        "mad.lo.u32 place, place, 16, $1;",
+        f".reg .b32 place, to, row<{rounds}>, value<{rounds * registers}>; .reg .b64 from;",
+        f"and.b32 place, $0, {across - 1}; mad.lo.u32 place, place, 16, $1;",
+        f"shr.u32 to, $0, {across.bit_length() - 1};",
     ]
-    for i in range(_rounds(bits, warpgroups)):
-        first, second = (f"${2 + registers * i + r}" for r in (0, registers - 1))
+    for i in range(rounds):  # too many threads take the last row again
+        lines.append(f"add.u32 row{i}, to, {i * at_once};")
+        lines.append(f"min.u32 row{i}, row{i}, {table_rows(bits) - 1};")
+        lines.append(f"mad.wide.u32 from, row{i}, 4, $2;")
+        lines += [
+            f"ld.global.nc.b32 value{registers * i + r}, [from + {1024 * r}];"
+            for r in range(registers)
+        ]
+    for i in range(rounds):
+        first, second = (f"value{registers * i + r}" for r in (0, registers - 1))
         lines.append(f"mad.lo.u32 to, row{i}, 256, place;")
         lines.append(f"st.shared.v4.b32 [to], {{{first}, {second}, {first}, {second}}};")
     return "{\n" + "\n".join(lines) + "\n}"
@@ -226,9 +172,7 @@ def _permute_lines(
 ) -> list[str]:
     """PTX for the same registers as ``_lookup_lines`` without shared memory, at 2 and 3 bits."""
     count = len(planes) // 2
-    low, high = ", ".join(planes[:count][i] for i in (0, -1)), ", ".join(
-        planes[count:][i] for i in (0, -1)
-    )
+    low, high = (f"{plane[0]}, {plane[-1]}" for plane in (planes[:count], planes[count:]))
     lines = _join_lines(step, words) if bits == 3 else []
     for i in range(2):  # a selector has four nibbles
         if bits == 3:
@@ -362,7 +306,7 @@ def dequantize(
     )
     def lookup(ctx, *operands):
         del ctx
-        words, table, planes = operands[: len(lengths)], operands[len(lengths)], operands[len(lengths) + 1 :]
+        (*words, table), planes = operands[: len(lengths) + 1], operands[len(lengths) + 1 :]
         build = _Builder(table, bits)
         flat = [list(plane.registers.flat) for plane in words]
         scalars = [plane.registers.item() for plane in planes]
@@ -372,7 +316,7 @@ def dequantize(
             for plane, word in words_of_step(bits, step):
                 row, column = divmod(word, lengths[plane])
                 used.append(build.vector.extract(flat[plane][row], [], [column]))
-            if scalars and step % 2 in PERM:
+            if scalars and step % 2:
                 registers += build.look_up(_permute_asm(bits, step)[0], [*used, *scalars])
             else:
                 registers += build.look_up(_step_asm(bits, step)[0], used)
@@ -421,7 +365,7 @@ def dequantize_transposed(
 class _Builder:
     """MLIR's builders and the values that every lookup needs."""
 
-    def __init__(self, table: Any = None, bits: int = 4):
+    def __init__(self, table: Any, bits: int):
         from jax.experimental.mosaic import gpu as mgpu
         from jaxlib.mlir import ir
         from jaxlib.mlir.dialects import arith, llvm, vector
@@ -432,9 +376,8 @@ class _Builder:
         self._llvm: Any = llvm
         self.vector: Any = vector
         self._i32 = ir.IntegerType.get_signless(32)
-        self.thread = mgpu.utils.thread_idx()
-        if table is not None:
-            self.table = self._address(table)
+        self._thread = mgpu.utils.thread_idx()
+        self._table = self._address(table)
         self._lane = self._bits(0, 5)
         self._entry = self._times(self._lane, 8 if bits == 2 else 4)
 
@@ -446,17 +389,25 @@ class _Builder:
 
     def _bits(self, first: int, count: int) -> Any:
         """Some bits of the thread's index: 0..4 the lane, 5..6 the warp, 7 the warpgroup."""
-        moved = self._arith.shrui(self.thread, self._constant(first))
+        moved = self._arith.shrui(self._thread, self._constant(first))
         return self._arith.andi(moved, self._constant(2**count - 1))
 
     def _address(self, ref: Any) -> Any:
         """The address of a reference in shared memory."""
         return self._llvm.ptrtoint(self._i32, self._mgpu.utils.memref_ptr(ref))
 
-    def global_address(self, ref: Any) -> Any:
-        """The address of a reference in device memory."""
+    def fill(self, asm: str, entries: Any) -> None:
+        """Runs the PTX that fills the table from ``entries`` in device memory."""
         i64 = self._ir.IntegerType.get_signless(64)
-        return self._llvm.ptrtoint(i64, self._mgpu.utils.memref_ptr(ref))
+        source = self._llvm.ptrtoint(i64, self._mgpu.utils.memref_ptr(entries))
+        self._llvm.inline_asm(
+            self._ir.Type.parse("!llvm.void"),
+            [self._thread, self._table, source],
+            asm,
+            "r,r,l,~{memory}",
+            has_side_effects=True,
+            asm_dialect=0,
+        )
 
     def start(self, plane: Any, place: _Place, half: int | None) -> Any:
         """The address of the thread's words of block 0."""
@@ -477,36 +428,17 @@ class _Builder:
 
     def look_up(self, asm: str, operands: list, *, converges: bool = False) -> list:
         """The four registers that the PTX of a step computes; ``converges``: it needs all lanes."""
-        return self._inline(asm, [*operands, self._entry, self.table], 4, converges)
-
-    def run(self, asm: str, operands: list, results: int) -> list:
-        """The results of PTX that stays where it is."""
-        return self._inline(asm, operands, results, True)
-
-    def _inline(self, asm: str, operands: list, results: int, stays: bool) -> list:
-        returned = f"!llvm.struct<({', '.join(['i32'] * results)})>" if results else "!llvm.void"
-        kinds = ["l" if operand.type != self._i32 else "r" for operand in operands]
+        four = self._ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>")
+        operands = [*operands, self._entry, self._table]
         values = self._llvm.inline_asm(
-            self._ir.Type.parse(returned),
+            four,
             operands,
             asm,
-            ",".join(["=r"] * results + kinds + ([] if results else ["~{memory}"])),
-            has_side_effects=stays,
+            ",".join(["=r"] * 4 + ["r"] * len(operands)),
+            has_side_effects=converges,
             asm_dialect=0,
         )
-        return [self._llvm.extractvalue(self._i32, values, [q]) for q in range(results)]
-
-    def words(self, values: list, layout: Any) -> Any:
-        """An array of words from the registers of a thread, one word each."""
-        one = self._ir.VectorType.get((1,), self._i32)
-        registers = [self.vector.from_elements(one, [value]) for value in values]
-        return self._mgpu.FragmentedArray(
-            _registers=np.array(registers, object), _layout=layout.to_mgpu(), _is_signed=False
-        )
-
-    def word(self, register: Any) -> Any:
-        """The word of a register of such an array."""
-        return self.vector.extract(register, [], [0])
+        return [self._llvm.extractvalue(self._i32, values, [q]) for q in range(4)]
 
     def array(self, values: list, shape: tuple, dtype: Any) -> Any:
         """An array of 16-bit floats in the layout of a wgmma operand, from its registers."""

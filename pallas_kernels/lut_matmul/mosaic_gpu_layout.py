@@ -168,7 +168,7 @@ def emulate(
 
 
 def fill_lookup_table(table: Any, entries: Any) -> None:
-    """What ``mosaic_gpu_asm.store_entries`` does, in jax.numpy: both registers in turn, in every row."""
+    """What ``mosaic_gpu_asm.fill_table`` does, in jax.numpy."""
     rows = table.shape[0]
     pairs = [jnp.broadcast_to(entries[i, :rows][:, None], (rows, 32)) for i in range(2)]
     table[...] = jnp.stack(pairs, axis=2).reshape(rows, 64)
@@ -206,8 +206,8 @@ def lookup_table(lut: jax.Array, bits: int, dtype: jax.typing.DTypeLike) -> jax.
 
 
 def plane_words(bits: int) -> int:
-    """Registers that byte permutes look up in."""
-    return {2: 2, 3: 4}.get(bits, 0)
+    """Words that byte permutes look up in; none for tables of more than eight values."""
+    return 2 ** (bits - 1) if bits in (2, 3) else 0
 
 
 def table_rows(bits: int) -> int:

@@ -242,8 +242,6 @@ def _kernel(*refs, problem: Problem, dtype: Any, planes: int, interpret: bool):
     split, tile_m = lax.axis_index("split"), lax.axis_index("m")
     tile_n = lax.axis_index("n") * config.cluster + lax.axis_index("pair")
     warpgroup = lax.axis_index("warpgroup")
-    if not interpret:
-        entries = mosaic_gpu_asm.load_entries(t_ref, bits=bits, warpgroups=_WARPGROUPS)
     part = _PART if transpose else min(problem.group, _PART)
 
     def meet():
@@ -307,7 +305,7 @@ def _kernel(*refs, problem: Problem, dtype: Any, planes: int, interpret: bool):
         if interpret:
             fill_lookup_table(table, t_ref)
         else:
-            mosaic_gpu_asm.store_entries(table, entries, bits=bits, warpgroups=_WARPGROUPS)
+            mosaic_gpu_asm.fill_table(table, t_ref, bits=bits, warpgroups=_WARPGROUPS)
         meet()
 
         def with_sums(*sums):

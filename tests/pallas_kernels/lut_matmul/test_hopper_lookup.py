@@ -143,6 +143,35 @@ def test_ptx_does_what_the_emulation_says(bits):
             assert got == [int(e) for e in expected]
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("warpgroups", [1, 2, 3])
+def test_ptx_fills_the_table(bits, warpgroups):
+    entries = np.random.default_rng(bits).integers(0, 2**32, (3, 256), dtype=np.uint32)
+    if bits != 2:
+        entries[1] = entries[0]
+    shared = np.zeros((table_rows(bits), 64), np.uint32)
+    asm = mosaic_gpu_asm._fill_asm(bits, 128 * warpgroups)
+    for thread in range(128 * warpgroups):
+        state = {"$0": thread, "$1": 0, "$2": 0}
+        for statement in asm.replace(";", "\n").splitlines():
+            op, _, rest = statement.strip().partition(" ")
+            names = re.findall(r"[$\w]+", rest)
+            match op:
+                case "ld.global.nc.b32":
+                    state[names[0]] = int(entries.flat[(state[names[1]] + int(names[2])) // 4])
+                case "st.shared.v4.b32":
+                    start = state[names[0]] // 4
+                    shared.flat[start : start + 4] = [state[name] for name in names[1:]]
+                case "" | "{" | "}" | ".reg":
+                    pass
+                case _:
+                    a, b, *c = (state[n] if n in state else int(n) for n in names[1:])
+                    results = {"and": a & b, "add": a + b, "min": min(a, b), "shr": a >> b}
+                    state[names[0]] = a * b + c[0] if c else results[op.split(".")[0]]
+    used = 64 if bits == 2 else 32  # the places of the lanes
+    np.testing.assert_array_equal(shared[:, :used], shared_memory(bits, entries)[:, :used])
+
+
 @pytest.mark.parametrize("bits", [2, 3])
 def test_permutes_look_up_the_same_values(bits):
     rng = np.random.default_rng(bits)

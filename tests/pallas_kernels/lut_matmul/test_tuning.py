@@ -55,7 +55,7 @@ def test_the_kernel_takes_the_tuned_configuration(folder):
 
 @pytest.mark.parametrize("m", [1, 16, 64, 512])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_candidates_fit_shared_memory_and_divide_the_weight(m, bits):
+def test_candidates_fit_shared_memory_and_divide_the_rows(m, bits):
     found = mosaic_gpu.candidates(m, bits, k=4096, n=4096, group_size=128)
     assert len(found) > 3 and len(set(found)) == len(found)
     for config in found[1:]:
@@ -64,7 +64,7 @@ def test_candidates_fit_shared_memory_and_divide_the_weight(m, bits):
             assert 4096 % (mosaic_gpu.SLICE_K * config.splits) == 0
         else:
             assert mosaic_gpu._fits(m, bits, config, 128)
-            assert 4096 % config.block_k == 0 and 4096 % config.block_n == 0
+            assert 4096 % config.block_k == 0  # the last block of columns may be cut
 
 
 def test_the_tuner_says_what_it_needs(capsys, monkeypatch):
