@@ -57,7 +57,8 @@ def row_codes(rng: Any, k: int, n: int, bits: int, group: int) -> RowCodes:
     codes = rng.integers(0, 2**bits, (k, n)).astype(np.uint8)
     lut = jnp.asarray(rng.standard_normal((1, 2**bits, 1)), jnp.float32)
     scales = jnp.asarray(0.5 + rng.random((-(-k // group), n)), jnp.bfloat16)
-    return RowCodes(pack_rows(jnp.asarray(codes), bits), scales, lut, None, group)
+    lanes = {"gpu": 32, "tpu": 128}.get(jax.default_backend())  # what the kernels take
+    return RowCodes(pack_rows(jnp.asarray(codes), bits, lanes), scales, lut, None, group)
 
 
 def packed_products(

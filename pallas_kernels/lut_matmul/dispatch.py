@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import importlib
+import math
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -30,9 +31,9 @@ _PREFERENCE = {
 _OTHER_PLATFORMS = ("xla", "reference")
 
 # Rows of x from which a GPU dequantises tiles of canonical words and multiplies them as dense
-# matrices. Estimated for K = N = 4096 from instruction counts, as no kernel was timed yet: Triton
-# dequantises anew for each 64 rows, 6.5 us; XLA once, 16 us, and then multiplies in 11 us.
-_DENSE_ROWS = 256
+# matrices, by the kernel that is left for it. H100, 4096 x 28672, 4 bits, M = 16 and 512: XLA 0.4
+# and 0.7 ms; triton 0.06 and 0.64 ms; pallas_triton 0.35 and 4.1 ms (on an H200).
+_DENSE_ROWS = {"triton": 512, "pallas_triton": 32}
 
 # From here on the transposed native kernel, which backward passes use, loses to a dense product of
 # dequantised tiles: 11.1 against 5.5 ms of processor time at M = 512, 2.7 against 2.0 at 128.
@@ -129,7 +130,7 @@ def best_per_platform(arrays: tuple, static: dict) -> tuple[dict[str, str], str]
     preference = dict(_PREFERENCE)
     if not compiling_for("cpu"):  # do not build the native library for a fall back nobody runs
         preference["cpu"] = _OTHER_PLATFORMS
-    if arrays[0].shape[0] >= _DENSE_ROWS:
+    if arrays[0].shape[0] >= _DENSE_ROWS.get(best(preference["cuda"]), math.inf):
         preference["cuda"] = _OTHER_PLATFORMS
     if static["transpose"] and arrays[0].shape[0] >= _DENSE_ROWS_CPU_TRANSPOSED:
         preference["cpu"] = _OTHER_PLATFORMS

@@ -45,7 +45,6 @@ plgpu: Any = mosaic_gpu  # its interface moves with every release; see `mosaic_g
 _DECODE_ROWS = 64
 _SHARED_MEMORY = 226 * 1024
 _MEMORY_REGISTERS = 40
-_MULTIPROCESSORS = 132
 # Five warpgroups have 5 x 96 registers a lane slot, and the pipeline asks for 4 x 112 + 40 of them:
 # the last one would wait forever.
 _MOST_WARPGROUPS = 3
@@ -64,7 +63,7 @@ class Config:
     stages: int
     tiles: int = 1
     slices: int = 1
-    blocks: int = _MULTIPROCESSORS
+    blocks: int = 132
 
     @property
     def block_k(self) -> int:
@@ -80,6 +79,12 @@ class Config:
 def is_hopper(kind: str) -> bool:
     """Whether the kernels run on a device of this kind."""
     return any(name in kind for name in ("H100", "H200", "H800", "H20", "GH200"))
+
+
+def multiprocessors(kind: str | None) -> int:
+    """Of a Hopper device of this kind, or of most of them."""
+    fewer = {"H20": 78, "PCIe": 114}  # an H100 PCIe
+    return min((fewer[word] for word in (kind or "").split() if word in fewer), default=132)
 
 
 def supports(
@@ -139,12 +144,13 @@ def reason_against_transposed(groups: int, group_size: int) -> str | None:
 def default_config(m: int, bits: int, *, n: int, k: int, group: int) -> Config:
     """Wide steps where every block has several, and as many stages as shared memory holds."""
     n = -(-n // _PADDED_N) * _PADDED_N
+    blocks = multiprocessors(dispatch.device_kind("cuda"))
     sizes = ((2, 1), (1, 2), (1, 1))
     for tiles, slices in sizes if bits >= 4 else ((2, 2), *sizes):  # many codes in few bytes
         steps = -(-k // (slices * SLICE_K)) * (n // (2 * tiles * TILE_N))
-        enough = steps >= 4 * _MULTIPROCESSORS or tiles == 1
+        enough = steps >= 4 * blocks or tiles == 1
         for stages in (4, 3, 2):
-            config = Config(2, stages, tiles, slices)
+            config = Config(2, stages, tiles, slices, blocks)
             if enough and n % config.block_n == 0 and _fits(m, bits, config, group):
                 return config
     raise AssertionError("the smallest configuration fits 64 rows")
@@ -168,7 +174,7 @@ def candidates(
         )
     first = default_config(m, bits, n=n, k=k, group=group_size)
     others = [
-        Config(warpgroups, stages, tiles, slices)
+        Config(warpgroups, stages, tiles, slices, first.blocks)
         for warpgroups in (2, _MOST_WARPGROUPS, 1)
         for tiles, slices in ((4, 1), (2, 2), (2, 1), (1, 4), (1, 2))
         for stages in (2, 3, 4, 6)

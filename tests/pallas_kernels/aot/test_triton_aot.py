@@ -142,12 +142,33 @@ def test_the_public_function_lowers_through_jax_triton(kind, number):
         stacked = jax.tree.map(lambda a: jax.ShapeDtypeStruct((2, *a.shape), a.dtype), arrays)
         experts = jax.vmap(lambda *a: lut_matmul(*a, k=K, group_size=64, implementation="triton"))
         lowered = jax.jit(experts).trace(*stacked).lower(lowering_platforms=("cuda",))
-        best = dispatch.best_per_platform(
-            (*arrays, None), {"k": K, "group_size": 64, "transpose": False}
-        )
     assert f"compute_capability={number}" in text
     assert "triton_kernel_call" in lowered.as_text()
-    assert best[0]["cuda"] == "triton"
+
+
+@pytest.mark.parametrize(
+    "installed,rows,best",
+    [
+        (True, 16, "triton"),
+        (True, 511, "triton"),
+        (True, 512, "xla"),
+        (False, 31, "pallas_triton"),
+        (False, 32, "xla"),
+    ],
+)
+def test_a_gpu_takes_what_is_fastest_for_so_many_rows(installed, rows, best, monkeypatch):
+    compilers.need_triton()
+    if not installed:
+        load = dispatch.backend
+        without = lambda name: "no jax-triton" if name == "triton" else load(name)  # noqa: E731
+        monkeypatch.setattr(dispatch, "backend", without)
+    _, *weight = jax.eval_shape(lambda: arguments(3, 4, 64))
+    x = jax.ShapeDtypeStruct((rows, K), jnp.bfloat16)
+    with compilers.abstract_device("NVIDIA H200"):
+        found, _ = dispatch.best_per_platform(
+            (x, *weight, None), {"k": K, "group_size": 64, "transpose": False}
+        )
+    assert found["cuda"] == best
 
 
 def test_an_unknown_device_is_refused():

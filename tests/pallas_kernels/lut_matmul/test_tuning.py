@@ -67,6 +67,22 @@ def test_candidates_fit_shared_memory_and_divide_the_rows(m, bits):
             assert 4096 % config.block_k == 0  # the last block of columns may be cut
 
 
+@pytest.mark.parametrize(
+    "kind,count",
+    [
+        ("NVIDIA H100 80GB HBM3", 132),
+        ("NVIDIA H200", 132),
+        ("NVIDIA H100 PCIe", 114),
+        ("NVIDIA H20", 78),
+        (None, 132),
+    ],
+)
+def test_a_persistent_block_for_every_multiprocessor(kind, count, monkeypatch):
+    monkeypatch.setattr(mosaic_gpu.dispatch, "device_kind", lambda platform: kind)
+    config = mosaic_gpu.default_config(16, 4, n=28672, k=4096, group=128)
+    assert config.blocks == count
+
+
 def test_the_tuner_says_what_it_needs(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["tune"])
     assert tune.main() == 2
