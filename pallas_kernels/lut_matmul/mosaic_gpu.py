@@ -185,15 +185,21 @@ def candidates(
 
 
 def _fits(m: int, bits: int, config: Config, group: int) -> bool:
-    """Whether shared memory holds the stages, and a thread's registers its sums and two tiles."""
+    """Whether shared memory holds the stages, and a thread's registers what it works on.
+
+    The registers are what ahead-of-time compilation without spills shows: the sums and, with
+    several tiles, the products of all groups of a step, half a register a row; and the rest.
+    """
     rows = _block_m(m)
     scales = max(1, config.block_k // group) * config.block_n * 4  # float32, the widest
     words = config.block_n * config.block_k * bits // 8
     stage = words + rows * config.block_k * 2 + scales + 1536
     fixed = table_rows(bits) * 256 + config.warpgroups * TILE_N * rows * 4
-    sums = (config.tiles + 2) * rows // 2  # two products are in flight
+    products = config.tiles * config.slices * max(1, SLICE_K // group)
+    held, rest = (products, 76) if config.tiles > 1 else (2, 108)
     registers = (512 - _MEMORY_REGISTERS) // config.warpgroups
-    return fixed + config.stages * stage <= _SHARED_MEMORY and sums + 108 <= registers
+    needed = (config.tiles + held) * rows // 2 + rest
+    return fixed + config.stages * stage <= _SHARED_MEMORY and needed <= registers
 
 
 def _block_m(m: int) -> int:

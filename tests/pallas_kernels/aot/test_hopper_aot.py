@@ -146,6 +146,22 @@ def test_four_warpgroups_would_wait_for_registers_forever():
 
 
 @pytest.mark.parametrize(
+    "m,bits,group", [(64, 2, 128), (64, 3, 128), (64, 4, 64), (48, 3, 64), (48, 4, 32), (32, 3, 16)]
+)
+def test_the_heuristic_avoids_spills(m, bits, group):
+    compilers.need_gpu()
+    code, _ = compiled_kernel(m, bits, group, n=28672, scale_dtype="bfloat16")
+    assert code.spills == 0
+
+
+def test_more_products_than_registers_spill():
+    compilers.need_gpu()
+    config = mosaic_gpu.Config(2, 2, tiles=2, slices=2)
+    code, _ = compiled_kernel(64, 3, 64, scale_dtype="bfloat16", config=config)
+    assert code.spills > 0
+
+
+@pytest.mark.parametrize(
     "m,bits,group,k,n,scale_dtype",
     [
         (16, 4, 16, 14336, 4096, "bfloat16"),
