@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from lut_cases import CASES, TOLERANCE, Case, make, operands, oracle, relative_error
 
-from pallas_kernels.lut_matmul import lut_matmul, mosaic_tpu, reference
+from pallas_kernels.lut_matmul import lut_matmul, mosaic_gpu, mosaic_tpu, reference
 from pallas_kernels.lut_matmul.dispatch import interpret_kernels, reason_against
 
 
@@ -96,6 +96,24 @@ def test_hopper_kernel_matches_the_oracle(case):
     data = make(case)
     with interpret_kernels():
         y = lut_matmul(*operands(data), **case.static, implementation="mosaic_gpu")
+    assert relative_error(y, oracle(case, data)) <= TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize(
+    "case,config",
+    [  # columns that are no multiple of a step's, and steps of several tiles and slices
+        (Case(m=5, n=200), mosaic_gpu.Config(1, 2, tiles=3, blocks=2)),
+        (Case(m=9, n=200, bits=2, group_size=128), mosaic_gpu.Config(3, 2, blocks=2)),
+        (Case(k=500, bits=3, group_size=128), mosaic_gpu.Config(2, 2, slices=2, blocks=1)),
+        (Case(k=384, n=300, group_size=32), mosaic_gpu.Config(2, 2, tiles=2, blocks=2)),
+    ],
+    ids=str,
+)
+def test_hopper_steps_of_other_sizes_match_the_oracle(case, config):
+    interpretable("mosaic_gpu", case)
+    data = make(case)
+    x, *weight = operands(data)
+    y = mosaic_gpu.lut_matmul(x, *weight, **case.static, config=config, interpret=True)
     assert relative_error(y, oracle(case, data)) <= TOLERANCE[case.dtype]
 
 
