@@ -362,13 +362,17 @@ def apply(
             x, planes, scales, table, problem, out_dtype=out_dtype, interpret=interpret
         )
     m, padded_k = x.shape[0], problem.padded_k
-    x = jnp.pad(x, ((0, 0), (0, padded_k - x.shape[1])))  # copies fill missing rows with zeros
+    # A copy fills the missing rows of a first tile with zeros, but not those of a later one.
+    missing = problem.block_m - m if m > 8 else 0
+    x = jnp.pad(x, ((0, missing), (0, padded_k - x.shape[1])))
     groups = -(-padded_k // problem.group)
     scales = jnp.pad(
         scales, ((0, groups - scales.shape[0]), (0, problem.padded_n - scales.shape[1]))
     )
     scales = scales.reshape(groups, -1, TILE_N)  # a copy has at most 256 elements along an axis
     config, parts = problem.config, problem.parts()
+    dtype = out_dtype if len(parts) == 1 else jnp.float32
+    width = 128 // jnp.dtype(dtype).itemsize
     options: dict[str, Any] = {}
     if interpret:
         params = plgpu.InterpretGPUParams() if interpret is True else interpret
@@ -381,13 +385,13 @@ def apply(
             word_planes=len(planes),
             interpret=bool(interpret),
         ),
-        out_type=shape_struct((len(parts), problem.block_m, problem.padded_n), jnp.float32, x),
+        out_type=shape_struct((len(parts), problem.block_m, problem.padded_n), dtype, x),
         scratch_types=[
             plgpu.SMEM((table_rows(problem.bits), 64), jnp.uint32),
             plgpu.SMEM(
                 (config.warpgroups, problem.block_m, TILE_N),
-                jnp.float32,
-                transforms=(plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)),
+                dtype,
+                transforms=(plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(128)),
             ),
             plgpu.Barrier(num_arrivals=config.warpgroups),
             # the interpreter has no register operands
@@ -401,11 +405,9 @@ def apply(
     )
     y = kernel(*planes, x, scales, table)
     if len(parts) == 1:
-        y = y[0]
-    else:
-        written = np.repeat(parts, config.block_n, axis=1)[:, None, : problem.padded_n]
-        y = jnp.sum(jnp.where(written, y, 0), axis=0)
-    return y[:m].astype(out_dtype)
+        return y[0, :m]
+    written = np.repeat(parts, config.block_n, axis=1)[:, None, : problem.padded_n]
+    return jnp.sum(jnp.where(written, y, 0), axis=0)[:m].astype(out_dtype)
 
 
 def _kernel(*refs, problem: _Problem, dtype: Any, word_planes: int, interpret: bool):
@@ -492,7 +494,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, word_planes: int, interpret: b
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last copy has left it
                 own = staged.at[warpgroup]
                 mosaic_gpu_asm.transposed(own)[...] = plgpu.layout_cast(
-                    totals[tile], layout.WGMMA_TRANSPOSED
+                    totals[tile].astype(o_ref.dtype), layout.WGMMA_TRANSPOSED
                 )
                 plgpu.commit_smem()
                 first = column * config.block_n + (warpgroup * config.tiles + tile) * TILE_N

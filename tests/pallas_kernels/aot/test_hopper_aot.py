@@ -111,6 +111,8 @@ def test_hopper_tile_instructions_per_code(bits, scale_dtype, transpose):
 @pytest.mark.parametrize(
     "m,bits,group,dtype,transpose",
     [
+        (1, 4, 128, jnp.bfloat16, False),
+        (13, 3, 128, jnp.float16, False),
         (64, 4, 32, jnp.float16, False),
         (512, 2, 256, jnp.bfloat16, False),
         (130, 3, 16, jnp.float16, False),
@@ -137,6 +139,15 @@ def test_hopper_prepacked_weight_serves_other_rows_without_spills(m, bits):
     with compilers.abstract("h200"):
         weight = jax.eval_shape(pack, words, scales, lut)
     assert compilers.sass(packed_matmul, x, weight).spills == 0
+
+
+@pytest.mark.parametrize("warpgroups,tiles", [(3, 1), (1, 3)])
+def test_the_last_columns_may_be_fewer_than_a_step_has(warpgroups, tiles):
+    compilers.need_gpu()
+    config = mosaic_gpu.Config(warpgroups, 3, tiles=tiles)
+    code, problem = compiled_kernel(16, 4, 128, config=config)
+    assert problem.padded_n % problem.config.block_n and problem.config == config
+    assert code.main_loop()["HGMMA"] == 8 * tiles
 
 
 def test_four_warpgroups_would_wait_for_registers_forever():
