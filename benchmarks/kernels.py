@@ -159,6 +159,7 @@ CHECKS = (  # the simplest first: a kernel that hangs takes the rest with it
     Check(2, 1),
     Check(3, 16),
     Check(4, 5, "float16"),
+    Check(3, 13),
     Check(4, 3, "float32"),
     Check(4, 16, transpose=True),
     Check(8, 130),

@@ -181,7 +181,10 @@ def candidates(
         if k % (slices * SLICE_K) == 0
         and _fits(m, bits, Config(warpgroups, stages, tiles, slices), group_size)
     ]
-    return [first, *(c for c in others if c != first)]
+    columns = -(-n // first.block_n)
+    rounds = -(-columns // first.blocks)
+    whole = dataclasses.replace(first, blocks=-(-columns // rounds))  # no parts to add
+    return list(dict.fromkeys([first, whole, *others]))
 
 
 def _fits(m: int, bits: int, config: Config, group: int) -> bool:

@@ -67,6 +67,16 @@ def test_candidates_fit_shared_memory_and_divide_the_rows(m, bits):
             assert 4096 % config.block_k == 0  # the last block of columns may be cut
 
 
+def test_a_candidate_needs_no_parts():
+    words = jax.ShapeDtypeStruct((512, 4, 28672), "uint8")
+    first, whole = mosaic_gpu.candidates(16, 4, k=4096, n=28672, group_size=128)[:2]
+    parts = [
+        len(mosaic_gpu.make_problem(16, words, k=4096, group_size=128, config=config).parts())
+        for config in (first, whole)
+    ]
+    assert parts == [2, 1] and whole.blocks == 112
+
+
 @pytest.mark.parametrize(
     "kind,count",
     [
