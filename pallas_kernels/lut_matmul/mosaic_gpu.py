@@ -365,9 +365,7 @@ def apply(
             x, planes, scales, table, problem, out_dtype=out_dtype, interpret=interpret
         )
     m, padded_k = x.shape[0], problem.padded_k
-    # A copy fills the missing rows of a first tile with zeros, but not those of a later one.
-    missing = problem.block_m - m if m > 8 else 0
-    x = jnp.pad(x, ((0, missing), (0, padded_k - x.shape[1])))
+    x = jnp.pad(x, ((0, problem.block_m - m), (0, padded_k - x.shape[1])))
     groups = -(-padded_k // problem.group)
     scales = jnp.pad(
         scales, ((0, groups - scales.shape[0]), (0, problem.padded_n - scales.shape[1]))
