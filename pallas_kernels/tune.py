@@ -39,7 +39,9 @@ def seconds(config: Any, m: int, k: int, n: int, bits: int) -> float:
     problem = mosaic_gpu.make_problem(m, words[0], k=k, group_size=GROUP, config=config)
     pack = jax.jit(lambda w: mosaic_gpu.prepack(w, lut, problem, x.dtype))
     packed = [pack(w) for w in words]
-    one = jax.jit(lambda x, p, t: mosaic_gpu.apply(x, p, scales, t, problem))  # lowered once
+    one = jax.jit(  # lowered once
+        lambda x, p, t: mosaic_gpu.apply(x, p, scales, t, problem, out_dtype=x.dtype)
+    )
     run = jax.jit(lambda x, packed: [one(x, p, t) for p, t in packed])
     jax.block_until_ready(run(x, packed))
     busy = busy_seconds(run, x, packed)

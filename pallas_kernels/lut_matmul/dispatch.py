@@ -31,8 +31,9 @@ _PREFERENCE = {
 _OTHER_PLATFORMS = ("xla", "reference")
 
 # Rows of x from which a GPU dequantises tiles of canonical words and multiplies them as dense
-# matrices, by the kernel that is left for it. H100, 4096 x 28672, 4 bits, M = 16 and 512: XLA 0.4
-# and 0.7 ms; triton 0.06 and 0.64 ms; pallas_triton 0.35 and 4.1 ms (on an H200).
+# matrices, by the kernel that is left for it. Wall times at 4096 x 28672, 4 bits, M = 16 and 512 on
+# an H100: XLA 0.49 and 0.75 ms, triton 0.09 and 0.68, and its time grows with the rows; on an H200
+# pallas_triton 0.36 and 4.1. Other shapes, the transposed product and other GPUs were not timed.
 _DENSE_ROWS = {"triton": 512, "pallas_triton": 32}
 
 # From here on the transposed native kernel, which backward passes use, loses to a dense product of

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -82,9 +83,11 @@ def is_hopper(kind: str) -> bool:
 
 
 def multiprocessors(kind: str | None) -> int:
-    """Of a Hopper device of this kind, or of most of them."""
-    fewer = {"H20": 78, "PCIe": 114}  # an H100 PCIe
-    return min((fewer[word] for word in (kind or "").split() if word in fewer), default=132)
+    """Number of multiprocessors of a Hopper device; 132, which most have, if ``kind`` is None."""
+    kind = kind or ""
+    if re.search(r"\bH20\b", kind):
+        return 78
+    return 114 if "PCIe" in kind else 132  # an H100 PCIe
 
 
 def supports(
@@ -181,10 +184,11 @@ def candidates(
         if k % (slices * SLICE_K) == 0
         and _fits(m, bits, Config(warpgroups, stages, tiles, slices), group_size)
     ]
-    columns = -(-n // first.block_n)
-    rounds = -(-columns // first.blocks)
-    whole = dataclasses.replace(first, blocks=-(-columns // rounds))  # no parts to add
-    return list(dict.fromkeys([first, whole, *others]))
+    columns, steps = -(-n // first.block_n), -(-k // first.block_k)
+    blocks = -(-columns // -(-columns // first.blocks))
+    if -(-columns * steps // blocks) % steps == 0:  # no columns are divided: no parts to add
+        others.insert(0, dataclasses.replace(first, blocks=blocks))
+    return list(dict.fromkeys([first, *others]))
 
 
 def _fits(m: int, bits: int, config: Config, group: int) -> bool:
@@ -291,13 +295,8 @@ def make_problem(
         aligned = group_size >= k or 0 in (group_size % block, block % group_size)
         return aligned and padded[0] % block == 0
 
-    smaller = (
-        dataclasses.replace(config, warpgroups=warpgroups, tiles=tiles, slices=slices)
-        for warpgroups in range(config.warpgroups, 0, -1)
-        for tiles in range(config.tiles, 0, -1)
-        for slices in range(config.slices, 0, -1)
-    )
-    config = next(filter(fits, smaller))
+    slices = range(config.slices, 0, -1)
+    config = next(filter(fits, (dataclasses.replace(config, slices=s) for s in slices)))
     return _Problem(
         bits=bits,
         group=padded[0] if group_size >= k else group_size,

@@ -75,6 +75,8 @@ def test_a_candidate_needs_no_parts():
         for config in (first, whole)
     ]
     assert parts == [2, 1] and whole.blocks == 112
+    uneven = mosaic_gpu.candidates(16, 4, k=16384, n=34048, group_size=128)
+    assert all(config.blocks == uneven[0].blocks for config in uneven)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +86,7 @@ def test_a_candidate_needs_no_parts():
         ("NVIDIA H200", 132),
         ("NVIDIA H100 PCIe", 114),
         ("NVIDIA H20", 78),
+        ("NVIDIA H20-3e", 78),
         (None, 132),
     ],
 )
