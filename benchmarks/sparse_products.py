@@ -52,11 +52,16 @@ def dense_products(rng: Any, x: jax.Array, thresholds: dict, n: int) -> dict[str
     return products
 
 
+def scales_and_table(rng: Any, k: int, n: int, bits: int, group: int) -> tuple:
+    """Random scales and a random table."""
+    lut = jnp.asarray(rng.standard_normal((1, 2**bits, 1)), jnp.float32)
+    return jnp.asarray(0.5 + rng.random((-(-k // group), n)), jnp.bfloat16), lut
+
+
 def row_codes(rng: Any, k: int, n: int, bits: int, group: int) -> RowCodes:
     """A random weight in the layout whose rows a GPU or TPU skips."""
     codes = rng.integers(0, 2**bits, (k, n)).astype(np.uint8)
-    lut = jnp.asarray(rng.standard_normal((1, 2**bits, 1)), jnp.float32)
-    scales = jnp.asarray(0.5 + rng.random((-(-k // group), n)), jnp.bfloat16)
+    scales, lut = scales_and_table(rng, k, n, bits, group)
     lanes = {"gpu": 32, "tpu": 128}.get(jax.default_backend())  # what the kernels take
     return RowCodes(pack_rows(jnp.asarray(codes), bits, lanes), scales, lut, None, group)
 
@@ -66,8 +71,7 @@ def packed_products(
 ) -> dict[str, Product]:
     """Codes of some bits: ``lut_matmul``, and the sparse product of the layout for this machine."""
     k = x.shape[1]
-    lut = jnp.asarray(rng.standard_normal((1, 2**bits, 1)), jnp.float32)
-    scales = jnp.asarray(0.5 + rng.random((-(-k // group), n)), jnp.bfloat16)
+    scales, lut = scales_and_table(rng, k, n, bits, group)
     shape = packed_shape((k, n), bits)
     words = [jnp.asarray(rng.integers(0, 256, shape, np.uint8)) for _ in range(3)]
     blocks = [BlockCodes(w, scales, lut, None, k, group) for w in words]
@@ -79,8 +83,9 @@ def packed_products(
 
     products: dict[str, Product] = {base: (alone, blocks, base)}
     gated = jax.jit(sparse_matmul)
-    rows = [row_codes(rng, k, n, bits, group) for _ in range(2)]
     on_cpu = jax.default_backend() == "cpu"
+    needs_rows = not on_cpu or bits == 4
+    rows = [row_codes(rng, k, n, bits, group) for _ in range(2 if needs_rows else 0)]
     for s, t in thresholds.items():
         copies = blocks if on_cpu else rows
         products[f"{base} at {s:.0%}"] = (lambda w, t=t: gated(x, w, t), copies, base)

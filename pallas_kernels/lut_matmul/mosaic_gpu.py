@@ -372,27 +372,18 @@ def apply(
     scales = scales.reshape(groups, -1, TILE_N)  # a copy has at most 256 elements along an axis
     config, parts = problem.config, problem.parts()
     dtype = out_dtype if len(parts) == 1 else jnp.float32
-    width = 128 // jnp.dtype(dtype).itemsize
     options: dict[str, Any] = {}
     if interpret:
         params = plgpu.InterpretGPUParams() if interpret is True else interpret
         options["interpret"] = params
     kernel = plgpu.kernel(
         functools.partial(
-            _kernel,
-            problem=problem,
-            dtype=x.dtype,
-            word_planes=len(planes),
-            interpret=bool(interpret),
+            _kernel, problem=problem, dtype=x.dtype, planes=len(planes), interpret=bool(interpret)
         ),
         out_type=shape_struct((len(parts), problem.block_m, problem.padded_n), dtype, x),
         scratch_types=[
             plgpu.SMEM((table_rows(problem.bits), 64), jnp.uint32),
-            plgpu.SMEM(
-                (config.warpgroups, problem.block_m, TILE_N),
-                dtype,
-                transforms=(plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(128)),
-            ),
+            mosaic_gpu_asm.staging(config.warpgroups, problem.block_m, dtype),
             plgpu.Barrier(num_arrivals=config.warpgroups),
             # the interpreter has no register operands
             *([plgpu.SMEM((config.warpgroups, TILE_N, SLICE_K), x.dtype)] if interpret else []),
@@ -410,13 +401,13 @@ def apply(
     return jnp.sum(jnp.where(written, y, 0), axis=0)[:m].astype(out_dtype)
 
 
-def _kernel(*refs, problem: _Problem, dtype: Any, word_planes: int, interpret: bool):
-    word_refs, refs = refs[:word_planes], refs[word_planes:]
+def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
+    plane_refs, refs = refs[:planes], refs[planes:]
     x_ref, s_ref, t_ref, o_ref, table, staged, barrier, *operand = refs
     config, bits, block_m = problem.config, problem.bits, problem.block_m
     layout = plgpu.Layout
     warpgroup = lax.axis_index("warpgroup")
-    planes = () if interpret else mosaic_gpu_asm.load_planes(t_ref, bits)
+    byte_planes = () if interpret else mosaic_gpu_asm.load_byte_planes(t_ref, bits)
     group = min(problem.group, SLICE_K)
     block, share = lax.axis_index("block"), problem.steps_of_block
     # a part of a tile whose rows share a scale: (tile, slice, first row of the slice)
@@ -442,7 +433,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, word_planes: int, interpret: b
         steps = range(start // 16, (start + group) // 16)
         if not interpret:
             return mosaic_gpu_asm.dequantize(
-                words, table, planes, bits=bits, steps=steps, dtype=dtype
+                words, table, byte_planes, bits=bits, steps=steps, dtype=dtype
             )
         plgpu.wgmma_wait(0)
         weight = operand[0].at[warpgroup, :, pl.ds(0, group)]
@@ -458,18 +449,18 @@ def _kernel(*refs, problem: _Problem, dtype: Any, word_planes: int, interpret: b
         return plgpu.layout_cast(scale, layout.WGMMA)
 
     def multiply(index, *args):
-        *w_smem, x_smem, s_smem, totals = args
+        *word_refs, x_smem, s_smem, totals = args
 
         def all_units(*products):
             """Looks up the next unit and adds the last one while the tensor cores multiply one."""
             sums = list(totals)
             scales = [load_scale(s_smem, unit) for unit in units]
-            words = load_words(w_smem, *units[0][:2])
+            words = load_words(word_refs, *units[0][:2])
             weight = dequantize(words, 0)
             for i, (_, piece, start) in enumerate(units):
                 coming = units[i + 1] if i + 1 < len(units) else None
                 if coming is not None and coming[2] == 0:
-                    words = load_words(w_smem, *coming[:2])
+                    words = load_words(word_refs, *coming[:2])
                 rows = x_smem.at[:, pl.ds(piece * SLICE_K + start, group)]
                 plgpu.wgmma(products[i], weight, mosaic_gpu_asm.transposed(rows))
                 if i:
@@ -493,10 +484,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, word_planes: int, interpret: b
             for tile in range(config.tiles):
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last copy has left it
                 own = staged.at[warpgroup]
-                mosaic_gpu_asm.transposed(own)[...] = plgpu.layout_cast(
-                    totals[tile].astype(o_ref.dtype), layout.WGMMA_TRANSPOSED
-                )
-                plgpu.commit_smem()
+                mosaic_gpu_asm.stage(own, totals[tile])
                 first = column * config.block_n + (warpgroup * config.tiles + tile) * TILE_N
                 plgpu.copy_smem_to_gmem(own, o_ref.at[part, :, pl.ds(first, TILE_N)])
             return tuple(zeros() for _ in totals)
@@ -521,7 +509,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, word_planes: int, interpret: b
             (config.warpgroups * config.tiles, config.slices, *ref.shape[2:]),
             lambda step: (*place(step), 0, 0),
         )
-        for ref in word_refs
+        for ref in plane_refs
     ]
     in_specs += [
         plgpu.BlockSpec(
@@ -543,4 +531,4 @@ def _kernel(*refs, problem: _Problem, dtype: Any, word_planes: int, interpret: b
         wg_axis="warpgroup",
         num_compute_wgs=config.warpgroups,
         compute_context=compute,
-    )(*word_refs, x_ref, s_ref)
+    )(*plane_refs, x_ref, s_ref)

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.lut_matmul.mosaic_gpu_layout import (
-    plane_words,
+    byte_plane_words,
     table_rows,
     vector_lengths,
     words_of_step,
@@ -63,6 +63,23 @@ def transposed(ref: Any) -> Any:
     if hasattr(ref, "transpose"):
         return ref.transpose((1, 0))
     return plgpu.transpose_ref(ref, (1, 0))
+
+
+def staging(warpgroups: int, rows: int, dtype: Any) -> Any:
+    """Shared memory for 64 columns of the result of every warpgroup, as it is copied out."""
+    tile = (8, 128 // jax.numpy.dtype(dtype).itemsize)
+    return plgpu.SMEM(
+        (warpgroups, rows, 64),
+        dtype,
+        transforms=(plgpu.TilingTransform(tile), plgpu.SwizzleTransform(128)),
+    )
+
+
+def stage(place: Any, sums: Any) -> None:
+    """Stores a warpgroup's transposed sums, ``float32[64, rows]``, in its part of the staging."""
+    value = plgpu.layout_cast(sums.astype(place.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+    transposed(place)[...] = value
+    plgpu.commit_smem()
 
 
 def fill_table(table: Any, entries: Any, *, bits: int, warpgroups: int) -> None:
@@ -214,11 +231,11 @@ def _step_asm(bits: int, step: int) -> tuple[str, int]:
 
 
 def _permute_asm(bits: int, step: int) -> tuple[str, int]:
-    """The same, with the planes for byte permutes as operands after the words."""
+    """The same, with the byte planes as operands after the words."""
     count = len(words_of_step(bits, step))
-    names = [f"${i}" for i in range(4 + count + plane_words(bits))]
+    names = [f"${i}" for i in range(4 + count + byte_plane_words(bits))]
     lines = _permute_lines(bits, step, names[4 : 4 + count], names[4 + count :], names[:4])
-    operands = count + plane_words(bits)
+    operands = count + byte_plane_words(bits)
     return _assemble(lines, operands), operands
 
 
@@ -275,21 +292,21 @@ def _transposed_asm(bits: int, block: int) -> tuple[str, int]:
     return _assemble(lines, operands), operands
 
 
-def load_planes(entries: Any, bits: int) -> tuple:
-    """The planes for byte permutes, scalars; ``entries`` as in :func:`fill_table`."""
-    return tuple(entries[2, i] for i in range(plane_words(bits)))
+def load_byte_planes(entries: Any, bits: int) -> tuple:
+    """What byte permutes look up in, scalars; ``entries`` as in :func:`fill_table`."""
+    return tuple(entries[2, i] for i in range(byte_plane_words(bits)))
 
 
 def dequantize(
-    words: tuple, table_ref: Any, planes: tuple = (), *, bits: int, steps: range, dtype: Any
+    words: tuple, table_ref: Any, byte_planes: tuple = (), *, bits: int, steps: range, dtype: Any
 ) -> Any:
     """``dtype[64, 16 * len(steps)]`` in the layout of a wgmma operand.
 
     Args:
       words: The words of a slice, ``uint32[words of a thread, 128]`` for each plane.
       table_ref: ``uint32[rows, 64]`` in shared memory.
-      planes: See :func:`load_planes`; if given, some steps are looked up by byte permutes, so that
-        shared memory and arithmetic share the work.
+      byte_planes: See :func:`load_byte_planes`; if there are any, odd steps are looked up by byte
+        permutes, so that shared memory and arithmetic share the work.
       bits: Bits a code.
       steps: The steps of 16 rows within the slice.
       dtype: bfloat16 or float16.
@@ -301,28 +318,28 @@ def dequantize(
     shape = (64, 16 * len(steps))
 
     @plgpu.inline_mgpu(
-        arg_types=(*arg_types, plgpu.RefType(), *[layout.WG_SPLAT(())] * len(planes)),
+        arg_types=(*arg_types, plgpu.RefType(), *[layout.WG_SPLAT(())] * len(byte_planes)),
         return_type=plgpu.ShapeDtypeStruct(shape, dtype, layout=layout.WGMMA),
     )
     def lookup(ctx, *operands):
         del ctx
-        (*words, table), planes = operands[: len(lengths) + 1], operands[len(lengths) + 1 :]
+        (*planes, table), scalars = operands[: len(lengths) + 1], operands[len(lengths) + 1 :]
         build = _Builder(table, bits)
-        flat = [list(plane.registers.flat) for plane in words]
-        scalars = [plane.registers.item() for plane in planes]
+        flat = [list(plane.registers.flat) for plane in planes]
+        byte_planes = [scalar.registers.item() for scalar in scalars]
         registers: list[Any] = []
         for step in steps:
             used = []
             for plane, word in words_of_step(bits, step):
                 row, column = divmod(word, lengths[plane])
                 used.append(build.vector.extract(flat[plane][row], [], [column]))
-            if scalars and step % 2:
-                registers += build.look_up(_permute_asm(bits, step)[0], [*used, *scalars])
+            if byte_planes and step % 2:
+                registers += build.look_up(_permute_asm(bits, step)[0], [*used, *byte_planes])
             else:
                 registers += build.look_up(_step_asm(bits, step)[0], used)
         return build.array(registers, shape, dtype)
 
-    return lookup(*words, table_ref, *planes)
+    return lookup(*words, table_ref, *byte_planes)
 
 
 def dequantize_transposed(

@@ -178,8 +178,8 @@ def lookup_table(lut: jax.Array, bits: int, dtype: jax.typing.DTypeLike) -> jax.
     """What the kernel looks up in, ``uint32[3, 256]``.
 
     Two rows are the entries of every byte, for the (first, second) register. At 2 and 3 bits the
-    last one begins with the planes for byte permutes: low bytes of four values a word, then high
-    bytes.
+    last one begins with the byte planes that permutes look up in: low bytes of four values a word,
+    then high bytes.
 
     Args:
       lut: ``float[1, 2**bits, 1]``.
@@ -188,24 +188,21 @@ def lookup_table(lut: jax.Array, bits: int, dtype: jax.typing.DTypeLike) -> jax.
     """
     values = lut[0, :, 0].astype(dtype)
     half = jax.lax.bitcast_convert_type(values, jnp.uint16).astype(_U32)
-    planes = jnp.zeros(256, _U32)
-    byte = np.arange(256)
+    byte, mask = np.arange(256), 2**bits - 1
     if bits == 8:
-        return jnp.stack([half, half, planes])
-    if bits == 4:
-        pair = half[byte & 15] | half[byte >> 4] << _U32(16)
-        return jnp.stack([pair, pair, planes])
-    both = jnp.stack([half & _U32(255), half >> _U32(8)])
-    planes = planes.at[: plane_words(bits)].set(_join(both.reshape(-1, 4), 8, (-1,)))
-    if bits == 3:
-        pair = half[byte & 7] | half[byte >> 4 & 7] << _U32(16)
-        return jnp.stack([pair, pair, planes])
-    code = [byte >> shift & 3 for shift in (0, 2, 4, 6)]
-    pairs = [half[code[r]] | half[code[2 + r]] << _U32(16) for r in range(2)]
-    return jnp.stack([*pairs, planes])
+        first = second = half
+    elif bits == 2:
+        code = [byte >> shift & mask for shift in (0, 2, 4, 6)]
+        first, second = (half[code[r]] | half[code[2 + r]] << _U32(16) for r in range(2))
+    else:
+        first = second = half[byte & mask] | half[byte >> 4 & mask] << _U32(16)
+    count = byte_plane_words(bits)
+    both = jnp.stack([half & _U32(255), half >> _U32(8)]).reshape(-1, 4)
+    planes = jnp.zeros(256, _U32).at[:count].set(_join(both, 8, (-1,))[:count])
+    return jnp.stack([first, second, planes])
 
 
-def plane_words(bits: int) -> int:
+def byte_plane_words(bits: int) -> int:
     """Words that byte permutes look up in; none for tables of more than eight values."""
     return 2 ** (bits - 1) if bits in (2, 3) else 0
 

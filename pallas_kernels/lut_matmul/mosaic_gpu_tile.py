@@ -196,12 +196,7 @@ def apply(
     )
     kernel_dtype = jnp.float32 if splits > 1 else out_dtype
     table_type = plgpu.SMEM((table_rows(problem.bits), 64), jnp.uint32)
-    width = 128 // jnp.dtype(kernel_dtype).itemsize
-    result_type = plgpu.SMEM(
-        (_WARPGROUPS, config.rows, TILE_N),
-        kernel_dtype,
-        transforms=(plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(128)),
-    )
+    result_type = mosaic_gpu_asm.staging(_WARPGROUPS, config.rows, kernel_dtype)
     options: dict[str, Any] = {}
     scratch: list[Any]
     if interpret:
@@ -314,10 +309,7 @@ def _kernel(*refs, problem: Problem, dtype: Any, planes: int, interpret: bool):
             meet()  # nobody reads the table any more
             own = result.at[warpgroup]
             for tile, value in enumerate(values):
-                mosaic_gpu_asm.transposed(own)[...] = plgpu.layout_cast(
-                    value, layout.WGMMA_TRANSPOSED
-                )
-                plgpu.commit_smem()
+                mosaic_gpu_asm.stage(own, value)
                 first = tile_n * config.block_n + (warpgroup * config.tiles + tile) * TILE_N
                 rows = pl.ds(tile_m * config.rows, config.rows)
                 plgpu.copy_smem_to_gmem(own, o_ref.at[split, rows, pl.ds(first, TILE_N)])

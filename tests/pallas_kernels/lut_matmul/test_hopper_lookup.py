@@ -11,11 +11,11 @@ import pytest
 from pallas_kernels.layout import pack
 from pallas_kernels.lut_matmul import mosaic_gpu_asm
 from pallas_kernels.lut_matmul.mosaic_gpu_layout import (
+    byte_plane_words,
     emulate,
     lookup_bytes,
     lookup_table,
     pack_fragments,
-    plane_words,
     table_rows,
     vector_lengths,
     words_of_step,
@@ -37,70 +37,53 @@ def shared_memory(bits: int, table: np.ndarray) -> np.ndarray:
 def prmt(a: int, b: int, selector: int) -> int:
     pool = [a >> 8 * i & 255 for i in range(4)] + [b >> 8 * i & 255 for i in range(4)]
     picked = [pool[selector >> 4 * i & 7] for i in range(4)]
-    selector &= 0xFFFF
     assert not any(selector >> 4 * i & 8 for i in range(4)), "sign replication is not meant here"
     return sum(byte << 8 * i for i, byte in enumerate(picked))
 
 
-def run_ptx(
-    asm: str, operands: list[int], shared: np.ndarray, words: np.ndarray | None = None
-) -> list[int]:
-    """Runs the few instructions of the inline PTX on one thread; ``words`` begin at address 0.
+def execute(asm: str, state: dict, shared: np.ndarray, words: np.ndarray | None = None) -> None:
+    """Runs the few instructions of the inline PTX on one thread's registers, ``state``.
 
-    The registers before the transposition of matrices between lanes, if there is one.
+    ``shared`` begins at address BASE, ``words`` at 0. Matrices are not transposed between lanes.
     """
-    state: dict[str, int] = {f"${4 + i}": value for i, value in enumerate(operands)}
-    transposes = "movmatrix" in asm
 
     def value(name: str) -> int:
-        name = name.strip()
         return state[name] if name in state else int(name, 0)
 
-    def load(register: str, offset: int = 0) -> int:
-        address = value(register) + offset
-        assert address % 4 == 0
-        if address < BASE:
-            assert words is not None
-            return int(words[address // 4])
-        return int(shared.flat[(address - BASE) // 4])
-
-    def ld(rest: str) -> list:
-        *names, offset = (
-            re.findall(r"\$?\w+", rest)
-            if "+" in rest
-            else (
-                *re.findall(r"\$?\w+", rest),
-                "0",
-            )
-        )
-        return [*names, int(offset)]
-
-    moved: dict[str, str] = {}
-    for statement in asm.replace("{\n", "").split(";"):
-        statement = statement.strip()
-        if not statement or statement.startswith(".reg") or statement == "}":
+    for statement in asm.strip("{}\n").split(";"):
+        op, _, rest = statement.strip().partition(" ")
+        if op in ("", ".reg"):
             continue
-        op, rest = statement.split(" ", 1)
-        if op == "ld.shared.v2.b32":
-            first, second, address, offset = ld(rest)
-            state[first], state[second] = load(address, offset), load(address, offset + 4)
+        names = re.findall(r"[$\w]+", rest)
+        if op.startswith(("ld.", "st.")):
+            count = 4 if ".v4." in op else 2 if ".v2." in op else 1
+            if op.startswith("ld."):
+                registers, (register, *offset) = names[:count], names[count:]
+            else:
+                registers, (register, *offset) = names[-count:], names[:-count]
+            address = value(register) + sum(map(int, offset))
+            assert address % (4 * count) == 0
+            memory = shared if address >= BASE else words
+            assert memory is not None
+            first = (address - BASE if address >= BASE else address) // 4
+            if op.startswith("ld."):
+                state |= zip(registers, map(int, memory.flat[first : first + count]), strict=True)
+            else:
+                memory.flat[first : first + count] = [value(name) for name in registers]
             continue
-        target, *sources = (part.strip() for part in rest.split(","))
-        if op == "ld.shared.b32":
-            _, address, offset = ld(rest)
-            state[target] = load(address, offset)
-            continue
-        if op == "movmatrix.sync.aligned.m8n8.trans.b16":
-            moved[target] = sources[0]
-            continue
-        a, *others = (value(s) for s in sources)
+        target, *sources = names
+        a, *others = map(value, sources)
         match op:
             case "prmt.b32":
                 state[target] = prmt(a, *others)
-            case "mov.b32":
+            case "mov.b32" | "movmatrix.sync.aligned.m8n8.trans.b16":
                 state[target] = a
             case "add.u32":
                 state[target] = a + others[0]
+            case "mad.lo.u32" | "mad.wide.u32":
+                state[target] = a * others[0] + others[1]
+            case "min.u32":
+                state[target] = min(a, others[0])
             case "shr.u32":
                 state[target] = a >> others[0]
             case "shl.b32":
@@ -112,8 +95,14 @@ def run_ptx(
                 state[target] = (a & others[0]) | others[1]
             case _:
                 raise AssertionError(f"unknown instruction {op}")
-    if transposes:
-        return [state[moved[f"${i}"]] for i in range(4)]
+
+
+def run_ptx(
+    asm: str, operands: list[int], shared: np.ndarray, words: np.ndarray | None = None
+) -> list[int]:
+    """The four registers that the PTX of a step computes from operands 4 and on."""
+    state = {f"${4 + i}": value for i, value in enumerate(operands)}
+    execute(asm, state, shared, words)
     return [state[f"${i}"] for i in range(4)]
 
 
@@ -152,22 +141,7 @@ def test_ptx_fills_the_table(bits, warpgroups):
     shared = np.zeros((table_rows(bits), 64), np.uint32)
     asm = mosaic_gpu_asm._fill_asm(bits, 128 * warpgroups)
     for thread in range(128 * warpgroups):
-        state = {"$0": thread, "$1": 0, "$2": 0}
-        for statement in asm.replace(";", "\n").splitlines():
-            op, _, rest = statement.strip().partition(" ")
-            names = re.findall(r"[$\w]+", rest)
-            match op:
-                case "ld.global.nc.b32":
-                    state[names[0]] = int(entries.flat[(state[names[1]] + int(names[2])) // 4])
-                case "st.shared.v4.b32":
-                    start = state[names[0]] // 4
-                    shared.flat[start : start + 4] = [state[name] for name in names[1:]]
-                case "" | "{" | "}" | ".reg":
-                    pass
-                case _:
-                    a, b, *c = (state[n] if n in state else int(n) for n in names[1:])
-                    results = {"and": a & b, "add": a + b, "min": min(a, b), "shr": a >> b}
-                    state[names[0]] = a * b + c[0] if c else results[op.split(".")[0]]
+        execute(asm, {"$0": thread, "$1": BASE, "$2": 0}, shared, entries)
     used = 64 if bits == 2 else 32  # the places of the lanes
     np.testing.assert_array_equal(shared[:, :used], shared_memory(bits, entries)[:, :used])
 
@@ -177,7 +151,7 @@ def test_permutes_look_up_the_same_values(bits):
     rng = np.random.default_rng(bits)
     lut = rng.standard_normal((1, 2**bits, 1)).astype(np.float32)
     table = np.asarray(lookup_table(jnp.asarray(lut), bits, jnp.bfloat16))
-    planes = [int(plane) for plane in table[2, : plane_words(bits)]]
+    planes = [int(plane) for plane in table[2, : byte_plane_words(bits)]]
     for step in range(8):
         words = [int(w) for w in rng.integers(0, 2**32, len(words_of_step(bits, step)))]
         entry = 8 if bits == 2 else 4
