@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 
 from pallas_kernels.lut_matmul.mosaic_gpu_layout import (
     byte_plane_words,
@@ -22,6 +22,8 @@ from pallas_kernels.lut_matmul.mosaic_gpu_layout import (
     vector_lengths,
     words_of_step,
 )
+
+plgpu: Any = mosaic_gpu  # its interface moves with every release; see `available`
 
 
 @functools.cache
