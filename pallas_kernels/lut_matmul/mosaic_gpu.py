@@ -33,6 +33,7 @@ from pallas_kernels.lut_matmul.epilogue import add_offsets
 from pallas_kernels.lut_matmul.mosaic_gpu_layout import (
     SLICE_K,
     TILE_N,
+    bits_of_row,
     emulate,
     fill_lookup_table,
     lookup_table,
@@ -103,13 +104,16 @@ def supports(
 ) -> str | None:
     """None if the kernel can run these shapes and dtypes here, else the reason why not."""
     del offsets
-    bits = words.shape[1]
-    if bits not in (2, 3, 4, 8):
-        return f"{bits}-bit codes; the Hopper kernel has 2, 3, 4 and 8"
+    tables, _, p = lut.shape
+    if bits_of_row(words, p) is None:
+        return (
+            f"{words.shape[1]}-bit codes for p={p} rows; the Hopper kernel has 2, 3, 4 and 8 bits "
+            f"for one row, and 4, 6 and 8 for two"
+        )
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"activations of {x.dtype}; the tensor cores take bfloat16 and float16"
-    if lut.shape[0] > 1 or lut.shape[2] > 1:
-        return f"lut of shape {lut.shape}; the Hopper kernel takes one table of single values"
+    if tables > 1:
+        return f"lut of shape {lut.shape}; the Hopper kernel takes one table for all columns"
     if scales.shape[0] > 1 and not (group_size in (16, 32, 64) or group_size % SLICE_K == 0):
         return (
             f"group_size={group_size}; use 16, 32, 64, a multiple of {SLICE_K} or one group a "
@@ -216,7 +220,8 @@ def _block_m(m: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Problem:
-    bits: int
+    bits: int  # a row
+    p: int  # rows that share a code
     group: int  # rows that share a scale; padded_k for a column
     m: int
     block_m: int
@@ -267,15 +272,17 @@ def make_problem(
     *,
     k: int,
     group_size: int,
+    p: int = 1,
     config: Config | mosaic_gpu_tile.Config | None = None,
     padded: tuple[int, int] | None = None,
     transpose: bool = False,
 ) -> _Problem | mosaic_gpu_tile.Problem:
     """Pads the sizes of a product to the tiles of ``config`` (None: a tuned or heuristic one).
 
-    ``padded`` is the K and N of words that are packed already; tiles then divide those.
+    ``p`` rows share a code. ``padded`` is the K and N of words that are packed already; tiles then
+    divide those.
     """
-    _, bits, n = words.shape
+    bits, n = words.shape[1] // p, words.shape[2]
     if config is None and not transpose:
         config = _tuned(m, bits, k=k, n=n)
     if transpose or m > _DECODE_ROWS:
@@ -299,6 +306,7 @@ def make_problem(
     config = next(filter(fits, (dataclasses.replace(config, slices=s) for s in slices)))
     return _Problem(
         bits=bits,
+        p=p,
         group=padded[0] if group_size >= k else group_size,
         m=m,
         block_m=_block_m(m),
@@ -312,7 +320,7 @@ def prepack(
     words: jax.Array, lut: jax.Array, problem: _Problem | mosaic_gpu_tile.Problem, dtype: Any
 ) -> tuple:
     """Words in fragments, and the table of bytes."""
-    planes = pack_fragments(words, problem.padded_k, problem.padded_n)
+    planes = pack_fragments(words, problem.padded_k, problem.padded_n, lut.shape[2])
     return planes, lookup_table(lut, problem.bits, dtype)
 
 
@@ -338,7 +346,13 @@ def lut_matmul(
         else:
             config = Config(warpgroups=2, stages=2, blocks=3)
     problem = make_problem(
-        x.shape[0], words, k=k, group_size=group_size, config=config, transpose=transpose
+        x.shape[0],
+        words,
+        k=k,
+        group_size=group_size,
+        p=lut.shape[2],
+        config=config,
+        transpose=transpose,
     )
     planes, table = prepack(words, lut, problem, x.dtype)
     out_dtype = x.dtype if offsets is None else jnp.float32
@@ -407,7 +421,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
     config, bits, block_m = problem.config, problem.bits, problem.block_m
     layout = plgpu.Layout
     warpgroup = lax.axis_index("warpgroup")
-    byte_planes = () if interpret else mosaic_gpu_asm.load_byte_planes(t_ref, bits)
+    byte_planes = () if interpret else mosaic_gpu_asm.load_byte_planes(t_ref, bits, problem.p)
     group = min(problem.group, SLICE_K)
     block, share = lax.axis_index("block"), problem.steps_of_block
     # a part of a tile whose rows share a scale: (tile, slice, first row of the slice)

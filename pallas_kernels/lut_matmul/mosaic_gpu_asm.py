@@ -294,9 +294,9 @@ def _transposed_asm(bits: int, block: int) -> tuple[str, int]:
     return _assemble(lines, operands), operands
 
 
-def load_byte_planes(entries: Any, bits: int) -> tuple:
+def load_byte_planes(entries: Any, bits: int, p: int) -> tuple:
     """What byte permutes look up in, scalars; ``entries`` as in :func:`fill_table`."""
-    return tuple(entries[2, i] for i in range(byte_plane_words(bits)))
+    return tuple(entries[2, i] for i in range(byte_plane_words(bits, p)))
 
 
 def dequantize(

@@ -19,6 +19,10 @@ bits  a byte holds                                                   the table's
 
 Nibbles of a code of 2 or 3 bits are also the selectors of byte permutes, which look up the low and
 the high bytes of four values in registers.
+
+A code of 4, 6 or 8 bits for two rows (vector tables, p = 2) has the same bytes as two codes of half
+as many bits, and every entry that holds values of both is as easily that of their pair: only the
+entries differ, and there are no permutes.
 """
 
 from __future__ import annotations
@@ -38,20 +42,33 @@ SLICE_K = 128
 _U32 = jnp.uint32
 
 
-def pack_fragments(words: jax.Array, rows: int, columns: int) -> tuple[jax.Array, ...]:
+def bits_of_row(words: Any, p: int) -> int | None:
+    """Bits a row of canonical words whose codes stand for ``p`` rows; None if the kernel has none.
+
+    >>> bits_of_row(np.zeros((1, 6, 64), np.uint8), p=2)
+    3
+    """
+    bits, rest = divmod(words.shape[1], p)
+    return bits if not rest and bits in {1: (2, 3, 4, 8), 2: (2, 3, 4)}.get(p, ()) else None
+
+
+def pack_fragments(words: jax.Array, rows: int, columns: int, p: int = 1) -> tuple[jax.Array, ...]:
     """Canonical words to the kernel's words.
 
     Args:
       words: ``uint8[blocks, bits, N]``.
       rows: K padded to a multiple of ``SLICE_K``.
       columns: N padded to a multiple of ``TILE_N``.
+      p: Rows that share a code, 1 or 2.
 
     Returns:
       One array, or for 3 bits two (of 2 and of 1 bit), of
       ``uint32[columns / 64, rows / 128, words of a thread, 128]``. Read flat, the words of a
       thread are in vectors of ``vector_lengths(bits)``, a vector of all threads after the other.
     """
-    _, bits, n = words.shape
+    n = words.shape[2]
+    bits = words.shape[1] // p
+    words = words.reshape(-1, bits, n)  # a block for two rows a code is two blocks of its halves
     codes = unpack(words)[:rows]
     codes = jnp.pad(codes, ((0, rows - codes.shape[0]), (0, columns - n)))
     codes = codes.T.reshape(columns // 64, 4, 2, 8, rows // 128, 8, 2, 4, 2)
@@ -182,29 +199,36 @@ def lookup_table(lut: jax.Array, bits: int, dtype: jax.typing.DTypeLike) -> jax.
     then high bytes.
 
     Args:
-      lut: ``float[1, 2**bits, 1]``.
-      bits: Bits a code.
+      lut: ``float[1, 2**(bits * p), p]``, p = 1 or 2.
+      bits: Bits a row.
       dtype: bfloat16 or float16, of the weights.
     """
-    values = lut[0, :, 0].astype(dtype)
-    half = jax.lax.bitcast_convert_type(values, jnp.uint16).astype(_U32)
+    p = lut.shape[2]
+    half = jax.lax.bitcast_convert_type(lut[0].astype(dtype), jnp.uint16).astype(_U32)
     byte, mask = np.arange(256), 2**bits - 1
+
+    def pair(low: np.ndarray, high: np.ndarray) -> jax.Array:
+        """The values of two neighbouring rows, from the parts of a byte that are theirs."""
+        if p == 2:
+            low = high = low | high << bits
+        return half[low, 0] | half[high, p - 1] << _U32(16)
+
     if bits == 8:
-        first = second = half
+        first = second = half[:, 0]
     elif bits == 2:
         code = [byte >> shift & mask for shift in (0, 2, 4, 6)]
-        first, second = (half[code[r]] | half[code[2 + r]] << _U32(16) for r in range(2))
+        first, second = (pair(code[r], code[2 + r]) for r in range(2))
     else:
-        first = second = half[byte & mask] | half[byte >> 4 & mask] << _U32(16)
-    count = byte_plane_words(bits)
-    both = jnp.stack([half & _U32(255), half >> _U32(8)]).reshape(-1, 4)
+        first = second = pair(byte & mask, byte >> 4 & mask)
+    count = byte_plane_words(bits, p)
+    both = jnp.stack([half[:, 0] & _U32(255), half[:, 0] >> _U32(8)]).reshape(-1, 4)
     planes = jnp.zeros(256, _U32).at[:count].set(_join(both, 8, (-1,))[:count])
     return jnp.stack([first, second, planes])
 
 
-def byte_plane_words(bits: int) -> int:
+def byte_plane_words(bits: int, p: int = 1) -> int:
     """Words that byte permutes look up in; none for tables of more than eight values."""
-    return 2 ** (bits - 1) if bits in (2, 3) else 0
+    return 2 ** (bits - 1) if bits in (2, 3) and p == 1 else 0
 
 
 def table_rows(bits: int) -> int:

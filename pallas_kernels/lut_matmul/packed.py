@@ -116,7 +116,9 @@ def prepack(
     elif implementation == "mosaic_gpu":
         from pallas_kernels.lut_matmul import mosaic_gpu
 
-        gpu_problem = mosaic_gpu.make_problem(16, words, k=k, group_size=group_size)
+        gpu_problem = mosaic_gpu.make_problem(
+            16, words, k=k, group_size=group_size, p=lut.shape[-1]
+        )
         planes, table = mosaic_gpu.prepack(words, lut, gpu_problem, dtype)
         padded = (gpu_problem.padded_k, gpu_problem.padded_n)
     return PackedWeight(
@@ -216,7 +218,9 @@ def _apply(x: jax.Array, weight: PackedWeight, transpose: bool, interpret: Any) 
     else:
         from pallas_kernels.lut_matmul import mosaic_gpu
 
-        gpu_problem = mosaic_gpu.make_problem(x.shape[0], words, **static, padded=weight.padded[:2])
+        gpu_problem = mosaic_gpu.make_problem(
+            x.shape[0], words, **static, p=weight.p, padded=weight.padded[:2]
+        )
         y = mosaic_gpu.apply(
             x,
             weight.planes,

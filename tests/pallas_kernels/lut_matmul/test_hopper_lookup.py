@@ -11,6 +11,7 @@ import pytest
 from pallas_kernels.layout import pack
 from pallas_kernels.lut_matmul import mosaic_gpu_asm
 from pallas_kernels.lut_matmul.mosaic_gpu_layout import (
+    bits_of_row,
     byte_plane_words,
     emulate,
     lookup_bytes,
@@ -165,20 +166,23 @@ def test_permutes_look_up_the_same_values(bits):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("bits", BITS)
-def test_fragments_hold_the_transposed_weight(bits, dtype):
+@pytest.mark.parametrize("bits,p", [*((bits, 1) for bits in BITS), (2, 2), (3, 2), (4, 2)])
+def test_fragments_hold_the_transposed_weight(bits, p, dtype):
     rng = np.random.default_rng(bits)
-    codes = rng.integers(0, 2**bits, (200, 100)).astype(np.uint8)
-    lut = rng.standard_normal((1, 2**bits, 1)).astype(np.float32)
-    planes = pack_fragments(pack(jnp.asarray(codes), bits), 256, 128)
+    codes = rng.integers(0, 2 ** (bits * p), (200 // p, 100)).astype(np.uint8)
+    lut = rng.standard_normal((1, 2 ** (bits * p), p)).astype(np.float32)
+    canonical = pack(jnp.asarray(codes), bits * p)
+    assert bits_of_row(canonical, p) == bits
+    planes = pack_fragments(canonical, 256, 128, p)
     lengths = vector_lengths(bits)
     assert sum(p.nbytes for p in planes) == 256 * 128 * bits // 8
     assert len(lengths) == len(planes)
     shared = jnp.asarray(
         shared_memory(bits, np.asarray(lookup_table(jnp.asarray(lut), bits, dtype)))
     )
+    values = np.asarray(jnp.asarray(lut, dtype), np.float32)[0, codes]  # [200 / p, 100, p]
     dense = np.zeros((256, 128), np.float32)
-    dense[:200, :100] = np.asarray(jnp.asarray(lut, dtype), np.float32)[0, codes, 0]
+    dense[:200, :100] = values.swapaxes(1, 2).reshape(200, 100)
     for tile in range(2):
         for part in range(2):
             words = tuple(plane[tile, part] for plane in planes)
@@ -186,6 +190,15 @@ def test_fragments_hold_the_transposed_weight(bits, dtype):
             expected = dense[128 * part : 128 * part + 128, 64 * tile : 64 * tile + 64].T
             used_n, used_k = max(0, min(64, 100 - 64 * tile)), max(0, min(128, 200 - 128 * part))
             np.testing.assert_array_equal(weight[:used_n, :used_k], expected[:used_n, :used_k])
+
+
+def test_codes_of_other_sizes_have_no_bits_of_a_row():
+    def bits(code: int, p: int) -> int | None:
+        return bits_of_row(np.zeros((1, code, 8), np.uint8), p)
+
+    assert [bits(code, 1) for code in (1, 2, 5, 8)] == [None, 2, None, 8]
+    assert [bits(code, 2) for code in (2, 5, 6, 8)] == [None, None, 3, 4]
+    assert bits(8, 4) is None
 
 
 @pytest.mark.parametrize("bits", BITS)

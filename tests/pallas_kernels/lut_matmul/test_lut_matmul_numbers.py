@@ -65,6 +65,11 @@ HOPPER_CASES = [
     Case(transpose=True, m=130, bits=3, k=256, group_size=1024, scale_dtype="bfloat16"),
     Case(transpose=True, bits=2, k=200, n=72, group_size=128, dtype="float16"),
     Case(transpose=True, bits=8, k=384, group_size=384, offsets=True),
+    # a code for two rows
+    Case(p=2, bits=8, k=201, n=72, group_size=32, offsets=True),
+    Case(p=2, bits=6, m=1, k=256, n=128, group_size=128, dtype="float16"),
+    Case(p=2, bits=6, m=70, k=130, n=40, group_size=16),
+    Case(p=2, bits=4, m=3, transpose=True),
 ]
 
 
@@ -188,8 +193,9 @@ def test_two_runs_of_the_tpu_kernel_give_equal_bits():
     np.testing.assert_array_equal(small_tpu(case), small_tpu(case))
 
 
-def test_few_rows_of_the_hopper_kernel_give_the_weight_and_equal_bits():
-    case = Case(m=40, k=40, n=72, bits=3, group_size=32)
+@pytest.mark.parametrize("p,bits", [(1, 3), (2, 4), (2, 6), (2, 8)])
+def test_few_rows_of_the_hopper_kernel_give_the_weight_and_equal_bits(p, bits):
+    case = Case(m=40, k=40, n=72, bits=bits, group_size=32, p=p)
     interpretable("mosaic_gpu", case)
     data = make(case)
     data["x"] = jnp.eye(case.k, dtype=case.dtype)
