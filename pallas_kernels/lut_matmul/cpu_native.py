@@ -4,6 +4,9 @@ A few rows of activations: the table stays in registers (``vpermps`` on AVX-512 
 NEON) and codes are looked up as they stream by. More rows: a cache-sized panel of the weight is
 dequantised once and multiplied with all of them. Columns are split over XLA's own threads, so the
 result does not depend on their number. The instruction set is chosen when the call runs.
+
+A table of vectors is p tables of single values: the product is the sum of p products, of every
+p-th row of the weight each.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from pallas_kernels.layout import BLOCK
 from pallas_kernels.manual_axes import varying_axes
 from pallas_kernels.native import LUT_MATMUL, availability
 
-BITS = (2, 3, 4, 8)
+BITS = range(2, 9)
 _SCALE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -35,11 +38,9 @@ def supports(
     """None if the product can run, else the reason why not."""
     bits, p = words.shape[-2], lut.shape[-1]
     if bits not in BITS:
-        return f"{bits}-bit codes; it has kernels for {BITS} bits"
-    if p != 1:
-        return f"tables of vectors (p={p})"
-    if group_size % BLOCK and group_size < k:
-        return f"group_size={group_size} is not a multiple of {BLOCK}"
+        return f"{bits}-bit codes; it has kernels for 2 to 8 bits"
+    if group_size % (BLOCK * p) and group_size < k:
+        return f"group_size={group_size} is not a multiple of {BLOCK * p}"
     return availability()
 
 
@@ -73,23 +74,32 @@ def lut_matmul(
     if reason is not None:
         raise NotImplementedError(f"implementation 'cpu_native' cannot run: {reason}")
     blocks, _, n = words.shape
+    p = lut.shape[2]
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    if not transpose and blocks * BLOCK != k:
-        rows = jnp.pad(rows, [(0, 0), (0, blocks * BLOCK - k)])
+    if not transpose and blocks * BLOCK * p != k:
+        rows = jnp.pad(rows, [(0, 0), (0, blocks * BLOCK * p - k)])
     scales, offsets = scale_operands(scales, offsets)
-    columns = k if transpose else n
-    result: Any = jax.ShapeDtypeStruct((rows.shape[0], columns), jnp.float32)
+    codes = -(-k // p)
+    result: Any = jax.ShapeDtypeStruct((rows.shape[0], codes if transpose else n), jnp.float32)
     if varying_axes(rows):  # ffi_call takes these from a whole type only
         result = jax.typeof(rows).update(shape=result.shape)
-    y = jax.ffi.ffi_call(LUT_MATMUL, result, vmap_method="sequential")(
-        rows,
-        words,
-        scales,
-        lut.astype(jnp.float32).reshape(lut.shape[:2]),
-        offsets,
-        k=k,
-        group_size=blocks * BLOCK if group_size >= k else group_size,
-        transpose=transpose,
-        instructions=instructions,
-    )
-    return y.astype(x.dtype).reshape(*x.shape[:-1], columns)
+    call = jax.ffi.ffi_call(LUT_MATMUL, result, vmap_method="sequential")
+    products = [
+        call(
+            rows if transpose else rows[:, i::p],
+            words,
+            scales,
+            lut[:, :, i].astype(jnp.float32),
+            offsets,
+            k=codes,
+            group_size=blocks * BLOCK if group_size >= k else group_size // p,
+            transpose=transpose,
+            instructions=instructions,
+        )
+        for i in range(p)
+    ]
+    if transpose:
+        y = jnp.stack(products, axis=-1).reshape(rows.shape[0], -1)[:, :k]
+    else:
+        y = sum(products[1:], start=products[0])
+    return y.astype(x.dtype).reshape(*x.shape[:-1], y.shape[-1])

@@ -156,9 +156,11 @@ def default_config(m: int, bits: int, *, n: int, k: int, group: int) -> Config:
     for tiles, slices in sizes if bits >= 4 else ((2, 2), *sizes):  # many codes in few bytes
         steps = -(-k // (slices * SLICE_K)) * (n // (2 * tiles * TILE_N))
         enough = steps >= 4 * blocks or tiles == 1
+        padded = -(-k // SLICE_K) % slices  # K would be padded by a slice
         for stages in (4, 3, 2):
             config = Config(2, stages, tiles, slices, blocks)
-            if enough and n % config.block_n == 0 and _fits(m, bits, config, group):
+            whole = n % config.block_n == 0 and not padded
+            if enough and whole and _fits(m, bits, config, group):
                 return config
     raise AssertionError("the smallest configuration fits 64 rows")
 

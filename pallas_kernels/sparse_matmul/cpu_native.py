@@ -35,7 +35,7 @@ def supports(x: Any, weight: Any, thresholds: Any, *, splits: tuple[int, ...]) -
         case RowCodes():
             return "codes packed along N; it reads canonical words (BlockCodes)"
         case BlockCodes() if weight.bits not in BITS:
-            return f"{weight.bits}-bit codes; it has kernels for {BITS} bits"
+            return f"{weight.bits}-bit codes; it has kernels for 2 to 8 bits"
         case BlockCodes() if weight.lut.shape[::2] != (1, 1):
             return f"tables of shape {weight.lut.shape}; it has kernels for one of single values"
         case BlockCodes():

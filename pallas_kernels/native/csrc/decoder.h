@@ -86,13 +86,12 @@ bool IsLinear(const float* lut, int entries) {
 template <int kBits, Tables kTables>
 class Decoder {
  public:
+  Decoder(const Decoder&) = delete;  // its table may point to itself
   Decoder(const Problem& p, const Columns& columns) : p_(p), columns_(columns) {
-    // Repeated to 16 entries, so that the bits above a code do not matter.
-    float entries[16] = {0};
-    if (kInRegisters)
-      for (int i = 0; i < 16; ++i) entries[i] = p.lut[i & ((1 << kBits) - 1)];
-    table_ = Simd::LoadTable(entries);
-    if (kBytes) byte_table_ = Simd::LoadByteTable(p.lut);
+    // Repeated to 16 or 256 entries, so that the bits above a code do not matter.
+    for (int i = 0; i < kRepeated; ++i) repeated_[i] = p.lut[i & ((1 << kBits) - 1)];
+    if (kInRegisters) table_ = Simd::LoadTable(repeated_);
+    if (kBytes) byte_table_ = Simd::LoadByteTable(kRepeated ? repeated_ : p.lut);
     lut_ = p.lut + (kTables == kPerColumn ? columns.first << kBits : 0);
     if (kTables != kPerColumn) return;
     for (int j = 0; j < 4; ++j) {
@@ -155,7 +154,8 @@ class Decoder {
 
  private:
   static constexpr bool kInRegisters = kTables == kShared && kBits <= 4;
-  static constexpr bool kBytes = kTables == kShared && kBits == 8;
+  static constexpr bool kBytes = kTables == kShared && kBits > 4;
+  static constexpr int kRepeated = kInRegisters ? 16 : kBytes && kBits < 8 ? 256 : 0;
 
   inline __attribute__((always_inline)) Float Lookup(Word index, int j) const {
     if (kInRegisters) return Simd::template Lookup<(kBits <= 3 ? 8 : 16)>(table_, index);
@@ -171,6 +171,7 @@ class Decoder {
   const float* lut_;
   Simd::Table table_;
   Simd::ByteTable byte_table_;
+  float repeated_[kRepeated ? kRepeated : 1];
   Word tables_[4];
 };
 
@@ -196,6 +197,9 @@ void Dispatch(const Problem& p, Rest... rest) {
     case 2: return DispatchTables<Product, 2>(p, rest...);
     case 3: return DispatchTables<Product, 3>(p, rest...);
     case 4: return DispatchTables<Product, 4>(p, rest...);
+    case 5: return DispatchTables<Product, 5>(p, rest...);
+    case 6: return DispatchTables<Product, 6>(p, rest...);
+    case 7: return DispatchTables<Product, 7>(p, rest...);
     case 8: return DispatchTables<Product, 8>(p, rest...);
   }
 }

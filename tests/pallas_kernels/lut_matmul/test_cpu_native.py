@@ -23,15 +23,18 @@ pytestmark = pytest.mark.skipif(
 )
 
 INSTRUCTIONS = native.instruction_sets() if native.availability() is None else ()
-SUPPORTED = [case for case in CASES if case.p == 1]
 # Wide and single tiles, tiles that stick out, every way in which rows of x are grouped.
 EDGES = [
     *(Case(m=m, n=584, k=136, group_size=32, dtype="float32") for m in (1, 2, 3, 4, 5, 7, 13)),
     *(
         Case(m=m, bits=b, n=33, k=77, group_size=32, dtype="float32", tables="channel")
         for m in (1, 6)
-        for b in (2, 3, 8)
+        for b in (2, 3, 5, 8)
     ),
+    *(Case(m=m, bits=b, n=600, dtype="float32") for m in (1, 6) for b in (5, 6, 7)),
+    *(Case(m=1, bits=b, p=2, n=72, dtype="float32") for b in (5, 6, 7, 8)),
+    Case(m=5, bits=6, p=2, k=77, n=40, offsets=True, dtype="float32"),
+    Case(m=2, bits=7, p=2, k=90, n=40, transpose=True, offsets=True, dtype="float32"),
     *(Case(m=1, bits=b, n=600, dtype="float32", offsets=True) for b in (2, 3, 8)),
     Case(m=530, n=40, k=264, group_size=88, dtype="float32", scale_dtype="bfloat16"),
     Case(m=3, n=100, transpose=True, dtype="float32", scale_dtype="float16"),
@@ -47,14 +50,21 @@ def error(case: Case, instructions: str) -> float:
     return relative_error(y, oracle(case, data))
 
 
-@pytest.mark.parametrize("case", [*SUPPORTED, *EDGES], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *EDGES], ids=str)
 def test_equals_the_formula(case):
     assert error(case, "") < TOLERANCE[case.dtype]
 
 
 @pytest.mark.parametrize("instructions", INSTRUCTIONS[1:])
 @pytest.mark.parametrize(
-    "case", [*EDGES[::4], Case(bits=3, transpose=True), Case(m=1, dtype="float32")], ids=str
+    "case",
+    [
+        *EDGES[::4],
+        *(Case(m=1, bits=b, n=70, dtype="float32") for b in (5, 6, 7)),
+        Case(bits=3, transpose=True),
+        Case(m=1, dtype="float32"),
+    ],
+    ids=str,
 )
 def test_every_instruction_set_equals_the_formula(case, instructions):
     assert error(case, instructions) < TOLERANCE[case.dtype]
@@ -143,9 +153,9 @@ def test_under_shard_map():
 @pytest.mark.parametrize(
     "case,reason",
     [
-        (Case(p=2), "p=2"),
-        (Case(bits=5), "5-bit"),
+        (Case(bits=1), "1-bit"),
         (Case(k=100, group_size=20), "group_size=20"),
+        (Case(k=100, group_size=24, p=2), "group_size=24 is not a multiple of 16"),
     ],
     ids=str,
 )
@@ -233,7 +243,7 @@ from pallas_kernels.native import library
 import pathlib
 library.find_or_build = lambda: pathlib.Path(sys.argv[1])
 import test_cpu_native as tests
-for case in tests.SUPPORTED:
+for case in tests.CASES:
     assert tests.error(case, "") < tests.TOLERANCE[case.dtype]
 for instructions in tests.INSTRUCTIONS:
     for case in tests.EDGES:

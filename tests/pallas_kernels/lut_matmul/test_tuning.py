@@ -159,3 +159,10 @@ def test_more_rows_and_columns_never_cost_less():
         return mosaic_gpu_tile.clocks(m, 4, found[0], **sizes)
 
     assert best(128, 4096) <= best(512, 4096) <= best(512, 8192) <= best(4096, 8192)
+
+
+@pytest.mark.parametrize("k", [576, 1100, 4096])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_the_heuristic_pads_no_more_rows_than_a_slice_has(k, bits):
+    config = mosaic_gpu.default_config(4, bits, n=1536, k=k, group=64)
+    assert -(-k // 128) % config.slices == 0

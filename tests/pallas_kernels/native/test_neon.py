@@ -50,8 +50,8 @@ def error(actual, expected):
 
 CASES = [
     *((m, 72, 70, 4, {}) for m in (1, 2, 3, 4, 5, 13)),
-    *((1, 77, 150, bits, {"offsets": True}) for bits in (2, 3, 8)),
-    *((m, 77, 33, bits, {"tables": 33}) for bits in (2, 3, 4, 8) for m in (1, 6)),
+    *((1, 77, 150, bits, {"offsets": True}) for bits in (2, 3, 6, 8)),
+    *((m, 77, 33, bits, {"tables": 33}) for bits in (2, 3, 4, 5, 8) for m in (1, 6)),
     *((m, 64, 40, 8, {"linear": True}) for m in (1, 6)),
     (1, 200, 300, 4, {"dtype": ml_dtypes.bfloat16}),
     (9, 200, 40, 3, {"dtype": ml_dtypes.bfloat16, "offsets": True}),
@@ -101,7 +101,9 @@ def live_rows(x, dead, bits, group, n):
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4])
-@pytest.mark.parametrize("bits,linear", [(2, False), (3, False), (4, False), (8, False), (8, True)])
+@pytest.mark.parametrize(
+    "bits,linear", [(2, False), (3, False), (4, False), (7, False), (8, False), (8, True)]
+)
 def test_sparse_products_with_packed_weights(emulator, bits, linear, m):
     rng = np.random.default_rng(m)
     k, n, group = 150, 70, 20
