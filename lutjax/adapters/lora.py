@@ -32,7 +32,6 @@ from lutjax.arrays import (
     CompressedArray,
     DenseArray,
     LowRankArray,
-    LutArray,
     ProductArray,
     SumArray,
     is_compressed,
@@ -254,7 +253,7 @@ def quantize_adapter(
     (65536, 20736)
     """
 
-    def convert(path: str, factor: jax.Array) -> LutArray:
+    def convert(path: str, factor: jax.Array) -> CompressedArray:
         rows = factor.shape[-2]
         group = group_size if rows >= max(group_size, MIN_GROUP_SIZE) else COLUMN
         rule = Rule("*", LutConfig(bits, group), axis=-2)  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """Which configuration for which matrix under a budget: numbers in, a plan out."""
 
 from lutjax.allocate.budget import Budget
-from lutjax.allocate.grid import candidate_grid, nominal_bits, prune, stored_bytes
+from lutjax.allocate.grid import candidate_grid, higgs_grid, nominal_bits, prune, stored_bytes
 from lutjax.allocate.plan import Choice, CostTable, Matrix, Plan, allocate
 from lutjax.allocate.plot import plot_plan
 from lutjax.allocate.shapes import MODELS, ModelShapes, model_shapes
@@ -27,6 +27,7 @@ __all__ = [
     "Plan",
     "allocate",
     "candidate_grid",
+    "higgs_grid",
     "model_shapes",
     "nominal_bits",
     "pareto",

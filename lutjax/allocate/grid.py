@@ -7,10 +7,10 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.spatial import cKDTree
 
 from lutjax.allocate.solvers import pareto
 from lutjax.arrays import DoubleQuant
-from lutjax.codebooks import is_affine
 from lutjax.transforms.recipe import COLUMN, LutConfig
 
 _ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -39,39 +39,55 @@ def candidate_grid(
     )
 
 
+def higgs_grid(
+    bits: Sequence[float] = (2, 2.5, 3, 3.5, 4, 5, 6, 8), group_size: int = 512
+) -> tuple[LutConfig, ...]:
+    """The configurations of :meth:`lutjax.LutConfig.higgs` for some bits a weight.
+
+    Source: HIGGS (arXiv 2411.17525, section 5).
+
+    >>> [nominal_bits(config) for config in higgs_grid((2, 4))]
+    [2.03125, 4.03125]
+    """
+    return tuple(LutConfig.higgs(b, group_size) for b in bits)
+
+
 def nominal_bits(config: LutConfig) -> float:
     """Bits a weight of a large matrix, ``b + b0 / B0 + b1 / (B0 B1)``, without its table.
 
     >>> nominal_bits(LutConfig(3, 64, double_quant=DoubleQuant(8, 256, "float32")))
     3.126953125
     """
+    bits = config.bits / config.vector_size
     if config.group_size == COLUMN:
-        return float(config.bits)
+        return bits
     group = int(config.group_size)
     if config.double_quant is None:
-        table = config.table()
-        each = 2 if table is not None and is_affine(table) else 1
-        return config.bits + 8 * each * _ITEMSIZE[config.scale_dtype] / group
+        return bits + 8 * _scales_of_group(config) * _ITEMSIZE[config.scale_dtype] / group
     second = config.double_quant
     step = 8 * _ITEMSIZE[second.dtype] / second.block
-    return config.bits + (second.bits + step) / group
+    return bits + (second.bits + step) / group
+
+
+def _scales_of_group(config: LutConfig) -> int:
+    """1, or 2 with an offset."""
+    return 2 if config.scaling == "range" else 1
 
 
 def stored_bytes(k: int, n: int, config: LutConfig) -> int:
     """Bytes that a quantised ``[K, N]`` matrix takes: codes, scales, table, paddings.
 
-    The same number as ``nbytes`` of the :class:`lutjax.LutArray`, without making one.
+    The same number as ``nbytes`` of the quantised array, without making one.
 
     >>> stored_bytes(64, 64, LutConfig(4, 32))
     2368
     """
     group = k if config.group_size == COLUMN else int(config.group_size)
     groups = -(-k // group)
-    table = config.table()
-    total = -(-k // 8) * config.bits * n + 4 * 2**config.bits
+    p = config.vector_size
+    total = -(-k // (8 * p)) * config.bits * n + 4 * p * 2**config.bits
     if config.double_quant is None:
-        each = 2 if table is not None and is_affine(table) else 1
-        return total + each * groups * n * _ITEMSIZE[config.scale_dtype]
+        return total + _scales_of_group(config) * groups * n * _ITEMSIZE[config.scale_dtype]
     second = config.double_quant
     codes = -(-n // 8) * second.bits * groups
     steps = groups * -(-n // second.block) * _ITEMSIZE[second.dtype]
@@ -91,15 +107,20 @@ def fits(k: int, config: LutConfig) -> bool:
 def gaussian_error(config: LutConfig) -> float:
     """Relative mean squared error of quantising independent normal weights, by simulation.
 
-    A stand-in for measured costs where only shapes are known, and a first sieve of candidates.
+    A stand-in for measured costs where only shapes are known, and a first sieve of candidates; for
+    rotated weights, which are nearly normal, it is their error.
 
     >>> 0.03 < gaussian_error(LutConfig(3, 64)) < 0.05
     True
     """
     weights = np.random.default_rng(0).standard_normal((192, 256)).astype(np.float32)
     table = config.table()
-    if table is None or is_affine(table):
+    if table is None or config.scaling == "range":
         raise ValueError(f"codebook {config.codebook!r} is not supported; use one with a sign")
+    if config.scaling == "rms":  # what the groups are divided by hardly varies
+        vectors = weights.reshape(-1, config.vector_size)
+        distance, _ = cKDTree(table.reshape(len(table), -1)).query(vectors)
+        return float(np.square(distance).sum() / np.square(vectors).sum())
     group = 192 if config.group_size == COLUMN else min(int(config.group_size), 192)
     groups = weights.reshape(-1, group, 256)
     scales = np.abs(groups).max(axis=1)

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +92,50 @@ class CostTable:
         """
         costs = [
             [m.size * gaussian_error(c) if fits(m.k, c) else math.inf for c in candidates]
+            for m in matrices
+        ]
+        return cls(tuple(matrices), tuple(candidates), np.array(costs))
+
+    @classmethod
+    def of_sensitivities(
+        cls,
+        matrices: Sequence[Matrix],
+        candidates: Sequence[LutConfig],
+        sensitivities: Mapping[str, float],
+    ) -> CostTable:
+        r"""Costs by the linearity theorem: the loss grows by :math:`\alpha_l t_{lj}^2`.
+
+        The relative squared error :math:`t_{lj}^2` is that of normal weights, which rotated ones
+        nearly are; so nothing has to be quantised to plan.
+
+        Args:
+          matrices: The M matrices.
+          candidates: The J configurations, for example :func:`higgs_grid`.
+          sensitivities: :math:`\alpha_l` of each path, as
+            :func:`lutjax.calibrate.noise_sensitivities` measures them.
+
+        Raises:
+          ValueError: If a path has none, or one is negative.
+
+        Source: HIGGS (arXiv 2411.17525, sections 4 and 5).
+
+        >>> matrices = [Matrix("a", 512, 64), Matrix("b", 512, 64)]
+        >>> configs = [LutConfig.higgs(2), LutConfig.higgs(4)]
+        >>> table = CostTable.of_sensitivities(matrices, configs, {"a": 3.0, "b": 1.0})
+        >>> [choice.config.bits / 2 for choice in allocate(table, 3.05).choices]
+        [4.0, 2.0]
+        """
+        for matrix in matrices:
+            if not sensitivities.get(matrix.path, -1.0) >= 0:
+                raise ValueError(
+                    f"the sensitivity of {matrix.path!r} is {sensitivities.get(matrix.path)}; "
+                    f"measure one that is not negative"
+                )
+        costs = [
+            [
+                sensitivities[m.path] * gaussian_error(c) if fits(m.k, c) else math.inf
+                for c in candidates
+            ]
             for m in matrices
         ]
         return cls(tuple(matrices), tuple(candidates), np.array(costs))
@@ -235,7 +279,7 @@ class Plan(Recipe):
         """A table with a line for each matrix."""
         width = max(len("parameter"), *(len(c.matrix.path) for c in self.choices))
         lines = [
-            f"{'parameter':<{width}}  {'bits/weight':>11}  {'bits':>4}  {'group':>6}  "
+            f"{'parameter':<{width}}  {'bits/weight':>11}  {'code':>7}  {'group':>6}  "
             f"{'scales':>22}  {'cost':>10}"
         ]
         for c in self.choices:
@@ -246,7 +290,7 @@ class Plan(Recipe):
                 else f"{second.bits} bits / {second.block} {second.dtype}"
             )
             lines.append(
-                f"{c.matrix.path:<{width}}  {c.bits_per_weight:>11.3f}  {c.config.bits:>4}  "
+                f"{c.matrix.path:<{width}}  {c.bits_per_weight:>11.3f}  {_code(c.config):>7}  "
                 f"{c.config.group_size:>6}  {scales:>22}  {c.cost:>10.4g}"
             )
         return "\n".join([*lines, self._total()])
@@ -310,6 +354,11 @@ def allocate(table: CostTable, budget: Budget | float, *, solver: str = "ilp") -
         for i, (matrix, j) in enumerate(zip(table.matrices, chosen, strict=True))
     ]
     return Plan.of(choices, budget, solver)
+
+
+def _code(config: LutConfig) -> str:
+    """Bits of a code, and for how many weights it stands if it is for several."""
+    return f"{config.bits}" if config.vector_size == 1 else f"{config.bits} / {config.vector_size}"
 
 
 def kind_of(path: str) -> str:

@@ -5,6 +5,7 @@ from lutjax.calibrate.costs import measure_costs, plannable
 from lutjax.calibrate.fisher import Fisher, fisher
 from lutjax.calibrate.histogram import MagnitudeHistogram
 from lutjax.calibrate.losses import next_token_loss
+from lutjax.calibrate.noise import noise_sensitivities
 from lutjax.calibrate.observe import ObservedArray, observe
 from lutjax.calibrate.probe import ProbedArray
 
@@ -18,6 +19,7 @@ __all__ = [
     "fisher",
     "measure_costs",
     "next_token_loss",
+    "noise_sensitivities",
     "observe",
     "plannable",
 ]

@@ -20,11 +20,15 @@ class Allocate:
     """Plan which matrix gets how many bits, so that the whole keeps a budget.
 
     Each matrix is decomposed with each candidate to see what that costs; an integer program then
-    picks. With --shapes, nothing is measured: the plan is for normal weights of those shapes.
+    picks. With --higgs, the plan is for `lutjax quantize` instead: the cost is how much the loss on
+    --text grows with noise in that matrix. With --shapes, nothing is measured: the plan is for
+    normal weights of those shapes.
 
     For example:
 
     lutjax allocate ./model --budget 2.75 --rank 64 -o plan.json --plot plan.png
+
+    lutjax allocate ./model --higgs --text book.txt --samples 8 --budget 3.25 -o plan.json
 
     lutjax allocate --shapes llama-2-70b --budget 2.75
     """
@@ -41,6 +45,8 @@ class Allocate:
     """Count the low-rank parts towards the budget."""
     count_embeddings: bool = False
     """Count embeddings, head and norms towards the budget."""
+    higgs: bool = False
+    """Rotated weights without low-rank parts, 2 to 8 bits; needs --text."""
     solver: Literal["ilp", "dp", "greedy", "uniform"] = "ilp"
     """ilp: integer programming; uniform: one configuration for all."""
     rank: int = 64
@@ -80,19 +86,25 @@ class Allocate:
             raise ValueError("name either a MODEL or --shapes")
         if (self.budget is None) == (self.budget_mb is None):
             raise ValueError("give either --budget or --budget-mb")
+        if self.higgs and self.model is not None and self.text is None:
+            raise ValueError("--higgs measures on a text; name one with --text")
         for file in (self.output, self.plot):
             if file is not None and not file.absolute().parent.is_dir():
                 raise FileNotFoundError(f"the directory of {file} does not exist")
         # Sizes first: a budget that cannot be kept is found before anything is measured.
         table, others = self._from_shapes() if self.model is None else self._from_model()
-        adapters = sum(m.adapter_bytes(self.rank) for m in table.matrices)
+        adapters = self._adapter_bytes(table.matrices)
         plan = allocate(table, self._budget(adapters, *others), solver=self.solver)
         print(plan if self.full else plan.by_kind())
         total = plan.nbytes + others[0] + adapters
+        low_rank = (
+            ""
+            if self.higgs
+            else f" + low-rank parts of rank {self.rank} in bfloat16 {format_bytes(adapters)}"
+        )
         print(
             f"quantised {format_bytes(plan.nbytes)} + embeddings, head, norms "
-            f"{format_bytes(others[0])} + low-rank parts of rank {self.rank} in bfloat16 "
-            f"{format_bytes(adapters)} = {format_bytes(total)}"
+            f"{format_bytes(others[0])}{low_rank} = {format_bytes(total)}"
         )
         if self.output is not None:
             plan.save(self.output)
@@ -111,35 +123,51 @@ class Allocate:
             fixed_weights=other_weights * self.count_embeddings,
         )
 
+    def _adapter_bytes(self, matrices: tuple[Matrix, ...]) -> int:
+        return 0 if self.higgs else sum(m.adapter_bytes(self.rank) for m in matrices)
+
+    def _candidates(self, matrices: tuple[Matrix, ...]) -> tuple[LutConfig, ...]:
+        from lutjax.allocate import candidate_grid, higgs_grid, prune
+        from lutjax.allocate.grid import fits
+
+        if self.higgs:
+            sizes = (512, 256, 128, 64, 32, 16)  # the largest group that every matrix has
+            group = next((g for g in sizes if all(g <= m.k for m in matrices)), 16)
+            return higgs_grid(group_size=group)
+        if self.shapes is not None:
+            return prune(candidate_grid())
+        # Groups that are larger than the smallest matrix would leave it without a candidate.
+        grid = [c for c in candidate_grid() if all(fits(m.k, c) for m in matrices)]
+        return prune(grid or candidate_grid(), most=self.candidates)
+
     def _from_shapes(self) -> tuple[CostTable, tuple[int, int]]:
-        from lutjax.allocate import CostTable, candidate_grid, prune
+        from lutjax.allocate import CostTable
 
         assert self.shapes is not None
         shapes = _read_shapes(self.shapes)
         others = shapes.embedding_weights + shapes.norm_weights
-        table = CostTable.of_shapes(shapes.matrices(), prune(candidate_grid()))
+        matrices = shapes.matrices()
+        table = CostTable.of_shapes(matrices, self._candidates(tuple(matrices)))
         return table, (2 * others, others)  # in bfloat16
 
     def _from_model(self) -> tuple[CostTable, tuple[int, int]]:
         import jax
 
         from lutjax import load, summarize
-        from lutjax.allocate import candidate_grid, prune
-        from lutjax.allocate.grid import fits
         from lutjax.calibrate import measure_costs, plannable
         from lutjax.cli.calibration import fisher_for
 
         assert self.model is not None
         _, params, _ = load(self.model)
         matrices = plannable(params)
-        # Groups that are larger than the smallest matrix would leave it without a candidate.
-        grid = [c for c in candidate_grid() if all(fits(m.k, c) for m in matrices)]
-        candidates = prune(grid or candidate_grid(), most=self.candidates)
+        candidates = self._candidates(matrices)
         summary = summarize(params)
         planned = {matrix.path for matrix in matrices}
         others = [leaf for leaf in summary.leaves if leaf.path not in planned]
         sizes = (sum(leaf.nbytes for leaf in others), sum(leaf.size for leaf in others))
         self._check_feasible(matrices, candidates, sizes)
+        if self.higgs:
+            return self._from_noise(matrices, candidates), sizes
         table = measure_costs(
             params,
             candidates,
@@ -153,6 +181,28 @@ class Allocate:
         )
         return table, sizes
 
+    def _from_noise(
+        self, matrices: tuple[Matrix, ...], candidates: tuple[LutConfig, ...]
+    ) -> CostTable:
+        import jax
+
+        from lutjax.allocate import CostTable
+        from lutjax.calibrate import next_token_loss, noise_sensitivities
+        from lutjax.cli.models import evaluation_text, load_model
+        from lutjax.evaluate import windows
+
+        assert self.model is not None and self.text is not None
+        loaded = load_model(self.model)
+        ids = loaded.tokenizer.encode(evaluation_text(self.text), add_special_tokens=False)
+        sensitivities = noise_sensitivities(
+            next_token_loss(loaded.apply_fn),
+            loaded.params,
+            list(windows(ids, self.window, self.samples)),
+            key=jax.random.key(self.seed),
+            progress=True,
+        )
+        return CostTable.of_sensitivities(matrices, candidates, sensitivities)
+
     def _check_feasible(
         self,
         matrices: tuple[Matrix, ...],
@@ -161,7 +211,7 @@ class Allocate:
     ) -> None:
         from lutjax.allocate import CostTable, allocate
 
-        adapters = sum(m.adapter_bytes(self.rank) for m in matrices)
+        adapters = self._adapter_bytes(matrices)
         table = CostTable.of_shapes(matrices, candidates)
         solver = "uniform" if self.solver == "uniform" else "greedy"
         allocate(table, self._budget(adapters, *others), solver=solver)

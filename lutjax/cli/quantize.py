@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 if TYPE_CHECKING:
     from lutjax import Recipe
+
+_CODES = ("codebook", "scale_dtype", "double_quant")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Quantize:
 
     lutjax quantize ./model -o model-3bit --bits 3 --group-size 128
 
+    lutjax quantize ./model -o model-2.5bit --higgs --bits 2.5
+
     lutjax quantize model.gguf -o model-int4 --keep-quantized
     """
 
@@ -32,18 +36,22 @@ class Quantize:
     """Directory, .gguf file or hub id of the dense model."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Directory to make; it must not exist."""
-    bits: int = 4
-    """Bits of a code, 1 to 8."""
-    group_size: int | Literal["column"] = 64
-    """Weights that share a scale, at least 16, or 'column' for one scale a column."""
+    bits: float = 4
+    """Bits a weight, 1 to 8; with --higgs also 1.5, 2.5 and 3.5."""
+    group_size: int | Literal["column"] | None = None
+    """Weights that share a scale, at least 16 (64 by default, with --higgs 512, a power of two), or
+    'column' for one scale a column."""
+    higgs: bool = False
+    """Rotate the weights and use the best tables for normal numbers: the least error for 1 to 4
+    bits; decoding is slower on a CPU. Instead of a codebook."""
     codebook: str = "nf"
-    """Table of values: nf (NormalFloat), int, affine, fp4, nf_flute, kmeans."""
+    """Table of values: nf (NormalFloat), int, affine, fp4, nf_flute, kmeans, gaussian."""
     scale_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """How the scales are stored."""
     double_quant: bool = False
     """Quantise the scales too, to 8 bits."""
     recipe: Path | None = None
-    """JSON file with a rule for each kind of parameter, instead of the five options above."""
+    """JSON file with a rule for each kind of parameter, instead of the six options above."""
     keep_quantized: bool = False
     """Keep the Q4_0, Q4_1 and Q8_0 matrices of a .gguf file exactly; compress only the others."""
 
@@ -70,20 +78,28 @@ class Quantize:
     def _recipe(self) -> Recipe:
         from lutjax import DoubleQuant, Recipe
 
-        options = ("bits", "group_size", "codebook", "scale_dtype", "double_quant")
         if self.recipe is not None:
-            for field in dataclasses.fields(self):
-                if field.name in options and getattr(self, field.name) != field.default:
-                    flag = "--" + field.name.replace("_", "-")
-                    raise ValueError(f"give either --recipe or {flag}, not both")
+            self._refuse_beside("--recipe", "bits", "group_size", "higgs", *_CODES)
             try:
                 return Recipe.load(self.recipe)
             except ValueError as error:
                 raise ValueError(f"{self.recipe}: {error}") from error
+        # what is out of range, the recipe says
+        bits: Any = int(self.bits) if self.bits == int(self.bits) else self.bits
+        group_size: Any = self.group_size or (512 if self.higgs else 64)
+        if self.higgs:
+            self._refuse_beside("--higgs", *_CODES)
+            return Recipe.higgs(bits, group_size)
         return Recipe.uniform(
-            self.bits,
-            self.group_size,
+            bits,
+            group_size,
             self.codebook,
             scale_dtype=self.scale_dtype,
             double_quant=DoubleQuant() if self.double_quant else None,
         )
+
+    def _refuse_beside(self, given: str, *options: str) -> None:
+        for field in dataclasses.fields(self):
+            if field.name in options and getattr(self, field.name) != field.default:
+                flag = "--" + field.name.replace("_", "-")
+                raise ValueError(f"give either {given} or {flag}, not both")

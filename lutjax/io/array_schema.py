@@ -25,6 +25,7 @@ from lutjax.arrays import (
     MatrixView,
     ProductArray,
     QuantizedScales,
+    RotatedArray,
     RowLutArray,
     SumArray,
 )
@@ -41,6 +42,7 @@ CLASSES: dict[str, type] = {
         MatrixView,
         ProductArray,
         QuantizedScales,
+        RotatedArray,
         RowLutArray,
         SumArray,
     )

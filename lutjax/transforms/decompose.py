@@ -13,7 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
-from lutjax.arrays import LowRankArray, LutArray, MatrixView, SumArray, is_compressed
+from lutjax.arrays import (
+    CompressedArray,
+    LowRankArray,
+    MatrixView,
+    SumArray,
+    is_compressed,
+)
 from lutjax.paths import path_string
 from lutjax.transforms.importance import (
     Importance,
@@ -41,7 +47,7 @@ class Decomposition:
     """A decomposed weight and how it was reached.
 
     Attributes:
-      array: ``SumArray(LutArray, LowRankArray)``.
+      array: ``SumArray(LutArray, LowRankArray)``, or with a rotated array of codes.
       error: ``float32[*batch]``, the Frobenius norm of ``sqrt(F) * (W - array)``.
       history: ``float32[*batch, rounds]``, that norm after each round, NaN after the stop.
       rounds: ``int32[*batch]``, rounds run.
@@ -251,7 +257,7 @@ class _Steps:
 
     weight: Float[Array, "k n"]
     error: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-    quantize: Callable[[jax.Array], LutArray]
+    quantize: Callable[[jax.Array], CompressedArray]
     factorize: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
     @classmethod
@@ -363,7 +369,7 @@ def _quantized_first(steps: _Steps, key, rank, rounds):
     return (*last, errors[-1], errors, jnp.int32(rounds))
 
 
-def _nothing(steps: _Steps) -> LutArray:
+def _nothing(steps: _Steps) -> CompressedArray:
     """Codes that stand for zeros: with scales of zero, whatever the table."""
     abstract = jax.eval_shape(steps.quantize, steps.weight)
     return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract)

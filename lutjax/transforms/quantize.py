@@ -11,9 +11,17 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lutjax import codebooks
-from lutjax.arrays import LutArray, MatrixView, QuantizedScales, is_compressed, quantize_scales
+from lutjax.arrays import (
+    LutArray,
+    MatrixView,
+    QuantizedScales,
+    RotatedArray,
+    is_compressed,
+    quantize_scales,
+)
 from lutjax.packing import BLOCK, pack
 from lutjax.paths import named_leaves, path_string
+from lutjax.rotation import rotate
 from lutjax.transforms.recipe import COLUMN, LutConfig, Recipe, Rule
 
 
@@ -27,7 +35,9 @@ def quantize(
     """Replaces weight matrices by :class:`LutArray` codes, as a recipe says.
 
     Each group of G weights along the contraction axis is scaled by its absolute maximum (by its
-    range, for affine tables) and every weight becomes the code of the nearest table value.
+    range, for affine tables; by its root mean square, for ``"gaussian"`` ones) and every weight
+    becomes the code of the nearest table value. Weights that are rotated first become a
+    :class:`lutjax.arrays.RotatedArray` of such codes.
 
     Works under ``jit`` and ``jax.eval_shape``. Matrices are handled one after the other, so the
     peak memory is the result plus a few times the largest matrix.
@@ -46,7 +56,7 @@ def quantize(
         the message names the parameter path.
       TypeError: If a rule reaches a leaf that is no floating-point matrix, or is compressed.
 
-    Source: FLUTE (arXiv 2407.10960), QLoRA (arXiv 2305.14314, section 2).
+    Source: FLUTE (arXiv 2407.10960), QLoRA (arXiv 2305.14314, section 2), HIGGS (arXiv 2411.17525).
 
     >>> params = {"mlp": {"kernel": jnp.ones((128, 32)), "bias": jnp.zeros(32)}}
     >>> quantize(params, Recipe.uniform(bits=3, group_size=32))["mlp"]["kernel"]
@@ -148,7 +158,7 @@ def quantize_array(
     *,
     path: str = "array",
     allow_nonfinite: bool = False,
-) -> LutArray:
+) -> LutArray | RotatedArray:
     """Quantises one weight; ``path`` names it in errors.
 
     Raises:
@@ -189,15 +199,22 @@ def check_finite(weight: Any, path: str) -> None:
 
 
 def fit_scales(
-    matrix: Float[Array, "*batch k n"], group_size: int, kind: Literal["absmax", "range"]
+    matrix: Float[Array, "*batch k n"], group_size: int, kind: Literal["absmax", "range", "rms"]
 ) -> tuple[Float[Array, "*batch g n"], Float[Array, "*batch g n"] | None]:
     """Scales, and offsets for affine tables, of groups of rows.
 
     Returns:
-      ``(max |w|, None)``, or ``(max w - min w, min w)``, each ``float32[*batch, ceil(K/G), N]``.
+      ``(max |w|, None)``, ``(max w - min w, min w)`` or ``(sqrt(mean w**2), None)``, each
+      ``float32[*batch, ceil(K/G), N]``.
     """
     *batch, k, n = matrix.shape
     edge = [(0, 0)] * len(batch) + [(0, -k % group_size), (0, 0)]
+    if kind == "rms":
+        squares = jnp.pad(jnp.square(matrix), edge).reshape(*batch, -1, group_size, n)
+        first = np.arange(0, k, group_size)
+        counts = np.minimum(group_size, k - first).astype(np.float32)  # the last may be shorter
+        means = squares.sum(axis=-2) / counts.reshape(*[1] * len(batch), -1, 1)
+        return jnp.sqrt(means), None
     groups = jnp.pad(matrix, edge, mode="edge").reshape(*batch, -1, group_size, n)
     if kind == "absmax":
         return jnp.abs(groups).max(axis=-2), None
@@ -206,13 +223,15 @@ def fit_scales(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "batch_ndim", "view"))
-def _quantize(weight: jax.Array, config: LutConfig, batch_ndim: int, view: MatrixView) -> LutArray:
+def _quantize(
+    weight: jax.Array, config: LutConfig, batch_ndim: int, view: MatrixView
+) -> LutArray | RotatedArray:
     matrix = view.to_matrix(weight, batch_ndim).astype(jnp.float32)
     *batch, k, _ = matrix.shape
     group_size = k if config.group_size == COLUMN else int(config.group_size)
-    fixed = config.table()
-    affine = fixed is not None and codebooks.is_affine(fixed)
-    scales, offsets = fit_scales(matrix, group_size, "range" if affine else "absmax")
+    if config.rotate:
+        matrix = jnp.swapaxes(rotate(jnp.swapaxes(matrix, -1, -2), group_size), -1, -2)
+    scales, offsets = fit_scales(matrix, group_size, config.scaling)
 
     stored: jax.Array | QuantizedScales
     if config.double_quant is None:
@@ -231,6 +250,7 @@ def _quantize(weight: jax.Array, config: LutConfig, batch_ndim: int, view: Matri
     )
     units = shifted / divisor
 
+    fixed = config.table()
     if fixed is None:
         fit = functools.partial(codebooks.kmeans, bits=config.bits)
         for _ in batch:
@@ -238,18 +258,20 @@ def _quantize(weight: jax.Array, config: LutConfig, batch_ndim: int, view: Matri
         table = fit(units, weights=divisor**2)
         codes = codebooks.nearest_codes(units, table)
     else:
-        codes = codebooks.nearest_codes(units, fixed)
-        table = jnp.broadcast_to(jnp.asarray(fixed), (*batch, 1, fixed.size))
-    return LutArray(
+        nearest = codebooks.nearest_codes if fixed.ndim == 1 else codebooks.nearest_vectors
+        codes = nearest(units, fixed)
+        table = jnp.broadcast_to(jnp.asarray(fixed), (*batch, 1, *fixed.shape))
+    array = LutArray(
         words=pack(codes, config.bits),
         scales=stored,
-        lut=table[..., None],
+        lut=table if config.vector_size > 1 else table[..., None],
         offsets=offsets,
         group_size=group_size,
-        padding=-k % BLOCK,
+        padding=-k % (BLOCK * config.vector_size),
         dtype=np.dtype(weight.dtype),
         view=view,
     )
+    return RotatedArray(array, group_size) if config.rotate else array
 
 
 def _not_a_matrix(leaf: Any) -> str | None:

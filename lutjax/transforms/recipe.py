@@ -16,6 +16,7 @@ from lutjax import codebooks
 from lutjax.arrays import DoubleQuant
 from lutjax.packing import MAX_BITS
 from lutjax.paths import near_misses
+from lutjax.rotation import is_power_of_two
 
 COLUMN = "column"
 MIN_GROUP_SIZE = 16
@@ -32,9 +33,13 @@ class LutConfig:
       bits: Bits of a code, 1 to 8.
       group_size: Weights along K that share a scale, at least 16; ``"column"`` for all of K.
       codebook: A name in :data:`lutjax.codebooks.CODEBOOKS`, ``"kmeans"`` (one table fitted to each
-        matrix) or the values themselves.
+        matrix), ``"gaussian"`` (the best for normal numbers) or the values themselves.
       scale_dtype: Dtype of scales and offsets: bfloat16, float16 or float32.
       double_quant: Quantise the scales too.
+      vector_size: Consecutive weights along K that share a code, 1 or (``"gaussian"``) 2; a weight
+        then takes ``bits / 2``.
+      rotate: Rotate each group first, so that its weights look normal (:mod:`lutjax.rotation`);
+        the group size must be a power of two.
 
     Raises:
       ValueError: If a value is out of range; the message says which and what is allowed.
@@ -45,6 +50,41 @@ class LutConfig:
     codebook: str | tuple[float, ...] = "nf"
     scale_dtype: str = "bfloat16"
     double_quant: DoubleQuant | None = None
+    vector_size: int = 1
+    rotate: bool = False
+
+    @classmethod
+    def higgs(cls, bits: float = 4, group_size: int = 512) -> LutConfig:
+        """Rotated weights and the best tables for normal numbers.
+
+        Pairs of weights share a code of twice the bits where that fits 8 bits, because that errs
+        less.
+
+        Args:
+          bits: 1, 1.5, 2, 2.5, 3, 3.5 or 4, 5, 6, 7, 8 bits a weight, the scales not counted.
+          group_size: Weights that are rotated together and share a scale, a power of two.
+
+        Raises:
+          ValueError: For other bits or group sizes.
+
+        Source: HIGGS (arXiv 2411.17525).
+
+        >>> LutConfig.higgs(3).bits, LutConfig.higgs(3).vector_size
+        (6, 2)
+        """
+        vector_size = 2 if bits <= 4 else 1
+        code = bits * vector_size
+        if code != int(code) or not vector_size <= code <= MAX_BITS:
+            raise ValueError(
+                f"bits={bits} is not supported; use 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7 or 8"
+            )
+        return cls(
+            int(code),
+            group_size,
+            codebooks.GAUSSIAN,
+            vector_size=vector_size,
+            rotate=True,
+        )
 
     def __post_init__(self):
         if not isinstance(self.bits, int) or not 1 <= self.bits <= MAX_BITS:
@@ -62,23 +102,47 @@ class LutConfig:
             )
         if not isinstance(self.codebook, str):
             object.__setattr__(self, "codebook", tuple(float(v) for v in self.codebook))
+        if self.vector_size != 1 and self.codebook != codebooks.GAUSSIAN:
+            raise ValueError(
+                f"vector_size={self.vector_size!r} with codebook {self.codebook!r}; only "
+                f"'gaussian' has tables of pairs"
+            )
+        if self.rotate and (self.group_size == COLUMN or not is_power_of_two(int(self.group_size))):
+            raise ValueError(
+                f"group_size={self.group_size!r} cannot be rotated; use a power of two, such as 512"
+            )
         table = self.table()
         if table is None and self.bits == 1:
             raise ValueError("codebook 'kmeans' exists for 2 to 8 bits, not 1")
-        if table is not None and table.size != 2**self.bits:
+        if table is not None and len(table) != 2**self.bits:
             raise ValueError(
-                f"the codebook has {table.size} values, but bits={self.bits} needs {2**self.bits}"
+                f"the codebook has {len(table)} values, but bits={self.bits} needs {2**self.bits}"
             )
-        if self.double_quant is not None and table is not None and codebooks.is_affine(table):
+        if self.double_quant is not None and self.scaling == "range":
             raise ValueError(
                 "double_quant with an affine codebook is not supported: its offsets would stay "
                 "unquantised; use a codebook with negative values, such as 'nf' or 'int'"
             )
 
+    @property
+    def scaling(self) -> Literal["absmax", "range", "rms"]:
+        """What a group is divided by: its largest magnitude, its range or its root mean square."""
+        if self.codebook == codebooks.GAUSSIAN:
+            return "rms"
+        table = self.table()
+        return "range" if table is not None and codebooks.is_affine(table) else "absmax"
+
     def table(self) -> np.ndarray | None:
-        """The fixed table ``float32[2**bits]``, or None if it is fitted to the weights."""
+        """The fixed table, or None if it is fitted to the weights.
+
+        Returns:
+          ``float32[2**bits]``, or ``float32[2**bits, 2]`` for pairs.
+        """
         if self.codebook == codebooks.LEARNED:
             return None
+        if self.codebook == codebooks.GAUSSIAN:
+            table = codebooks.gaussian(self.bits, self.vector_size)
+            return table if self.vector_size > 1 else table[:, 0]
         if isinstance(self.codebook, str):
             return codebooks.codebook(self.codebook, self.bits)
         return codebooks.user_table(np.asarray(self.codebook))
@@ -138,6 +202,11 @@ class Recipe:
         """One configuration for every weight matrix; embeddings, head, norms stay dense."""
         book = codebook if isinstance(codebook, str) else tuple(codebook)
         return cls((Rule("*", LutConfig(bits, group_size, book, scale_dtype, double_quant)),))
+
+    @classmethod
+    def higgs(cls, bits: float = 4, group_size: int = 512) -> Recipe:
+        """:meth:`LutConfig.higgs` for every weight matrix; embeddings, head, norms stay dense."""
+        return cls((Rule("*", LutConfig.higgs(bits, group_size)),))
 
     def rule_for(self, path: str) -> Rule | None:
         """The rule that decides about ``path``, None if it stays dense by default."""

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.spatial import cKDTree
 
 from lutjax import codebooks
 
@@ -120,3 +121,48 @@ def test_kmeans_beats_the_table_it_starts_from_and_respects_weights():
     weights = jnp.asarray(rng.uniform(size=values.shape) > 0.9, jnp.float32) + 1e-3
     weighted = codebooks.kmeans(values, 3, weights=weights)
     assert error(weighted[:, None], weights) < error(shared[:, None], weights)
+
+
+# Errors that HIGGS (arXiv 2411.17525) builds on: of the best points on the line, and about those of
+# the plane.
+@pytest.mark.parametrize(
+    ("bits", "vector_size", "error"),
+    [
+        (2, 1, 0.11748),
+        (3, 1, 0.034548),
+        (4, 1, 0.009501),
+        (4, 2, 0.1076),
+        (6, 2, 0.02962),
+        (8, 2, 0.00777),  # HIGGS: 0.0079
+    ],
+)
+def test_gaussian_error_on_normal_numbers(bits, vector_size, error):
+    table = codebooks.gaussian(bits, vector_size)
+    values = np.random.default_rng(0).standard_normal((200_000, vector_size))
+    distance, _ = cKDTree(table).query(values)
+    assert np.square(distance).mean() / vector_size == pytest.approx(error, rel=0.01)
+
+
+@pytest.mark.parametrize("vector_size", [1, 2])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_gaussian_points_are_the_means_of_their_cells(bits, vector_size):
+    table = codebooks.gaussian(bits, vector_size)
+    assert table.shape == (2**bits, vector_size) and table.dtype == np.float32
+    axis = np.arange(-7, 7, 2e-5 if vector_size == 1 else 0.02) + 1e-5
+    values = np.stack(np.meshgrid(*[axis] * vector_size), axis=-1).reshape(-1, vector_size)
+    weights = np.exp(-0.5 * np.square(values).sum(axis=1))
+    _, cell = cKDTree(table).query(values)
+    mass = np.bincount(cell, weights, len(table))
+    means = np.stack([np.bincount(cell, weights * v, len(table)) / mass for v in values.T], axis=1)
+    # up to the lattice, and in the plane to where the search stopped
+    np.testing.assert_allclose(means, table, atol=1e-4 if vector_size == 1 else 2e-2)
+
+
+def test_nearest_vectors_against_brute_force():
+    table = np.random.default_rng(0).standard_normal((16, 2)).astype(np.float32)
+    values = np.random.default_rng(1).standard_normal((3, 9, 5)).astype(np.float32)
+    codes = np.asarray(codebooks.nearest_vectors(jnp.asarray(values), table))
+    assert codes.shape == (3, 5, 5) and codes.dtype == np.uint8
+    pairs = np.pad(values, ((0, 0), (0, 1), (0, 0))).reshape(3, 5, 2, 5).swapaxes(2, 3)
+    distances = np.square(pairs[..., None, :] - table).sum(axis=-1)
+    np.testing.assert_array_equal(codes, distances.argmin(axis=-1))

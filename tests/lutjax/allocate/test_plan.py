@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -18,6 +19,7 @@ from lutjax.allocate import (
     Plan,
     allocate,
     candidate_grid,
+    higgs_grid,
     model_shapes,
     nominal_bits,
     plot_plan,
@@ -56,6 +58,8 @@ def test_grid():
         LutConfig(4, "column", scale_dtype="float32"),
         LutConfig(2, 16, "affine"),
         LutConfig(8, 32, "kmeans"),
+        LutConfig.higgs(2.5, 64),
+        LutConfig(3, 64, "gaussian", double_quant=lutjax.DoubleQuant()),
         *candidate_grid()[::61],
     ],
 )
@@ -72,6 +76,31 @@ def test_gaussian_errors_match_the_published_ones():
     assert gaussian_error(LutConfig(4, 64)) == pytest.approx(0.00846, rel=0.02)
     assert gaussian_error(LutConfig(3, 64, "nf_flute")) == pytest.approx(0.0406, rel=0.02)
     assert gaussian_error(LutConfig(2, 64, "nf_flute")) == pytest.approx(0.316, rel=0.02)
+    assert gaussian_error(LutConfig.higgs(4)) == pytest.approx(0.00777, rel=0.02)
+    assert gaussian_error(LutConfig.higgs(2)) == pytest.approx(0.1076, rel=0.02)
+
+
+def test_higgs_plans_follow_the_sensitivities(tmp_path):
+    matrices = [Matrix(f"{i}/kernel", 512, 64) for i in range(4)]
+    candidates = higgs_grid((2, 2.5, 3, 3.5, 4))
+    alphas = {m.path: 10.0**-i for i, m in enumerate(matrices)}
+    table = CostTable.of_sensitivities(matrices, candidates, alphas)
+    plan = allocate(table, 3.1)
+    bits = [choice.config.bits / 2 for choice in plan.choices]
+    assert bits == sorted(bits, reverse=True) and bits[0] > bits[-1]
+    assert plan.bits_per_weight <= 3.1
+    # by enumeration of all 5**4 plans
+    fitting = [
+        sum(table.costs[i, j] for i, j in enumerate(chosen))
+        for chosen in itertools.product(range(5), repeat=4)
+        if 8 * sum(table.sizes()[i, j] for i, j in enumerate(chosen)) <= 3.1 * 4 * 512 * 64
+    ]
+    assert plan.cost == pytest.approx(min(fitting), rel=1e-9)
+    plan.save(tmp_path / "plan.json")
+    assert Recipe.load(tmp_path / "plan.json") == plan.recipe
+    assert "8 / 2" in str(plan)
+    with pytest.raises(ValueError, match=r"sensitivity of '3/kernel' is None"):
+        CostTable.of_sensitivities(matrices, candidates, {k: alphas[k] for k in list(alphas)[:3]})
 
 
 def params() -> dict:

@@ -1,4 +1,4 @@
-"""LutArray, LowRankArray, SumArray and ConcatArray against numpy in float64."""
+"""LutArray, LowRankArray, SumArray, ConcatArray and RotatedArray against numpy in float64."""
 
 import dataclasses
 
@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 
 import lutjax
-from lutjax.arrays import ConcatArray, LowRankArray, LutArray, MatrixView, SumArray
+from lutjax.arrays import (
+    ConcatArray,
+    LowRankArray,
+    LutArray,
+    MatrixView,
+    RotatedArray,
+    SumArray,
+)
 from lutjax.packing import pack
+from lutjax.rotation import rotate_back
 
 RNG = np.random.default_rng(0)
 K, N, G = 40, 24, 16  # the last group has 8 rows
@@ -56,6 +64,12 @@ def make_concat(axis):
     return ConcatArray.of(a, b, axis=axis), np.concatenate([x, y], axis="kn".index(axis))
 
 
+def make_rotated():
+    array, dense = make_lut(p=2)
+    back = np.asarray(rotate_back(jnp.asarray(dense.T, jnp.float32), G), np.float64).T
+    return RotatedArray.of(array, G), back
+
+
 ARRAYS = {
     "4 bits": make_lut,
     "offsets": lambda: make_lut(bits=3, offsets=True),
@@ -65,6 +79,7 @@ ARRAYS = {
     "sum": make_sum,
     "columns": lambda: make_concat("n"),
     "rows": lambda: make_concat("k"),
+    "rotated": make_rotated,
 }
 
 
@@ -156,6 +171,7 @@ def test_repr_shows_what_matters_and_no_numbers():
     assert "group_size=column" in repr(column)
     low_rank, _ = make_low_rank()
     assert repr(low_rank) == "LowRankArray(shape=(40, 24), float32, rank=3, 768 B)"
+    assert repr(RotatedArray.of(low_rank, 8)) == f"RotatedArray(block=8, {low_rank!r})"
     assert repr(SumArray.of(low_rank)) == f"SumArray({low_rank!r})"
     assert repr(ConcatArray.of(low_rank, axis="n")) == f"ConcatArray({low_rank!r}, axis='n')"
     assert "None" in repr(jax.tree.map(lambda _: None, array))
@@ -194,6 +210,7 @@ def test_views_of_three_axes():
     [
         (lambda: LowRankArray.of(jnp.ones((4, 2)), jnp.ones((3, 4))), r"\(4, 2\).*\(3, 4\)"),
         (lambda: SumArray.of(make_lut()[0], make_lut(k=32)[0]), "cannot add"),
+        (lambda: RotatedArray.of(make_lut()[0], 24), "block=24 must be a power of two"),
         (lambda: ConcatArray.of(make_lut()[0], make_lut(k=32)[0], axis="n"), "cannot concatenate"),
         (lambda: jnp.ones((1, K)) @ jax.tree.map(lambda a: a[None], make_lut()[0]), "a matrix"),
         (lambda: jax.tree.map(lambda a: a[None], make_lut()[0]).T, "leading batch axes"),

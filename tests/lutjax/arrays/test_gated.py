@@ -36,6 +36,7 @@ def inners():
         "dense": DenseArray.of(w),
         "lut": lut,
         "rows": RowLutArray.of(lut),
+        "rotated": lutjax.quantize(w, lutjax.Recipe.higgs(4, 32)),
         "low rank": low_rank,
         "sum": SumArray.of(lut, low_rank),
         "sum of rows": SumArray.of(RowLutArray.of(lut), low_rank),

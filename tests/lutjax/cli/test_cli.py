@@ -125,6 +125,15 @@ def test_recipe_file(capsys, tmp_path, source):
     assert not lutjax.is_compressed(params["layers"]["0"]["self_attn"]["q_proj"]["kernel"])
 
 
+def test_higgs(capsys, tmp_path, source):
+    out = tmp_path / "out"
+    ok(capsys, "quantize", source, "-o", out, "--higgs", "--bits", 2.5, "--group-size", 16)
+    _, params, _ = lutjax.load(out)
+    kernel = params["layers"]["0"]["mlp"]["up_proj"]["kernel"]
+    assert repr(kernel).startswith("RotatedArray(block=16, LutArray(")
+    assert kernel.base.bits == 5 and kernel.base.vector_size == 2
+
+
 def test_double_quantisation_and_dtype(capsys, tmp_path, source):
     out = tmp_path / "out"
     options = ("--group-size", "column", "--codebook", "int", "--double-quant")
@@ -141,6 +150,10 @@ def test_double_quantisation_and_dtype(capsys, tmp_path, source):
         (("--bits", 0), "bits=0"),
         (("--bits", 9), "bits=9"),
         (("--bits", "four"), "four"),
+        (("--bits", 2.5), "bits=2.5"),
+        (("--bits", 4.5, "--higgs"), "bits=4.5"),
+        (("--group-size", "column", "--higgs"), "'column' cannot be rotated"),
+        (("--higgs", "--codebook", "int"), "either --higgs or --codebook"),
         (("--group-size", 15), "group_size=15"),
         (("--group-size", 64), "group_size=64 is larger than K="),
         (("--group-size", "row"), "row"),

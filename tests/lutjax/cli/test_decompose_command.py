@@ -7,6 +7,7 @@ from tiny_checkpoint import dense_params, write_hf
 
 import lutjax
 from lutjax.allocate import Plan
+from lutjax.arrays import RotatedArray
 from lutjax.cli import main
 
 TEXT = "abc def ghij klm. nop 123? " * 40
@@ -55,6 +56,22 @@ def test_allocate_decompose_eval(capsys, tmp_path, source):
     assert isinstance(params["layers"]["0"]["mlp"]["up_proj"]["kernel"], lutjax.SumArray)
     result = ok(capsys, "eval", out, "--text", text, "--window", 16, "--chunks", 2, "--json")
     assert json.loads(result)[0]["perplexity"] > 1
+
+
+def test_allocate_higgs_and_quantize(capsys, tmp_path, source):
+    text, plan = tmp_path / "text.txt", tmp_path / "plan.json"
+    text.write_text(TEXT)
+    sizes = ("--samples", 2, "--window", 8)
+    budget = ("--higgs", "--budget", 6.5)
+    printed = ok(capsys, "allocate", source, *budget, "--text", text, *sizes, "-o", plan)
+    assert "14 matrices" in printed and "low-rank" not in printed
+    assert Plan.load(plan).bits_per_weight <= 6.5
+    ok(capsys, "quantize", source, "-o", tmp_path / "out", "--recipe", plan)
+    _, params, _ = lutjax.load(tmp_path / "out")
+    assert isinstance(params["layers"]["0"]["mlp"]["up_proj"]["kernel"], RotatedArray)
+    printed = ok(capsys, "allocate", "--shapes", "smollm2-135m", "--higgs", "--budget", 3.3)
+    assert "low-rank" not in printed
+    assert "name one with --text" in fails(capsys, "allocate", source, *budget)
 
 
 def test_allocate_from_shapes(capsys, tmp_path, source):

@@ -78,6 +78,7 @@ ARRAYS = {
     ),
     "per column": per_column_tables,
     "vectors": vector_tables,
+    "rotated": lambda: lutjax.quantize(weight(), lutjax.Recipe.higgs(2, 16)),
     "low rank": low_rank,
     "sum": lambda: SumArray.of(
         quantized(group_size=16, double_quant=DoubleQuant()),

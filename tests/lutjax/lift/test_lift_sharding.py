@@ -103,6 +103,18 @@ def test_other_parts_follow():
     assert specs.parts[0].words == P("data", None, "model")
 
 
+def test_rotated_weights_are_split_in_whole_blocks():
+    def rotated(block):
+        return lutjax.quantize(jnp.ones((256, 48)), lutjax.Recipe.higgs(group_size=block))
+
+    specs = part_specs(rotated(64), P("model", "data"), SIZES)
+    assert specs.base.words == P("model", None, "data")
+    assert specs.base.scales == P("model", "data")
+    assert part_specs(rotated(128), P(None, "model"), SIZES).base.words == P(None, None, "model")
+    with pytest.raises(ValueError, match="K=256 rows do not split into 4 times whole rotated"):
+        part_specs(rotated(128), P("model"), SIZES)
+
+
 def test_dense_leaves_and_other_shardings():
     params = {"kernel": weight(128, 48), "bias": jnp.zeros(48)}
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])

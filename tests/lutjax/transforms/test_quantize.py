@@ -1,5 +1,7 @@
 """quantize, recipes, summaries and materialize against the formulas."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,19 +90,60 @@ def test_double_quantisation_stores_what_the_formula_says():
 
 def test_groups_of_zeros_stay_zero():
     weight = jnp.asarray(WEIGHT).at[:64].set(0.0)
-    for codebook in ("nf", "affine", "kmeans"):
+    for codebook in ("nf", "affine", "kmeans", "gaussian"):
         array = lutjax.quantize(weight, bits=4, codebook=codebook)
         np.testing.assert_allclose(array.materialize()[:64], 0, atol=1e-7)
-    assert not lutjax.quantize(jnp.zeros((64, 8))).materialize().any()
+    for recipe in (Recipe.uniform(), Recipe.higgs(group_size=64)):
+        assert not lutjax.quantize(jnp.zeros((64, 8)), recipe).materialize().any()
 
 
-def test_jit_and_eval_shape_agree_with_eager():
+def test_higgs_errs_as_little_as_its_table_whatever_the_weights():
+    rng = np.random.default_rng(0)
+    heavy = rng.standard_t(3, size=(576, 64)).astype(np.float32)  # 576 = 512 + 64
+    heavy[5] *= 5
+    for bits, error in ((2, 0.1076), (3, 0.0296), (4, 0.00777), (5, 0.0025)):
+        array = lutjax.quantize(jnp.asarray(heavy), Recipe.higgs(bits))
+        residual = np.asarray(array.materialize()) - heavy
+        assert np.square(residual).sum() / np.square(heavy).sum() == pytest.approx(error, rel=0.05)
+        assert array.nbytes == 576 * 64 * bits / 8 + 2 * 64 * 2 + array.base.lut.nbytes
+    plain = lutjax.quantize(jnp.asarray(heavy), bits=4, group_size=64)
+    assert np.square(plain.materialize() - heavy).sum() / np.square(heavy).sum() > 0.01
+
+
+def test_gaussian_tables_are_in_units_of_the_root_mean_square():
+    weight = np.asarray(WEIGHT[:100], np.float64)  # a last group that is shorter
+    array = lutjax.quantize(
+        jnp.asarray(WEIGHT[:100]), bits=3, codebook="gaussian", scale_dtype="float32"
+    )
+    scales = [np.sqrt(np.square(part).mean(axis=0)) for part in (weight[:64], weight[64:])]
+    np.testing.assert_allclose(array.scales, scales, rtol=1e-6)
+    units = weight / np.repeat(scales, 64, axis=0)[:100]
+    table = codebooks.gaussian(3)[:, 0].astype(np.float64)
+    nearest = table[np.abs(units[..., None] - table).argmin(-1)]
+    expected = nearest * np.repeat(scales, 64, axis=0)[:100]
+    np.testing.assert_allclose(array.materialize(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+def test_pairs_of_stacked_weights_equal_their_slices(rotate):
+    config = LutConfig(4, 32, "gaussian", vector_size=2, rotate=rotate)
+    stack = jnp.asarray(np.random.default_rng(2).normal(size=(3, 77, 8)), jnp.float32)
+    stacked = lutjax.quantize({"kernel": stack}, Recipe((Rule("*", config),)))["kernel"]
+    assert stacked.shape == (3, 77, 8)
+    for i in range(3):
+        alone = lutjax.quantize(stack[i], Recipe((Rule("*", config),)))
+        np.testing.assert_array_equal(stacked.materialize()[i], alone.materialize())
+
+
+@pytest.mark.parametrize("recipe", [Recipe.uniform(), Recipe.higgs(3)], ids=["nf", "higgs"])
+def test_jit_and_eval_shape_agree_with_eager(recipe):
     params = {"mlp": {"kernel": jnp.asarray(WEIGHT), "bias": jnp.zeros(24)}}
-    eager = lutjax.quantize(params)
-    jitted = jax.jit(lutjax.quantize)(params)
+    quantize = functools.partial(lutjax.quantize, recipe=recipe)
+    eager = quantize(params)
+    jitted = jax.jit(quantize)(params)
     for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(jitted), strict=True):
         np.testing.assert_array_equal(a, b)
-    shapes = jax.eval_shape(lutjax.quantize, params)
+    shapes = jax.eval_shape(quantize, params)
     assert jax.tree.structure(shapes) == jax.tree.structure(eager)
     assert repr(shapes["mlp"]["kernel"]) == repr(eager["mlp"]["kernel"])
 
@@ -173,6 +216,7 @@ def test_recipes_survive_json():
     rules = (
         Rule("*/out/kernel", LutConfig(3, "column", double_quant=double), axis=(0, 1)),
         Rule("*", LutConfig(1, codebook=(-1.0, 1.0)), batch_ndim=1),
+        Rule("pairs", LutConfig.higgs(2.5, 64)),
         Rule("head", None),
     )
     recipe = Recipe(rules, dense=("x",))
@@ -198,6 +242,21 @@ NAN = {"mlp": {"kernel": jnp.full((32, 16), jnp.nan)}}
             lambda: LutConfig(codebook="affine", double_quant=lutjax.DoubleQuant()),
             ValueError,
             "double_quant with an affine codebook",
+        ),
+        (lambda: LutConfig.higgs(4.5), ValueError, "bits=4.5 is not supported; use 1, 1.5, 2"),
+        (lambda: LutConfig.higgs(0.5), ValueError, "bits=0.5 is not supported"),
+        (lambda: LutConfig.higgs(group_size=48), ValueError, "group_size=48 cannot be rotated"),
+        (lambda: LutConfig(group_size="column", rotate=True), ValueError, "'column' cannot be rot"),
+        (lambda: LutConfig(vector_size=2), ValueError, "vector_size=2 with codebook 'nf'"),
+        (
+            lambda: LutConfig(codebook="gaussian", vector_size=3),
+            ValueError,
+            "exists for vector_size 1 and 2, not 3",
+        ),
+        (
+            lambda: LutConfig(1, codebook="gaussian", vector_size=2),
+            ValueError,
+            "'gaussian' exists for 2 to 8 bits, not 1",
         ),
         (lambda: lutjax.DoubleQuant(bits=9), ValueError, "bits=9; use 1 to 8"),
         (lambda: lutjax.DoubleQuant(block=0), ValueError, "block=0"),

@@ -1,0 +1,97 @@
+"""A weight that is stored rotated."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lutjax.arrays.base import CompressedArray
+from lutjax.arrays.split import Split
+from lutjax.arrays.wrapper import WrapperArray
+from lutjax.rotation import at_least_float32, is_power_of_two, rotate, rotate_back
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["base"], meta_fields=["block"])
+@dataclasses.dataclass(frozen=True)
+class RotatedArray(WrapperArray):
+    """``W = R.T @ base``: products rotate the activations, ``x @ W = rotate(x) @ base``.
+
+    Attributes:
+      base: The rotated weight ``R @ W``.
+      block: Rows that are rotated together, a power of two; see :mod:`lutjax.rotation`.
+
+    Source: HIGGS (arXiv 2411.17525, section 3).
+
+    >>> from lutjax.arrays import DenseArray
+    >>> w = RotatedArray.of(DenseArray.of(rotate(jnp.eye(4), 4).T), 4)
+    >>> w.matmul(jnp.array([[1.0, 2.0, 3.0, 4.0]])).tolist()
+    [[1.0, 2.0, 3.0, 4.0]]
+    """
+
+    base: CompressedArray
+    block: int
+
+    @classmethod
+    def of(cls, base: CompressedArray, block: int) -> Self:
+        """Takes an array that stands for ``R @ W`` as the weight W.
+
+        Raises:
+          ValueError: If ``block`` is no power of two.
+        """
+        if not is_power_of_two(block):
+            raise ValueError(f"block={block} must be a power of two")
+        return cls(base, block)
+
+    def materialize_matrix(self) -> Float[Array, "*batch k n"]:
+        """The dense matrix, rotated back before it is rounded to :attr:`dtype`."""
+        rotated = self.base.astype(at_least_float32(self.dtype)).materialize_matrix()
+        back = rotate_back(jnp.swapaxes(rotated, -1, -2), self.block)
+        return jnp.swapaxes(back, -1, -2).astype(self.dtype)
+
+    def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
+        """``rotate(x) @ base`` in the dtype of ``x``."""
+        return self.base.matmul(rotate(x, self.block))
+
+    def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
+        """``x @ base.T``, rotated back, in the dtype of ``x``."""
+        return rotate_back(self.base.matmul_transposed(x), self.block)
+
+    def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array | None:
+        """Columns; a row depends on its whole block."""
+        if axis == "k":
+            return None
+        columns = self.base.take_matrix(axis, indices)
+        return None if columns is None else rotate_back(columns, self.block)
+
+    def slice_matrix(self, axis: str, start: Any, size: int) -> Self | None:
+        """Columns as the base has them, and rows at the boundaries of blocks."""
+        if axis == "k":
+            whole = size % self.block == 0 or start + size == self.matrix_shape[0]
+            if not isinstance(start, int) or start % self.block or not whole:
+                return None
+        base = self.base.slice_matrix(axis, start, size)
+        return None if base is None else dataclasses.replace(self, base=base)
+
+    def split_specs(self, split: Split) -> Any:
+        """As the base is split; rows in whole blocks."""
+        shards = split.shards(split.k)
+        k = self.matrix_shape[0]
+        if shards > 1 and k % (shards * self.block):
+            raise ValueError(
+                f"its K={k} rows do not split into {shards} times whole rotated blocks of "
+                f"{self.block}; shard N, or over fewer devices"
+            )
+        return dataclasses.replace(self, base=self.base.split_specs(split))
+
+    def typed_spec(self) -> tuple[tuple[Any, ...], Any, Any]:
+        """The explicit mesh axes over which the base is split."""
+        return self.base.typed_spec()
+
+    def __repr__(self) -> str:
+        """The block and what is rotated; never the arrays."""
+        return f"RotatedArray(block={self.block}, {self.base!r})"

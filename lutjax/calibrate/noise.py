@@ -1,0 +1,136 @@
+"""How much the loss grows with the relative error of each weight."""
+
+from __future__ import annotations
+
+import functools
+import math
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from lutjax.paths import named_leaves, path_string
+from lutjax.transforms.quantize import check_finite, match_rules, weight_view
+from lutjax.transforms.recipe import Recipe
+
+
+def noise_sensitivities(
+    loss_fn: Callable[[Any, Any], Float[Array, ""]],
+    params: Any,
+    batches: Iterable[Any],
+    *,
+    key: PRNGKeyArray,
+    relative_error: float = 0.01,
+    samples: int = 2,
+    recipe: Recipe | None = None,
+    progress: bool = False,
+) -> dict[str, float]:
+    r"""Measures :math:`\alpha_l` of the linearity theorem, by adding noise to one weight at a time.
+
+    .. math:: \ell(\hat W) - \ell(W) \approx \sum_l \alpha_l t_l^2, \quad
+              t_l^2 = \frac{\|\hat W_l - W_l\|^2}{\|W_l\|^2}
+
+    Noise is added and subtracted and the two losses are averaged, so that the slope of the loss,
+    which has no part in the theorem, cancels: with :math:`t^2` as ``relative_error``,
+    :math:`\alpha = ((\ell(W + \epsilon) + \ell(W - \epsilon)) / 2 - \ell(W)) / t^2`. What comes out
+    negative, by chance, is 0.
+
+    Args:
+      loss_fn: Parameters and one batch to a scalar loss.
+      params: A pytree of dense parameters.
+      batches: Pytrees of arrays that ``loss_fn`` takes; all are used for every weight.
+      key: For the noise. Each weight uses its own key, made from this one and its path.
+      relative_error: :math:`t^2`, that of 4 bits by default; large errors see more than the
+        curvature.
+      samples: How often each weight is perturbed.
+      recipe: Which parameters; by default all matrices but embeddings, head and norms. Its
+        configurations have no meaning here.
+      progress: Show a progress bar.
+
+    Returns:
+      :math:`\alpha` by path, in units of the loss.
+
+    Raises:
+      ValueError: If there is no data, a loss or a weight is not finite, or an argument is out of
+        range.
+
+    Source: HIGGS (arXiv 2411.17525, section 4), which regresses on several errors instead.
+
+    >>> def loss(params, batch):
+    ...     return jnp.sum(params["a"] ** 2) + 5 * jnp.sum(params["b"] ** 2)
+    >>> params = {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))}
+    >>> found = noise_sensitivities(loss, params, [None], key=jax.random.key(0))
+    >>> {path: round(alpha, 1) for path, alpha in found.items()}  # of |W|^2: 4 and 5 * 4
+    {'a': 4.0, 'b': 20.0}
+    """
+    if not (math.isfinite(relative_error) and relative_error > 0):
+        raise ValueError(f"relative_error={relative_error} must be a positive number")
+    if samples < 1:
+        raise ValueError(f"samples={samples} must be at least 1")
+    batches = list(batches)
+    if not batches:
+        raise ValueError("batches is empty; give at least one")
+    axes = _matrix_axes(params, recipe or Recipe.uniform(group_size="column"))
+    loss = jax.jit(loss_fn)
+    size = math.sqrt(relative_error)
+
+    def mean_loss(params: Any) -> float:
+        value = float(np.mean([float(loss(params, batch)) for batch in batches]))
+        if not math.isfinite(value):
+            raise ValueError("the loss is NaN or infinite; leave a batch out or mend the model")
+        return value
+
+    def with_noise(path: str, key: PRNGKeyArray, sign: float) -> Any:
+        def one(key_path: tuple, leaf: Any) -> Any:
+            if path_string(key_path) != path:
+                return leaf
+            own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+            return _perturb(leaf, own, sign * size, axes[path])
+
+        return jax.tree_util.tree_map_with_path(one, params)
+
+    base = mean_loss(params)
+    found = {}
+    for path in _bar(axes, progress):
+        growth = [
+            0.5 * (mean_loss(with_noise(path, k, 1.0)) + mean_loss(with_noise(path, k, -1.0)))
+            - base
+            for k in jax.random.split(key, samples)
+        ]
+        found[path] = max(0.0, float(np.mean(growth)) / relative_error)
+    return found
+
+
+def _matrix_axes(params: Any, recipe: Recipe) -> dict[str, tuple[int, ...]]:
+    """Of each weight that a recipe reaches, the axes that are not stacked."""
+    rules = match_rules(recipe, params)
+    axes = {}
+    for path, leaf in named_leaves(params):
+        if path in rules:
+            check_finite(leaf, path)
+            batch_ndim, _ = weight_view(leaf.shape, rules[path], path)
+            axes[path] = tuple(range(batch_ndim, leaf.ndim))
+    if not axes:
+        raise ValueError("the recipe reaches no matrix; see Recipe.rule_for")
+    return axes
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def _perturb(weight: jax.Array, key: PRNGKeyArray, size: Any, axes: tuple[int, ...]) -> jax.Array:
+    """Adds normal noise of ``size`` times the norm of each matrix."""
+    wide = weight.astype(jnp.float32)
+    noise = jax.random.normal(key, weight.shape)
+    squares = [jnp.sum(jnp.square(a), axis=axes, keepdims=True) for a in (wide, noise)]
+    return (wide + size * jnp.sqrt(squares[0] / squares[1]) * noise).astype(weight.dtype)
+
+
+def _bar(items: Any, show: bool) -> Any:
+    if not show:
+        return items
+    from tqdm import tqdm
+
+    return tqdm(items, desc="sensitivities", unit="weight")

@@ -1,0 +1,99 @@
+"""Sensitivities to noise against losses whose curvature is known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lutjax import Recipe, Rule
+from lutjax.calibrate import noise_sensitivities
+from lutjax.transforms.recipe import LutConfig
+
+KEY = jax.random.key(0)
+
+
+def quadratic(params, batch):
+    """Slopes, which cancel, and curvatures 2 and 6."""
+    a, b = params["a"], params["b"]["kernel"]
+    return batch * (jnp.sum(a) + jnp.sum(jnp.square(a)) + 3 * jnp.sum(jnp.square(b - 1)))
+
+
+def make_params():
+    rng = np.random.default_rng(0)
+    a, b = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((40, 30), (2, 50, 20)))
+    return {"a": a, "b": {"kernel": b, "bias": jnp.ones(3)}, "norm": jnp.ones((4, 4))}
+
+
+def test_of_a_quadratic_loss_they_are_exact():
+    params = make_params()
+    recipe = Recipe((Rule("*", LutConfig(group_size="column")),), dense=("norm",))
+    batches = [jnp.float32(0.5), jnp.float32(1.5)]  # their mean is 1
+    found = noise_sensitivities(
+        quadratic, params, batches, key=KEY, relative_error=0.5, recipe=recipe, samples=1
+    )
+    squares = {"a": jnp.square(params["a"]).sum(), "b": jnp.square(params["b"]["kernel"]).sum()}
+    # float32 losses of thousands
+    assert found == {
+        "a": pytest.approx(float(squares["a"]), rel=1e-4),
+        "b/kernel": pytest.approx(3 * float(squares["b"]), rel=1e-4),
+    }
+
+
+def test_noise_of_stacked_matrices_is_relative_to_each():
+    seen = []
+
+    def loss(params, scale):
+        jax.debug.callback(lambda w: seen.append(np.asarray(w)), params["kernel"])
+        return scale * jnp.sum(params["kernel"] ** 2)
+
+    weight = jnp.stack([jnp.ones((16, 8)), 100 * jnp.ones((16, 8))])
+    noise_sensitivities(loss, {"kernel": weight}, [1.0], key=KEY, relative_error=0.04, samples=1)
+    jax.effects_barrier()
+    _, plus, minus = seen
+    np.testing.assert_allclose(plus + minus, 2 * np.asarray(weight), rtol=1e-5)
+    noise = (plus - minus) / 2
+    expected = 0.2 * np.linalg.norm(np.asarray(weight), axis=(1, 2))
+    np.testing.assert_allclose(np.linalg.norm(noise, axis=(1, 2)), expected, rtol=1e-4)
+
+
+def test_they_repeat_and_do_not_depend_on_other_weights():
+    params = make_params()
+    first, again = (
+        noise_sensitivities(quadratic, params, [1.0], key=KEY, recipe=recipe)
+        for recipe in (Recipe.uniform(group_size="column"),) * 2
+    )
+    assert first == again
+    alone = Recipe((Rule("a", LutConfig(group_size="column")),))
+    only = noise_sensitivities(quadratic, params, [1.0], key=KEY, recipe=alone)
+    assert only == {"a": first["a"]}
+
+
+def test_what_bends_down_is_zero():
+    found = noise_sensitivities(
+        lambda params, _: -jnp.sum(params["kernel"] ** 2),
+        {"kernel": jnp.ones((16, 16))},
+        [None],
+        key=KEY,
+    )
+    assert found == {"kernel": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batches": []}, "batches is empty"),
+        ({"relative_error": 0.0}, "relative_error=0.0"),
+        ({"samples": 0}, "samples=0"),
+        ({"params": {"kernel": jnp.full((16, 16), jnp.nan)}}, "'kernel' has 256 NaN"),
+        ({"params": {"bias": jnp.ones(3)}}, "matches no|reaches no matrix"),
+        ({"loss_fn": lambda params, batch: jnp.inf}, "the loss is NaN or infinite"),
+    ],
+)
+def test_bad_input(change, message):
+    arguments = {
+        "loss_fn": lambda params, batch: jnp.sum(params["kernel"]),
+        "params": {"kernel": jnp.ones((16, 16))},
+        "batches": [None],
+    }
+    with pytest.raises(ValueError, match=message):
+        noise_sensitivities(**(arguments | change), key=KEY)
