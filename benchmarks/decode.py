@@ -35,6 +35,8 @@ def variants(dense: Any) -> dict[str, Callable[[], Any]]:
         "nf8": lambda: lutjax.quantize(dense, bits=8),
         "nf4": lambda: lutjax.quantize(dense, bits=4),
         "nf3": lambda: lutjax.quantize(dense, bits=3),
+        "higgs4": lambda: lutjax.quantize(dense, lutjax.Recipe.higgs(4)),
+        "higgs3": lambda: lutjax.quantize(dense, lutjax.Recipe.higgs(3)),
         "gguf": lambda: lutjax.load(demo_model_path(), keep_quantized=True)[1],
     }
 

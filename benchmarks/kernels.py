@@ -132,18 +132,21 @@ def product_flops() -> float:
     return 2 * n**3 / median_seconds(jax.jit(jnp.matmul), a, a)
 
 
-def random_weight(key: jax.Array, k: int, n: int, bits: int) -> tuple:
-    """Random words, scales and a table."""
+def random_weight(key: jax.Array, k: int, n: int, bits: int, p: int = 1) -> tuple:
+    """Random words, scales and a table; a code of ``bits`` for ``p`` rows."""
     words_key, scale_key, table_key = jax.random.split(key, 3)
-    words = jax.random.bits(words_key, packed_shape((k, n), bits), jnp.uint8)
+    words = jax.random.bits(words_key, packed_shape((k // p, n), bits), jnp.uint8)
     scales = jax.random.uniform(scale_key, (-(-k // GROUP), n), jnp.float32, 0.5, 1.5)
-    lut = jax.random.normal(table_key, (1, 2**bits, 1)).astype(jnp.bfloat16).astype(jnp.float32)
+    lut = jax.random.normal(table_key, (1, 2**bits, p)).astype(jnp.bfloat16).astype(jnp.float32)
     return words, scales.astype(jnp.bfloat16), lut
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """A small product; ``identity`` asks for the bits of the rounded dense weight."""
+    """A small product; ``identity`` asks for the bits of the rounded dense weight.
+
+    ``bits`` are those of a code for ``p`` rows.
+    """
 
     bits: int
     m: int
@@ -151,6 +154,7 @@ class Check:
     transpose: bool = False
     identity: bool = False
     k: int = 576
+    p: int = 1
 
 
 CHECKS = (  # the simplest first: a kernel that hangs takes the rest with it
@@ -166,6 +170,9 @@ CHECKS = (  # the simplest first: a kernel that hangs takes the rest with it
     Check(4, 600, "float16"),
     Check(3, 130, transpose=True),
     Check(2, 192, identity=True),
+    Check(8, 16, p=2),
+    Check(6, 130, "float16", p=2),
+    Check(4, 64, identity=True, p=2),
 )
 LIMITS = {"bfloat16": 1.1e-2, "float16": 2e-3, "float32": 1e-5}
 
@@ -173,7 +180,7 @@ LIMITS = {"bfloat16": 1.1e-2, "float16": 2e-3, "float32": 1e-5}
 def check(implementation: str, case: Check) -> float | str:
     """Relative Frobenius error (of an identity: 0 or 1), or why it cannot run."""
     k, n = (case.m if case.identity else case.k), 320
-    words, scales, lut = random_weight(jax.random.key(case.bits), k, n, case.bits)
+    words, scales, lut = random_weight(jax.random.key(case.bits), k, n, case.bits, case.p)
     shape = (case.m, n if case.transpose else k)
     x = jax.random.normal(jax.random.key(case.m), shape, jnp.float32).astype(case.dtype)
     if case.identity:
@@ -324,6 +331,7 @@ def markdown(report: dict) -> str:
     for c in report["checks"]:
         result = c["result"] if isinstance(c["result"], str) else f"{c['result']:.1e}"
         kind = "identity" if c["identity"] else "transposed" if c["transpose"] else "plain"
+        kind += ", pairs" if c["p"] > 1 else ""
         lines.append(
             f"| {c['implementation']} | {c['bits']} | {c['m']} | {c['dtype']} | {kind} | "
             f"{c['status']} | {result} |"

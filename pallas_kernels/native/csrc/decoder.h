@@ -86,12 +86,13 @@ bool IsLinear(const float* lut, int entries) {
 template <int kBits, Tables kTables>
 class Decoder {
  public:
-  Decoder(const Decoder&) = delete;  // its table may point to itself
   Decoder(const Problem& p, const Columns& columns) : p_(p), columns_(columns) {
-    // Repeated to 16 or 256 entries, so that the bits above a code do not matter.
-    for (int i = 0; i < kRepeated; ++i) repeated_[i] = p.lut[i & ((1 << kBits) - 1)];
-    if (kInRegisters) table_ = Simd::LoadTable(repeated_);
-    if (kBytes) byte_table_ = Simd::LoadByteTable(kRepeated ? repeated_ : p.lut);
+    // Repeated to 16 entries, so that the bits above a code do not matter.
+    float entries[16] = {0};
+    if (kInRegisters)
+      for (int i = 0; i < 16; ++i) entries[i] = p.lut[i & ((1 << kBits) - 1)];
+    table_ = Simd::LoadTable(entries);
+    if (kBytes) byte_table_ = Simd::template LoadByteTable<kByteBits>(p.lut);
     lut_ = p.lut + (kTables == kPerColumn ? columns.first << kBits : 0);
     if (kTables != kPerColumn) return;
     for (int j = 0; j < 4; ++j) {
@@ -155,11 +156,11 @@ class Decoder {
  private:
   static constexpr bool kInRegisters = kTables == kShared && kBits <= 4;
   static constexpr bool kBytes = kTables == kShared && kBits > 4;
-  static constexpr int kRepeated = kInRegisters ? 16 : kBytes && kBits < 8 ? 256 : 0;
+  static constexpr int kByteBits = kBits > 4 ? kBits : 5;
 
   inline __attribute__((always_inline)) Float Lookup(Word index, int j) const {
     if (kInRegisters) return Simd::template Lookup<(kBits <= 3 ? 8 : 16)>(table_, index);
-    if (kBytes) return Simd::LookupByte(byte_table_, index);
+    if (kBytes) return Simd::template LookupByte<kByteBits>(byte_table_, index);
     index = Simd::And(index, (1u << kBits) - 1);
     if (kTables == kLinear)
       return Simd::MulAdd(Simd::Convert(index), Simd::Set(Spacing(lut_)), Simd::Set(lut_[0]));
@@ -171,7 +172,6 @@ class Decoder {
   const float* lut_;
   Simd::Table table_;
   Simd::ByteTable byte_table_;
-  float repeated_[kRepeated ? kRepeated : 1];
   Word tables_[4];
 };
 

@@ -62,20 +62,24 @@ struct Simd {
   static Float Lookup(const Table& table, Word index) {
     return _mm512_permutexvar_ps(index, table.values);
   }
-  // A table of 256 entries in half of the registers; twice as fast as gathers.
+  // A table of 2**kBits entries, kBits > 4, in up to half of the registers; twice as fast as gathers.
   struct ByteTable { Float values[16]; };
+  template <int kBits>
   static ByteTable LoadByteTable(const float* p) {
     ByteTable t;
-    for (int i = 0; i < 16; ++i) t.values[i] = Load(p + 16 * i);
+    for (int i = 0; i < 1 << (kBits - 4); ++i) t.values[i] = Load(p + 16 * i);
     return t;
   }
+  // The entry that the low kBits bits name.
+  template <int kBits>
   static Float LookupByte(const ByteTable& t, Word index) {
-    Float parts[8];
+    constexpr int kParts = 1 << (kBits - 5);
+    Float parts[kParts];
     LUT_UNROLL
-    for (int i = 0; i < 8; ++i)
+    for (int i = 0; i < kParts; ++i)
       parts[i] = _mm512_permutex2var_ps(t.values[2 * i], index, t.values[2 * i + 1]);
     LUT_UNROLL
-    for (int half = 4, bit = 128; half > 0; half /= 2, bit /= 2) {
+    for (int half = kParts / 2, bit = 1 << (kBits - 1); half > 0; half /= 2, bit /= 2) {
       const __mmask16 upper = _mm512_test_epi32_mask(index, _mm512_set1_epi32(bit));
       LUT_UNROLL
       for (int i = 0; i < half; ++i)
@@ -145,9 +149,11 @@ struct Simd {
   }
   static Float Gather(const float* p, Word index) { return _mm256_i32gather_ps(p, index, 4); }
   struct ByteTable { const float* values; };
+  template <int kBits>
   static ByteTable LoadByteTable(const float* p) { return {p}; }
+  template <int kBits>
   static Float LookupByte(const ByteTable& t, Word index) {
-    return Gather(t.values, And(index, 255));
+    return Gather(t.values, And(index, (1u << kBits) - 1));
   }
   static void Deinterleave(const float* p, Float out[4]) {
     const Word index = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
@@ -202,9 +208,11 @@ struct Simd {
     return Load(values);
   }
   struct ByteTable { const float* values; };
+  template <int kBits>
   static ByteTable LoadByteTable(const float* p) { return {p}; }
+  template <int kBits>
   static Float LookupByte(const ByteTable& t, Word index) {
-    return Gather(t.values, And(index, 255));
+    return Gather(t.values, And(index, (1u << kBits) - 1));
   }
   static void Deinterleave(const float* p, Float out[4]) {
     const float32x4x4_t parts = vld4q_f32(p);
@@ -274,9 +282,11 @@ struct Simd {
   }
   static Float Gather(const float* p, Word i) { return Float{p[i[0]], p[i[1]], p[i[2]], p[i[3]]}; }
   struct ByteTable { const float* values; };
+  template <int kBits>
   static ByteTable LoadByteTable(const float* p) { return {p}; }
+  template <int kBits>
   static Float LookupByte(const ByteTable& t, Word index) {
-    return Gather(t.values, And(index, 255));
+    return Gather(t.values, And(index, (1u << kBits) - 1));
   }
   static void Deinterleave(const float* p, Float out[4]) {
     for (int j = 0; j < 4; ++j) out[j] = Float{p[j], p[4 + j], p[8 + j], p[12 + j]};
