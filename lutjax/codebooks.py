@@ -1,6 +1,7 @@
 """Value tables ("codebooks"): the numbers that codes stand for, in units of a group's scale.
 
-A table is a ``float32[2**bits]`` vector. What it contains decides how groups are scaled:
+A table is a ``float32[2**bits]`` vector, or of pairs ``float32[2**bits, 2]``. What it contains
+decides how groups are scaled:
 
 * a table with negative values spans [-1, 1] and is scaled by the group's absolute maximum;
 * a table without spans [0, 1] and is *affine*: scaled by ``max - min`` and offset by ``min``;
@@ -123,11 +124,21 @@ def gaussian(bits: int, vector_size: int = 1) -> np.ndarray:
     >>> gaussian(8, vector_size=2).shape
     (256, 2)
     """
-    if vector_size not in (1, 2):
-        raise ValueError(f"codebook 'gaussian' exists for vector_size 1 and 2, not {vector_size}")
+    return np.array(_gaussian_grid(bits, vector_size)["points"], np.float32)
+
+
+def gaussian_error(bits: int, vector_size: int = 1) -> float:
+    """The mean squared error of :func:`gaussian` for normal numbers of variance 1.
+
+    >>> gaussian_error(4)
+    0.009501008
+    """
+    return _gaussian_grid(bits, vector_size)["error"]
+
+
+def _gaussian_grid(bits: int, vector_size: int) -> dict:
     _check_bits(GAUSSIAN, bits, vector_size)
-    grid = _gaussian_grids()[f"{bits} bits, {vector_size} dimensions"]
-    return np.array(grid["points"], np.float32)
+    return _gaussian_grids()[f"{bits} bits, {vector_size} dimensions"]
 
 
 @functools.cache
@@ -162,6 +173,8 @@ def codebook(name: str, bits: int) -> np.ndarray:
     >>> codebook("int", 2).tolist()
     [-2.0, -1.0, 0.0, 1.0]
     """
+    if name == GAUSSIAN:
+        return gaussian(bits)[:, 0]
     if name not in CODEBOOKS:
         known = ", ".join(sorted([*CODEBOOKS, LEARNED, GAUSSIAN]))
         raise ValueError(f"unknown codebook {name!r}; use one of {known}, or give the values")

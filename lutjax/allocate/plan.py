@@ -115,7 +115,7 @@ class CostTable:
             :func:`lutjax.calibrate.noise_sensitivities` measures them.
 
         Raises:
-          ValueError: If a path has none, or one is negative.
+          ValueError: If a path has none, or one is negative or not finite.
 
         Source: HIGGS (arXiv 2411.17525, sections 4 and 5).
 
@@ -126,10 +126,12 @@ class CostTable:
         [4.0, 2.0]
         """
         for matrix in matrices:
-            if not sensitivities.get(matrix.path, -1.0) >= 0:
+            if matrix.path not in sensitivities:
+                raise ValueError(f"there is no sensitivity for {matrix.path!r}; measure it too")
+            if not 0 <= sensitivities[matrix.path] < math.inf:
                 raise ValueError(
-                    f"the sensitivity of {matrix.path!r} is {sensitivities.get(matrix.path)}; "
-                    f"measure one that is not negative"
+                    f"the sensitivity of {matrix.path!r} is {sensitivities[matrix.path]}; it must "
+                    f"be a number that is not negative"
                 )
         costs = [
             [

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lutjax.arrays.base import CompressedArray
+from lutjax.arrays.packed_lut_array import PackedLutArray
 from lutjax.arrays.split import Split
 from lutjax.arrays.wrapper import WrapperArray
 from lutjax.rotation import at_least_float32, is_power_of_two, rotate, rotate_back
@@ -47,9 +48,16 @@ class RotatedArray(WrapperArray):
             raise ValueError(f"block={block} must be a power of two")
         return cls(base, block)
 
+    @property
+    def _wide_base(self) -> CompressedArray:
+        """The base in at least float32, where it can be had."""
+        if isinstance(self.base, PackedLutArray):  # for activations of one dtype
+            return self.base
+        return self.base.astype(at_least_float32(self.dtype))
+
     def materialize_matrix(self) -> Float[Array, "*batch k n"]:
-        """The dense matrix, rotated back before it is rounded to :attr:`dtype`."""
-        rotated = self.base.astype(at_least_float32(self.dtype)).materialize_matrix()
+        """The dense matrix; if not prepacked, rounded to :attr:`dtype` after it is rotated back."""
+        rotated = self._wide_base.materialize_matrix()
         back = rotate_back(jnp.swapaxes(rotated, -1, -2), self.block)
         return jnp.swapaxes(back, -1, -2).astype(self.dtype)
 
@@ -58,15 +66,15 @@ class RotatedArray(WrapperArray):
         return self.base.matmul(rotate(x, self.block))
 
     def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
-        """``x @ base.T``, rotated back, in the dtype of ``x``."""
+        """``x @ base.T``, rotated back; both are rounded to the dtype of ``x``."""
         return rotate_back(self.base.matmul_transposed(x), self.block)
 
     def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array | None:
         """Columns; a row depends on its whole block."""
         if axis == "k":
             return None
-        columns = self.base.take_matrix(axis, indices)
-        return None if columns is None else rotate_back(columns, self.block)
+        columns = self._wide_base.take_matrix(axis, indices)
+        return None if columns is None else rotate_back(columns, self.block).astype(self.dtype)
 
     def slice_matrix(self, axis: str, start: Any, size: int) -> Self | None:
         """Columns as the base has them, and rows at the boundaries of blocks."""
@@ -84,7 +92,7 @@ class RotatedArray(WrapperArray):
         if shards > 1 and k % (shards * self.block):
             raise ValueError(
                 f"its K={k} rows do not split into {shards} times whole rotated blocks of "
-                f"{self.block}; shard N, or over fewer devices"
+                f"{self.block}; shard N, or quantize with a smaller group_size"
             )
         return dataclasses.replace(self, base=self.base.split_specs(split))
 

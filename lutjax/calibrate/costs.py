@@ -38,7 +38,7 @@ def plannable(params: Any, recipe: Recipe | None = None) -> tuple[Matrix, ...]:
     >>> plannable({"kernel": jax.ShapeDtypeStruct((64, 32), "float32")})
     (Matrix(path='kernel', k=64, n=32, count=1, axis=None, batch_ndim=None),)
     """
-    rules = match_rules(recipe or _ALL, params)
+    rules = match_rules(paths_of(recipe), params)
     matrices = []
     for path, leaf in named_leaves(params):
         if path not in rules:
@@ -52,6 +52,19 @@ def plannable(params: Any, recipe: Recipe | None = None) -> tuple[Matrix, ...]:
     if not matrices:
         raise ValueError("the recipe reaches no matrix; see Recipe.rule_for")
     return tuple(matrices)
+
+
+def paths_of(recipe: Recipe | None) -> Recipe:
+    """The paths that a recipe reaches, with a configuration that fits every matrix.
+
+    None reaches all matrices but embeddings, head and norms.
+    """
+    if recipe is None:
+        return Recipe((Rule("*", _FITS_ALL),))
+    rules = [
+        r if r.config is None else dataclasses.replace(r, config=_FITS_ALL) for r in recipe.rules
+    ]
+    return Recipe(tuple(rules), recipe.dense)
 
 
 def measure_costs(
@@ -169,7 +182,7 @@ def measure_costs(
     return CostTable(matrices, tuple(candidates), costs)
 
 
-_ALL = Recipe((Rule("*", LutConfig(group_size="column")),))
+_FITS_ALL = LutConfig(group_size="column")
 
 
 class _Cache:

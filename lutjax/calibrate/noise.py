@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from lutjax.calibrate.costs import paths_of
 from lutjax.paths import named_leaves, path_string
 from lutjax.transforms.quantize import check_finite, match_rules, weight_view
 from lutjax.transforms.recipe import Recipe
@@ -37,7 +38,7 @@ def noise_sensitivities(
     Noise is added and subtracted and the two losses are averaged, so that the slope of the loss,
     which has no part in the theorem, cancels: with :math:`t^2` as ``relative_error``,
     :math:`\alpha = ((\ell(W + \epsilon) + \ell(W - \epsilon)) / 2 - \ell(W)) / t^2`. What comes out
-    negative, by chance, is 0.
+    negative, by chance, is 0. This takes ``2 * samples`` losses for every weight and batch.
 
     Args:
       loss_fn: Parameters and one batch to a scalar loss.
@@ -74,7 +75,7 @@ def noise_sensitivities(
     batches = list(batches)
     if not batches:
         raise ValueError("batches is empty; give at least one")
-    axes = _matrix_axes(params, recipe or Recipe.uniform(group_size="column"))
+    axes = _matrix_axes(params, paths_of(recipe))
     loss = jax.jit(loss_fn)
     size = math.sqrt(relative_error)
 

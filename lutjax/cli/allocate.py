@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from lutjax.cli.decompose import single_threaded_lapack
+from lutjax.cli.options import refuse_beside
 
 if TYPE_CHECKING:
     from lutjax import LutConfig
     from lutjax.allocate import Budget, CostTable, Matrix, ModelShapes
+    from lutjax.io import Tokenizer
+    from lutjax.models import Decoder
+
+_LOW_RANK = ("rank", "rounds", "candidates", "fisher", "cache", "workers", "count_adapters")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Allocate:
 
     lutjax allocate ./model --budget 2.75 --rank 64 -o plan.json --plot plan.png
 
-    lutjax allocate ./model --higgs --text book.txt --samples 8 --budget 3.25 -o plan.json
+    lutjax allocate ./model --higgs --text book.txt --budget 3.25 -o plan.json
 
     lutjax allocate --shapes llama-2-70b --budget 2.75
     """
@@ -59,8 +64,9 @@ class Allocate:
     """File with Fisher information; made from --text if it does not exist."""
     text: Path | None = None
     """UTF-8 text file to calibrate on."""
-    samples: int = 128
-    """Windows of the text to calibrate on."""
+    samples: int | None = None
+    """Windows of the text to calibrate on; 128, with --higgs 4, for each of which the model runs
+    twice a matrix."""
     window: int = 256
     """Tokens in each of them."""
     cache: Path | None = None
@@ -86,8 +92,10 @@ class Allocate:
             raise ValueError("name either a MODEL or --shapes")
         if (self.budget is None) == (self.budget_mb is None):
             raise ValueError("give either --budget or --budget-mb")
-        if self.higgs and self.model is not None and self.text is None:
-            raise ValueError("--higgs measures on a text; name one with --text")
+        if self.higgs:
+            refuse_beside(self, "--higgs", *_LOW_RANK)
+            if self.model is not None and self.text is None:
+                raise ValueError("--higgs measures on a text; name one with --text")
         for file in (self.output, self.plot):
             if file is not None and not file.absolute().parent.is_dir():
                 raise FileNotFoundError(f"the directory of {file} does not exist")
@@ -131,9 +139,9 @@ class Allocate:
         from lutjax.allocate.grid import fits
 
         if self.higgs:
-            sizes = (512, 256, 128, 64, 32, 16)  # the largest group that every matrix has
-            group = next((g for g in sizes if all(g <= m.k for m in matrices)), 16)
-            return higgs_grid(group_size=group)
+            # for every matrix the largest group that it has
+            largest = {min(512, max(16, 1 << m.k.bit_length() - 1)) for m in matrices}
+            return higgs_grid(group_sizes=sorted(largest))
         if self.shapes is not None:
             return prune(candidate_grid())
         # Groups that are larger than the smallest matrix would leave it without a candidate.
@@ -154,11 +162,12 @@ class Allocate:
         import jax
 
         from lutjax import load, summarize
+        from lutjax.allocate import CostTable
         from lutjax.calibrate import measure_costs, plannable
         from lutjax.cli.calibration import fisher_for
 
         assert self.model is not None
-        _, params, _ = load(self.model)
+        model, params, tokenizer = load(self.model)
         matrices = plannable(params)
         candidates = self._candidates(matrices)
         summary = summarize(params)
@@ -167,13 +176,20 @@ class Allocate:
         sizes = (sum(leaf.nbytes for leaf in others), sum(leaf.size for leaf in others))
         self._check_feasible(matrices, candidates, sizes)
         if self.higgs:
-            return self._from_noise(matrices, candidates), sizes
+            sensitivities = self._sensitivities(model, params, tokenizer)
+            return CostTable.of_sensitivities(matrices, candidates, sensitivities), sizes
         table = measure_costs(
             params,
             candidates,
             rank=self.rank,
             key=jax.random.key(self.seed),
-            fisher=fisher_for(self.model, self.fisher, self.text, self.samples, self.window),
+            fisher=fisher_for(
+                self.model,
+                self.fisher,
+                self.text,
+                128 if self.samples is None else self.samples,
+                self.window,
+            ),
             rounds=self.rounds,
             cache=self.cache,
             workers=self.workers,
@@ -181,27 +197,26 @@ class Allocate:
         )
         return table, sizes
 
-    def _from_noise(
-        self, matrices: tuple[Matrix, ...], candidates: tuple[LutConfig, ...]
-    ) -> CostTable:
+    def _sensitivities(
+        self, model: Decoder, params: Any, tokenizer: Tokenizer | None
+    ) -> dict[str, float]:
         import jax
 
-        from lutjax.allocate import CostTable
         from lutjax.calibrate import next_token_loss, noise_sensitivities
-        from lutjax.cli.models import evaluation_text, load_model
+        from lutjax.cli.models import evaluation_text
         from lutjax.evaluate import windows
 
-        assert self.model is not None and self.text is not None
-        loaded = load_model(self.model)
-        ids = loaded.tokenizer.encode(evaluation_text(self.text), add_special_tokens=False)
-        sensitivities = noise_sensitivities(
-            next_token_loss(loaded.apply_fn),
-            loaded.params,
-            list(windows(ids, self.window, self.samples)),
+        if tokenizer is None:
+            raise ValueError(f"{self.model} has no tokenizer.json, so it cannot read text")
+        ids = tokenizer.encode(evaluation_text(self.text), add_special_tokens=False)
+        return noise_sensitivities(
+            next_token_loss(model.apply),
+            params,
+            list(windows(ids, self.window, 4 if self.samples is None else self.samples)),
             key=jax.random.key(self.seed),
+            samples=1,
             progress=True,
         )
-        return CostTable.of_sensitivities(matrices, candidates, sensitivities)
 
     def _check_feasible(
         self,

@@ -45,7 +45,7 @@ class Decompose:
     group_size: int | Literal["column"] = 64
     """Weights that share a scale, at least 16, or 'column' for one scale a column."""
     codebook: str = "nf"
-    """Table of values: nf (NormalFloat), int, affine, fp4, nf_flute, kmeans."""
+    """Table of values: nf (NormalFloat), int, affine, fp4, nf_flute, kmeans, gaussian."""
     double_quant: bool = False
     """Quantise the scales too, to 8 bits."""
     plan: Path | None = None

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from lutjax.cli.options import refuse_beside
+
 if TYPE_CHECKING:
     from lutjax import Recipe
 
@@ -79,16 +81,18 @@ class Quantize:
         from lutjax import DoubleQuant, Recipe
 
         if self.recipe is not None:
-            self._refuse_beside("--recipe", "bits", "group_size", "higgs", *_CODES)
+            refuse_beside(self, "--recipe", "bits", "group_size", "higgs", *_CODES)
             try:
                 return Recipe.load(self.recipe)
             except ValueError as error:
                 raise ValueError(f"{self.recipe}: {error}") from error
         # what is out of range, the recipe says
-        bits: Any = int(self.bits) if self.bits == int(self.bits) else self.bits
-        group_size: Any = self.group_size or (512 if self.higgs else 64)
+        bits: Any = int(self.bits) if float(self.bits).is_integer() else self.bits
+        group_size: Any = self.group_size
+        if group_size is None:
+            group_size = 512 if self.higgs else 64
         if self.higgs:
-            self._refuse_beside("--higgs", *_CODES)
+            refuse_beside(self, "--higgs", *_CODES)
             return Recipe.higgs(bits, group_size)
         return Recipe.uniform(
             bits,
@@ -97,9 +101,3 @@ class Quantize:
             scale_dtype=self.scale_dtype,
             double_quant=DoubleQuant() if self.double_quant else None,
         )
-
-    def _refuse_beside(self, given: str, *options: str) -> None:
-        for field in dataclasses.fields(self):
-            if field.name in options and getattr(self, field.name) != field.default:
-                flag = "--" + field.name.replace("_", "-")
-                raise ValueError(f"give either {given} or {flag}, not both")

@@ -104,8 +104,9 @@ def decompose(
       progress: Show a progress bar over the matrices.
 
     Returns:
-      A pytree like ``params`` with ``SumArray(LutArray, LowRankArray)`` where the recipe says so;
-      the factors have the dtype of the weight.
+      A pytree like ``params`` with ``SumArray(LutArray, LowRankArray)`` where the recipe says so,
+      the codes in a :class:`lutjax.arrays.RotatedArray` if it rotates; the factors have the dtype
+      of the weight.
 
     Raises:
       ValueError: If a rule matches nothing, the rank does not fit, a weight or its Fisher

@@ -120,7 +120,8 @@ def check_fit(shape: tuple[int, ...], rule: Rule, path: str) -> None:
     if isinstance(group_size, int) and group_size > k:
         raise ValueError(
             f"group_size={group_size} is larger than K={k} of {path!r} {shape}; use a smaller "
-            f"group or 'column', or say with axis= in a rule which axes are summed over"
+            f"group{'' if rule.config.rotate else f' or {COLUMN!r}'}, or say with axis= in a rule "
+            f"which axes are summed over"
         )
 
 

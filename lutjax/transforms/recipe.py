@@ -57,8 +57,7 @@ class LutConfig:
     def higgs(cls, bits: float = 4, group_size: int = 512) -> LutConfig:
         """Rotated weights and the best tables for normal numbers.
 
-        Pairs of weights share a code of twice the bits where that fits 8 bits, because that errs
-        less.
+        From 1.5 to 4 bits pairs of weights share a code of twice the bits, because that errs less.
 
         Args:
           bits: 1, 1.5, 2, 2.5, 3, 3.5 or 4, 5, 6, 7, 8 bits a weight, the scales not counted.
@@ -72,14 +71,13 @@ class LutConfig:
         >>> LutConfig.higgs(3).bits, LutConfig.higgs(3).vector_size
         (6, 2)
         """
-        vector_size = 2 if bits <= 4 else 1
-        code = bits * vector_size
-        if code != int(code) or not vector_size <= code <= MAX_BITS:
+        if bits not in (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8):
             raise ValueError(
                 f"bits={bits} is not supported; use 1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7 or 8"
             )
+        vector_size = 2 if 1 < bits <= 4 else 1
         return cls(
-            int(code),
+            int(bits * vector_size),
             group_size,
             codebooks.GAUSSIAN,
             vector_size=vector_size,
@@ -102,6 +100,10 @@ class LutConfig:
             )
         if not isinstance(self.codebook, str):
             object.__setattr__(self, "codebook", tuple(float(v) for v in self.codebook))
+        if type(self.vector_size) is not int or self.vector_size not in (1, 2):
+            raise ValueError(f"vector_size={self.vector_size!r} is not supported; use 1 or 2")
+        if not isinstance(self.rotate, bool):
+            raise ValueError(f"rotate={self.rotate!r} must be true or false")
         if self.vector_size != 1 and self.codebook != codebooks.GAUSSIAN:
             raise ValueError(
                 f"vector_size={self.vector_size!r} with codebook {self.codebook!r}; only "

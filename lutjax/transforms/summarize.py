@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -109,9 +110,7 @@ def summarize(params: Any) -> Summary:
 
 def _leaf(path: str, leaf: Any) -> LeafSummary:
     if is_compressed(leaf):
-        description = repr(leaf)
-        kind, _, rest = description.partition("(shape=")
-        kind += " (" + rest.partition("), ")[2] if rest else ""
+        kind = re.sub(r"shape=\([\d, ]*\), ", "", repr(leaf))  # it has a column of its own
         return LeafSummary(path, leaf.shape, leaf.nbytes, kind, compressed=True)
     shape = tuple(np.shape(leaf))
     dtype = np.dtype(leaf.dtype if hasattr(leaf, "dtype") else np.result_type(leaf))

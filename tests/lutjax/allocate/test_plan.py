@@ -99,8 +99,11 @@ def test_higgs_plans_follow_the_sensitivities(tmp_path):
     plan.save(tmp_path / "plan.json")
     assert Recipe.load(tmp_path / "plan.json") == plan.recipe
     assert "8 / 2" in str(plan)
-    with pytest.raises(ValueError, match=r"sensitivity of '3/kernel' is None"):
+    with pytest.raises(ValueError, match="there is no sensitivity for '3/kernel'"):
         CostTable.of_sensitivities(matrices, candidates, {k: alphas[k] for k in list(alphas)[:3]})
+    for bad in (-1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"the sensitivity of '0/kernel' is {bad}"):
+            CostTable.of_sensitivities(matrices, candidates, alphas | {"0/kernel": bad})
 
 
 def params() -> dict:

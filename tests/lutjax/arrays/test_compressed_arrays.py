@@ -190,6 +190,13 @@ def test_products_have_the_dtype_of_the_activations():
     assert array.astype(jnp.bfloat16).materialize().dtype == jnp.bfloat16
 
 
+def test_parts_of_a_rotated_weight_are_rounded_like_the_whole():
+    dense = jnp.asarray(RNG.normal(size=(K, N)), jnp.bfloat16)
+    array = lutjax.quantize(dense, lutjax.Recipe.higgs(4, G))
+    assert array.materialize().dtype == jnp.bfloat16
+    np.testing.assert_array_equal(array.T.take(jnp.arange(N)), array.materialize().T)
+
+
 def test_views_of_three_axes():
     array, dense = make_lut()
     heads = array.with_view(MatrixView.of((K, 4, 6), contract=(0,)))

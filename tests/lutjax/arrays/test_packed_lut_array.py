@@ -77,6 +77,18 @@ def test_rows_are_taken_and_nested_weights_found():
     np.testing.assert_array_equal(flipped, w.materialize().T[jnp.array([63])])
 
 
+def test_rotated_weights_are_packed_inside():
+    dense = jax.random.normal(jax.random.key(0), (128, 64), jnp.bfloat16)
+    rotated = lutjax.quantize(dense, lutjax.Recipe.higgs(4, 64))
+    packed = lutjax.prepack({"kernel": rotated}, implementation="xla")["kernel"]
+    assert isinstance(packed.base, PackedLutArray)
+    x = jax.random.normal(jax.random.key(1), (3, 128), jnp.bfloat16)
+    np.testing.assert_array_equal(packed.matmul(x), rotated.matmul(x))
+    # the packed matrix is rounded before it is rotated back, too
+    difference = packed.materialize().astype(float) - rotated.materialize().astype(float)
+    assert np.abs(difference).max() < 2**-6
+
+
 def test_what_it_cannot_do_is_refused(tmp_path):
     packed = lutjax.prepack({"kernel": weight()}, implementation="xla")
     with pytest.raises(TypeError, match="packed for activations of bfloat16, got float32"):

@@ -43,7 +43,7 @@ def test_noise_of_stacked_matrices_is_relative_to_each():
     seen = []
 
     def loss(params, scale):
-        jax.debug.callback(lambda w: seen.append(np.asarray(w)), params["kernel"])
+        jax.debug.callback(lambda w: seen.append(np.asarray(w)), params["kernel"], ordered=True)
         return scale * jnp.sum(params["kernel"] ** 2)
 
     weight = jnp.stack([jnp.ones((16, 8)), 100 * jnp.ones((16, 8))])
@@ -59,11 +59,11 @@ def test_noise_of_stacked_matrices_is_relative_to_each():
 def test_they_repeat_and_do_not_depend_on_other_weights():
     params = make_params()
     first, again = (
-        noise_sensitivities(quadratic, params, [1.0], key=KEY, recipe=recipe)
-        for recipe in (Recipe.uniform(group_size="column"),) * 2
+        noise_sensitivities(quadratic, params, [1.0], key=KEY, recipe=Recipe.higgs())  # K < 512
+        for _ in range(2)
     )
     assert first == again
-    alone = Recipe((Rule("a", LutConfig(group_size="column")),))
+    alone = Recipe((Rule("a", LutConfig()),))
     only = noise_sensitivities(quadratic, params, [1.0], key=KEY, recipe=alone)
     assert only == {"a": first["a"]}
 
@@ -85,7 +85,7 @@ def test_what_bends_down_is_zero():
         ({"relative_error": 0.0}, "relative_error=0.0"),
         ({"samples": 0}, "samples=0"),
         ({"params": {"kernel": jnp.full((16, 16), jnp.nan)}}, "'kernel' has 256 NaN"),
-        ({"params": {"bias": jnp.ones(3)}}, "matches no|reaches no matrix"),
+        ({"params": {"bias": jnp.ones(3)}}, "reaches no matrix"),
         ({"loss_fn": lambda params, batch: jnp.inf}, "the loss is NaN or infinite"),
     ],
 )

@@ -72,6 +72,8 @@ def test_allocate_higgs_and_quantize(capsys, tmp_path, source):
     printed = ok(capsys, "allocate", "--shapes", "smollm2-135m", "--higgs", "--budget", 3.3)
     assert "low-rank" not in printed
     assert "name one with --text" in fails(capsys, "allocate", source, *budget)
+    ignored = ("--text", text, "--rank", 2)
+    assert "--higgs or --rank" in fails(capsys, "allocate", source, *budget, *ignored)
 
 
 def test_allocate_from_shapes(capsys, tmp_path, source):

@@ -59,6 +59,28 @@ def test_prefill_decode_and_gradients(scan, tied):
     assert len(table.fused) == kernels + 2  # the lookup and the head
 
 
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_rotated_weights(scan):
+    model = Decoder(dataclasses.replace(CONFIG, scan_layers=scan))
+    params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
+    params = jax.jit(lambda p: lutjax.quantize(p, Recipe.higgs(4, 16)))(params)
+
+    def run(fn, params):
+        def loss(norm):
+            logits = fn({"params": {**params, "norm": norm}}, TOKENS)
+            return jnp.sum(logits**2), logits
+
+        return jax.grad(loss, has_aux=True)(params["norm"])
+
+    lifted = lutjax.lift(model.apply, strict=True)
+    actual, expected = jax.jit(lambda p: (run(lifted, p), run(model.apply, lutjax.materialize(p))))(
+        params
+    )
+    assert_close(actual, expected)
+    report = lutjax.lift.report(model.apply, {"params": params}, TOKENS)
+    assert len(report.fused) == (7 if scan else 14) and not report.materialized
+
+
 def test_peak_memory_of_a_product_stays_far_below_the_dense_weight():
     def make():
         return lutjax.quantize(jnp.zeros((4096, 4096)), bits=4, group_size=64)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import lutjax
-from lutjax.arrays import DoubleQuant, LowRankArray, LutArray, SumArray
+from lutjax.arrays import DoubleQuant, LowRankArray, LutArray, RotatedArray, SumArray
 from lutjax.transforms.decompose import (
     ROUNDS,
     decompose,
@@ -368,3 +368,14 @@ def test_unknown_names_and_rounds():
     bad("rounds=0 must be at least 1", rounds=0)
     bad("rounds=3 has no meaning for method='lorc'", method="lorc", rounds=3)
     bad("matches no parameter", recipe=Recipe((Rule("nothing", LutConfig()),)))
+
+
+def test_rotated_codes_and_a_low_rank_part():
+    weight = matrix(k=128)
+    rule = Rule("*", LutConfig.higgs(2, 64), axis=-2)
+    result = decompose_array(weight, rule, rank=6, key=KEY)
+    quantized, low_rank = result.array.parts
+    assert isinstance(quantized, RotatedArray) and isinstance(low_rank, LowRankArray)
+    assert float(result.error) == pytest.approx(error_of(weight, result.array), rel=1e-4)
+    alone = lutjax.quantize(weight, Recipe((rule,)))
+    assert float(result.error) < 0.7 * float(jnp.linalg.norm(weight - alone.materialize()))

@@ -247,11 +247,18 @@ NAN = {"mlp": {"kernel": jnp.full((32, 16), jnp.nan)}}
         (lambda: LutConfig.higgs(0.5), ValueError, "bits=0.5 is not supported"),
         (lambda: LutConfig.higgs(group_size=48), ValueError, "group_size=48 cannot be rotated"),
         (lambda: LutConfig(group_size="column", rotate=True), ValueError, "'column' cannot be rot"),
+        (lambda: LutConfig.higgs(float("nan")), ValueError, "bits=nan is not supported"),
         (lambda: LutConfig(vector_size=2), ValueError, "vector_size=2 with codebook 'nf'"),
         (
-            lambda: LutConfig(codebook="gaussian", vector_size=3),
+            lambda: LutConfig(codebook="gaussian", vector_size=2.0),
             ValueError,
-            "exists for vector_size 1 and 2, not 3",
+            "vector_size=2.0 is not supported; use 1 or 2",
+        ),
+        (lambda: LutConfig(group_size=64, rotate="no"), ValueError, "rotate='no' must be true"),
+        (
+            lambda: lutjax.quantize(PARAMS, Recipe.higgs()),
+            ValueError,
+            "group_size=512 is larger than K=32 of .*; use a smaller group, or say",
         ),
         (
             lambda: LutConfig(1, codebook="gaussian", vector_size=2),

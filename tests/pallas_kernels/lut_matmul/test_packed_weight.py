@@ -66,9 +66,9 @@ def test_without_a_layout_of_its_own_the_words_stay_canonical():
     assert relative_error(back, oracle(case, data | {"x": x[:, :128]}, transpose=True)) <= 1.1e-2
 
 
-@pytest.mark.parametrize("group_size", [64, 32])
-def test_hopper_words_serve_both_directions(group_size):
-    case = Case(m=3, k=200, n=72, bits=4, group_size=group_size, offsets=True)
+@pytest.mark.parametrize("group_size,bits,p", [(64, 4, 1), (32, 4, 1), (64, 6, 2)])
+def test_hopper_words_serve_both_directions(group_size, bits, p):
+    case = Case(m=3, k=200, n=72, bits=bits, group_size=group_size, p=p, offsets=True)
     data = make(case)
     _, *weight = operands(data)
     with interpret_kernels():
