@@ -83,10 +83,13 @@ def test_rotated_weights_are_packed_inside():
     packed = lutjax.prepack({"kernel": rotated}, implementation="xla")["kernel"]
     assert isinstance(packed.base, PackedLutArray)
     x = jax.random.normal(jax.random.key(1), (3, 128), jnp.bfloat16)
-    np.testing.assert_array_equal(packed.matmul(x), rotated.matmul(x))
-    # the packed matrix is rounded before it is rotated back, too
-    difference = packed.materialize().astype(float) - rotated.materialize().astype(float)
-    assert np.abs(difference).max() < 2**-6
+    # xla rounds the weight to bfloat16, and so does the packed matrix before it is rotated back
+    for actual, expected in (
+        (packed.matmul(x), rotated.matmul(x)),
+        (packed.materialize(), rotated.materialize()),
+    ):
+        actual, expected = (np.asarray(a, np.float64) for a in (actual, expected))
+        assert np.linalg.norm(actual - expected) < 6e-3 * np.linalg.norm(expected)
 
 
 def test_what_it_cannot_do_is_refused(tmp_path):
