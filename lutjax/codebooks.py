@@ -119,8 +119,8 @@ def gaussian(bits: int, vector_size: int = 1) -> np.ndarray:
 
     Source: HIGGS (arXiv 2411.17525, section 4); computed by ``benchmarks/gaussian_grids.py``.
 
-    >>> gaussian(1).round(3).tolist()
-    [[-0.798], [0.798]]
+    >>> [round(float(value), 3) for value in gaussian(1)[:, 0]]
+    [-0.798, 0.798]
     >>> gaussian(8, vector_size=2).shape
     (256, 2)
     """

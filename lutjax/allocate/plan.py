@@ -119,7 +119,7 @@ class CostTable:
 
         Source: HIGGS (arXiv 2411.17525, sections 4 and 5).
 
-        >>> matrices = [Matrix("a", 512, 64), Matrix("b", 512, 64)]
+        >>> matrices = [Matrix("a", 512, 4096), Matrix("b", 512, 4096)]
         >>> configs = [LutConfig.higgs(2), LutConfig.higgs(4)]
         >>> table = CostTable.of_sensitivities(matrices, configs, {"a": 3.0, "b": 1.0})
         >>> [choice.config.bits / 2 for choice in allocate(table, 3.05).choices]
