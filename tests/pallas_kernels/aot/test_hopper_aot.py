@@ -63,7 +63,7 @@ def compiled_kernel(
 
 
 # SASS instructions a code in the main loop, with those that write the sums once in many rounds;
-# (bits, rows of a code): measured 2.42 2.90 2.39 3.97, and 1.86 2.84 for two rows a code, where the
+# (bits, rows of a code): measured 2.42 2.90 2.39 3.94, and 1.86 2.84 for two rows a code, where the
 # kernel of 4 bits is the same.
 INSTRUCTIONS = {
     (2, 1): 2.5,
