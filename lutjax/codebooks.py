@@ -117,6 +117,9 @@ def gaussian(bits: int, vector_size: int = 1) -> np.ndarray:
     Returns:
       ``float32[2**bits, vector_size]`` in lexicographic order.
 
+    Raises:
+      ValueError: For other bits or vector sizes.
+
     Source: HIGGS (arXiv 2411.17525, section 4); computed by ``benchmarks/gaussian_grids.py``.
 
     >>> [round(float(value), 3) for value in gaussian(1)[:, 0]]
@@ -137,6 +140,8 @@ def gaussian_error(bits: int, vector_size: int = 1) -> float:
 
 
 def _gaussian_grid(bits: int, vector_size: int) -> dict:
+    if vector_size not in (1, 2):
+        raise ValueError(f"codebook 'gaussian' exists for vector_size 1 and 2, not {vector_size}")
     _check_bits(GAUSSIAN, bits, vector_size)
     return _gaussian_grids()[f"{bits} bits, {vector_size} dimensions"]
 

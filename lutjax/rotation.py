@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int8
 from scipy.linalg import hadamard
+
+from lutjax.dtypes import at_least_float32
 
 
 @functools.cache
@@ -36,11 +37,6 @@ def signs(count: int) -> Int8[np.ndarray, "count"]:
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z ^= z >> np.uint64(31)
     return np.where(z >> np.uint64(63), -1, 1).astype(np.int8)
-
-
-def at_least_float32(dtype: Any) -> Any:
-    """The dtype in which numbers of ``dtype`` are rotated."""
-    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
 def rotate(x: Float[Array, "... k"], block: int) -> Float[Array, "... k"]:

@@ -90,11 +90,7 @@ class CostTable:
 
         The cost is the squared error of quantising so many independent unit normal numbers.
         """
-        costs = [
-            [m.size * gaussian_error(c) if fits(m.k, c) else math.inf for c in candidates]
-            for m in matrices
-        ]
-        return cls(tuple(matrices), tuple(candidates), np.array(costs))
+        return cls._of_weights(matrices, candidates, [m.size for m in matrices])
 
     @classmethod
     def of_sensitivities(
@@ -133,12 +129,19 @@ class CostTable:
                     f"the sensitivity of {matrix.path!r} is {sensitivities[matrix.path]}; it must "
                     f"be a number that is not negative"
                 )
+        return cls._of_weights(matrices, candidates, [sensitivities[m.path] for m in matrices])
+
+    @classmethod
+    def _of_weights(
+        cls,
+        matrices: Sequence[Matrix],
+        candidates: Sequence[LutConfig],
+        weights: Sequence[float],
+    ) -> CostTable:
+        """The relative errors on normal numbers, times a weight for each matrix."""
         costs = [
-            [
-                sensitivities[m.path] * gaussian_error(c) if fits(m.k, c) else math.inf
-                for c in candidates
-            ]
-            for m in matrices
+            [w * gaussian_error(c) if fits(m.k, c) else math.inf for c in candidates]
+            for m, w in zip(matrices, weights, strict=True)
         ]
         return cls(tuple(matrices), tuple(candidates), np.array(costs))
 

@@ -14,7 +14,8 @@ from lutjax.arrays.base import CompressedArray
 from lutjax.arrays.packed_lut_array import PackedLutArray
 from lutjax.arrays.split import Split
 from lutjax.arrays.wrapper import WrapperArray
-from lutjax.rotation import at_least_float32, is_power_of_two, rotate, rotate_back
+from lutjax.dtypes import at_least_float32
+from lutjax.rotation import is_power_of_two, rotate, rotate_back
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["base"], meta_fields=["block"])

@@ -38,7 +38,7 @@ def plannable(params: Any, recipe: Recipe | None = None) -> tuple[Matrix, ...]:
     >>> plannable({"kernel": jax.ShapeDtypeStruct((64, 32), "float32")})
     (Matrix(path='kernel', k=64, n=32, count=1, axis=None, batch_ndim=None),)
     """
-    rules = match_rules(paths_of(recipe), params)
+    rules = match_rules(_paths_of(recipe), params)
     matrices = []
     for path, leaf in named_leaves(params):
         if path not in rules:
@@ -54,7 +54,7 @@ def plannable(params: Any, recipe: Recipe | None = None) -> tuple[Matrix, ...]:
     return tuple(matrices)
 
 
-def paths_of(recipe: Recipe | None) -> Recipe:
+def _paths_of(recipe: Recipe | None) -> Recipe:
     """The paths that a recipe reaches, with a configuration that fits every matrix.
 
     None reaches all matrices but embeddings, head and norms.

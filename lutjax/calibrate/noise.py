@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lutjax.calibrate.costs import paths_of
+from lutjax.calibrate.costs import plannable
 from lutjax.paths import named_leaves, path_string
-from lutjax.transforms.quantize import check_finite, match_rules, weight_view
+from lutjax.transforms.quantize import check_finite
 from lutjax.transforms.recipe import Recipe
 
 
@@ -75,7 +75,10 @@ def noise_sensitivities(
     batches = list(batches)
     if not batches:
         raise ValueError("batches is empty; give at least one")
-    axes = _matrix_axes(params, paths_of(recipe))
+    counts = {matrix.path: matrix.count for matrix in plannable(params, recipe)}
+    for path, leaf in named_leaves(params):
+        if path in counts:
+            check_finite(leaf, path)
     loss = jax.jit(loss_fn)
     size = math.sqrt(relative_error)
 
@@ -90,13 +93,13 @@ def noise_sensitivities(
             if path_string(key_path) != path:
                 return leaf
             own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-            return _perturb(leaf, own, sign * size, axes[path])
+            return _perturb(leaf, own, sign * size, counts[path])
 
         return jax.tree_util.tree_map_with_path(one, params)
 
     base = mean_loss(params)
     found = {}
-    for path in _bar(axes, progress):
+    for path in _bar(counts, progress):
         growth = [
             0.5 * (mean_loss(with_noise(path, k, 1.0)) + mean_loss(with_noise(path, k, -1.0)))
             - base
@@ -106,27 +109,14 @@ def noise_sensitivities(
     return found
 
 
-def _matrix_axes(params: Any, recipe: Recipe) -> dict[str, tuple[int, ...]]:
-    """Of each weight that a recipe reaches, the axes that are not stacked."""
-    rules = match_rules(recipe, params)
-    axes = {}
-    for path, leaf in named_leaves(params):
-        if path in rules:
-            check_finite(leaf, path)
-            batch_ndim, _ = weight_view(leaf.shape, rules[path], path)
-            axes[path] = tuple(range(batch_ndim, leaf.ndim))
-    if not axes:
-        raise ValueError("the recipe reaches no matrix; see Recipe.rule_for")
-    return axes
-
-
-@functools.partial(jax.jit, static_argnames="axes")
-def _perturb(weight: jax.Array, key: PRNGKeyArray, size: Any, axes: tuple[int, ...]) -> jax.Array:
-    """Adds normal noise of ``size`` times the norm of each matrix."""
-    wide = weight.astype(jnp.float32)
-    noise = jax.random.normal(key, weight.shape)
-    squares = [jnp.sum(jnp.square(a), axis=axes, keepdims=True) for a in (wide, noise)]
-    return (wide + size * jnp.sqrt(squares[0] / squares[1]) * noise).astype(weight.dtype)
+@functools.partial(jax.jit, static_argnames="count")
+def _perturb(weight: jax.Array, key: PRNGKeyArray, size: Any, count: int) -> jax.Array:
+    """Adds normal noise of ``size`` times its norm to each of ``count`` stacked matrices."""
+    wide = weight.astype(jnp.float32).reshape(count, -1)
+    noise = jax.random.normal(key, wide.shape)
+    squares = [jnp.sum(jnp.square(a), axis=1, keepdims=True) for a in (wide, noise)]
+    noisy = wide + size * jnp.sqrt(squares[0] / squares[1]) * noise
+    return noisy.reshape(weight.shape).astype(weight.dtype)
 
 
 def _bar(items: Any, show: bool) -> Any:

@@ -137,10 +137,11 @@ class Allocate:
     def _candidates(self, matrices: tuple[Matrix, ...]) -> tuple[LutConfig, ...]:
         from lutjax.allocate import candidate_grid, higgs_grid, prune
         from lutjax.allocate.grid import fits
+        from lutjax.transforms.recipe import MIN_GROUP_SIZE
 
         if self.higgs:
             # for every matrix the largest group that it has
-            largest = {min(512, max(16, 1 << m.k.bit_length() - 1)) for m in matrices}
+            largest = {min(512, max(MIN_GROUP_SIZE, 1 << m.k.bit_length() - 1)) for m in matrices}
             return higgs_grid(group_sizes=sorted(largest))
         if self.shapes is not None:
             return prune(candidate_grid())

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from lutjax.cli.options import refuse_beside
+
 if TYPE_CHECKING:
     from lutjax import Recipe
 
@@ -101,12 +103,7 @@ class Decompose:
         if self.plan is None:
             second = DoubleQuant() if self.double_quant else None
             return Recipe.uniform(self.bits, self.group_size, self.codebook, double_quant=second)
-        for field in dataclasses.fields(self):
-            if field.name in ("bits", "group_size", "codebook", "double_quant") and (
-                getattr(self, field.name) != field.default
-            ):
-                flag = "--" + field.name.replace("_", "-")
-                raise ValueError(f"give either --plan or {flag}, not both")
+        refuse_beside(self, "--plan", "bits", "group_size", "codebook", "double_quant")
         try:
             return Recipe.load(self.plan)
         except ValueError as error:

@@ -88,16 +88,14 @@ class Quantize:
                 raise ValueError(f"{self.recipe}: {error}") from error
         # what is out of range, the recipe says
         bits: Any = int(self.bits) if float(self.bits).is_integer() else self.bits
-        group_size: Any = self.group_size
-        if group_size is None:
-            group_size = 512 if self.higgs else 64
+        group: dict[str, Any] = {} if self.group_size is None else {"group_size": self.group_size}
         if self.higgs:
             refuse_beside(self, "--higgs", *_CODES)
-            return Recipe.higgs(bits, group_size)
+            return Recipe.higgs(bits, **group)
         return Recipe.uniform(
             bits,
-            group_size,
-            self.codebook,
+            **group,
+            codebook=self.codebook,
             scale_dtype=self.scale_dtype,
             double_quant=DoubleQuant() if self.double_quant else None,
         )

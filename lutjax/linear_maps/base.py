@@ -15,12 +15,6 @@ from lutjax.linear_maps import dimension_numbers as dims
 from lutjax.linear_maps.dimension_numbers import DimensionNumbers
 
 
-def at_least_float32(dtype: Any) -> Any:
-    """The dtype that decompositions run in: float32, or float64 when asked for float64."""
-    dtype = jnp.dtype(dtype)
-    return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
-
-
 class BoundMap(abc.ABC):
     """A linear map `S` from gradients of one weight to a smaller (latent) space, and its transpose.
 

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lutjax.linear_maps.base import BoundMap, LinearMap, at_least_float32
+from lutjax.dtypes import at_least_float32
+from lutjax.linear_maps.base import BoundMap, LinearMap
 
 Side = Literal["left", "right"]
 

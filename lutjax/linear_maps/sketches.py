@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, PRNGKeyArray, UInt32
 
-from lutjax.linear_maps.base import BoundMap, LinearMap, at_least_float32
+from lutjax.dtypes import at_least_float32
+from lutjax.linear_maps.base import BoundMap, LinearMap
 from lutjax.linear_maps.one_sided import (
     Side,
     check_rank,

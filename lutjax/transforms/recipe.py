@@ -142,9 +142,8 @@ class LutConfig:
         """
         if self.codebook == codebooks.LEARNED:
             return None
-        if self.codebook == codebooks.GAUSSIAN:
-            table = codebooks.gaussian(self.bits, self.vector_size)
-            return table if self.vector_size > 1 else table[:, 0]
+        if self.vector_size > 1:
+            return codebooks.gaussian(self.bits, self.vector_size)
         if isinstance(self.codebook, str):
             return codebooks.codebook(self.codebook, self.bits)
         return codebooks.user_table(np.asarray(self.codebook))

@@ -166,3 +166,9 @@ def test_nearest_vectors_against_brute_force():
     pairs = np.pad(values, ((0, 0), (0, 1), (0, 0))).reshape(3, 5, 2, 5).swapaxes(2, 3)
     distances = np.square(pairs[..., None, :] - table).sum(axis=-1)
     np.testing.assert_array_equal(codes, distances.argmin(axis=-1))
+
+
+def test_there_are_gaussian_tables_of_single_values_and_pairs_only():
+    with pytest.raises(ValueError, match="exists for vector_size 1 and 2, not 3"):
+        codebooks.gaussian(4, vector_size=3)
+    np.testing.assert_array_equal(codebooks.codebook("gaussian", 4), codebooks.gaussian(4)[:, 0])

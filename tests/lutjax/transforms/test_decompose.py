@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -327,22 +328,28 @@ def test_error_ordering_on_every_kind_of_matrix(smollm2):
 # --- bad input ---------------------------------------------------------------------------------
 
 
-def bad(message, weight=None, **changes):
+def refusal(weight=None, **changes) -> str:
+    """The message with which `decompose` refuses changed arguments."""
     params = {"mlp": {"kernel": matrix() if weight is None else weight}}
     arguments = {"recipe": Recipe.uniform(3, 32), "rank": 4, "key": KEY} | changes
     recipe = arguments.pop("recipe")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError) as caught:
         decompose(params, recipe, **arguments)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("rank", [0, -1, 65, 2.0])
 def test_rank_out_of_range(rank):
-    bad(rf"rank={rank}.*'mlp/kernel' with K=96 and N=64; use 1 to 64", rank=rank)
+    assert re.search(
+        rf"rank={rank}.*'mlp/kernel' with K=96 and N=64; use 1 to 64", refusal(rank=rank)
+    )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_not_finite(value):
-    bad("'mlp/kernel' has 1 NaN or infinite", weight=matrix().at[3, 4].set(value))
+    assert re.search(
+        "'mlp/kernel' has 1 NaN or infinite", refusal(weight=matrix().at[3, 4].set(value))
+    )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])
@@ -353,21 +360,27 @@ def test_fisher_values(value, means):
     if means and value == -1.0:
         given = (given[0].at[0].set(-1.0), given[1])
     message = "'mlp/kernel' has (NaN or infinite|negative) values"
-    bad(message, fisher={"mlp/kernel": given})
+    assert re.search(message, refusal(fisher={"mlp/kernel": given}))
 
 
 def test_fisher_shapes_and_paths():
-    bad("'mlp/kernel' has the shape", fisher={"mlp/kernel": jnp.ones((64, 96))})
-    bad("the shapes .*needs", fisher={"mlp/kernel": (jnp.ones(64), jnp.ones(96))})
-    bad("nothing for 'mlp/kernel'", fisher={"mlp": jnp.ones((96, 64))})
+    assert re.search(
+        "'mlp/kernel' has the shape", refusal(fisher={"mlp/kernel": jnp.ones((64, 96))})
+    )
+    assert re.search(
+        "the shapes .*needs", refusal(fisher={"mlp/kernel": (jnp.ones(64), jnp.ones(96))})
+    )
+    assert re.search("nothing for 'mlp/kernel'", refusal(fisher={"mlp": jnp.ones((96, 64))}))
 
 
 def test_unknown_names_and_rounds():
-    bad("method='lqq' is unknown; use one of lq, loftq", method="lqq")
-    bad("svd='exact' is unknown", svd="exact")
-    bad("rounds=0 must be at least 1", rounds=0)
-    bad("rounds=3 has no meaning for method='lorc'", method="lorc", rounds=3)
-    bad("matches no parameter", recipe=Recipe((Rule("nothing", LutConfig()),)))
+    assert re.search("method='lqq' is unknown; use one of lq, loftq", refusal(method="lqq"))
+    assert re.search("svd='exact' is unknown", refusal(svd="exact"))
+    assert re.search("rounds=0 must be at least 1", refusal(rounds=0))
+    assert re.search("rounds=3 has no meaning for method='lorc'", refusal(method="lorc", rounds=3))
+    assert re.search(
+        "matches no parameter", refusal(recipe=Recipe((Rule("nothing", LutConfig()),)))
+    )
 
 
 def test_rotated_codes_and_a_low_rank_part():
