@@ -28,13 +28,13 @@ from lutjax.evaluate import perplexity, windows
 from lutjax.io import demo_model_path
 from lutjax.transforms import Summary
 
-EVALUATED, CALIBRATED = 16, 3  # windows of 512 and 256 tokens, evenly spaced
+CALIBRATED = 6  # windows of 128 tokens, evenly spaced like those that are evaluated
 
 
 def split(ids: list[int], chunks: int) -> tuple[np.ndarray, np.ndarray]:
     """Windows to evaluate and to calibrate on."""
     places = list(range(len(ids)))
-    evaluated, calibrated = windows(places, 512, chunks), windows(places[8192:], 256, CALIBRATED)
+    evaluated, calibrated = windows(places, 512, chunks), windows(places[8192:], 128, CALIBRATED)
     if np.intersect1d(evaluated, calibrated).size:
         raise SystemExit(f"--chunks {chunks}: the windows overlap those that are calibrated on")
     tokens = np.asarray(ids, np.int32)
@@ -49,7 +49,6 @@ def sensitivities(file: Path, model: Any, params: Any, text: np.ndarray) -> dict
             params,
             list(text),
             key=jax.random.key(0),
-            samples=1,
             progress=True,
         )
         file.write_text(json.dumps(found, indent=1) + "\n")
@@ -87,7 +86,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--budgets", type=float, nargs="+", default=[4.25, 3.75, 3.25, 2.75])
-    parser.add_argument("--chunks", type=int, default=EVALUATED)
+    parser.add_argument("--chunks", type=int, default=16)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
 

@@ -26,7 +26,6 @@ def noise_sensitivities(
     *,
     key: PRNGKeyArray,
     relative_error: float = 0.01,
-    samples: int = 2,
     recipe: Recipe | None = None,
     progress: bool = False,
 ) -> dict[str, float]:
@@ -38,16 +37,16 @@ def noise_sensitivities(
     Noise is added and subtracted and the two losses are averaged, so that the slope of the loss,
     which has no part in the theorem, cancels: with :math:`t^2` as ``relative_error``,
     :math:`\alpha = ((\ell(W + \epsilon) + \ell(W - \epsilon)) / 2 - \ell(W)) / t^2`. What comes out
-    negative, by chance, is 0. This takes ``2 * samples`` losses for every weight and batch.
+    negative, by chance, is 0. This takes two losses for every weight and batch, and each batch has
+    its own noise: many small batches average over more of it than few large ones.
 
     Args:
       loss_fn: Parameters and one batch to a scalar loss.
       params: A pytree of dense parameters.
       batches: Pytrees of arrays that ``loss_fn`` takes; all are used for every weight.
-      key: For the noise. Each weight uses its own key, made from this one and its path.
+      key: For the noise. Each weight and batch has its own, made from this one.
       relative_error: :math:`t^2`, that of 4 bits by default; large errors see more than the
         curvature.
-      samples: How often each weight is perturbed.
       recipe: Which parameters; by default all matrices but embeddings, head and norms. Its
         configurations have no meaning here.
       progress: Show a progress bar.
@@ -70,8 +69,6 @@ def noise_sensitivities(
     """
     if not (math.isfinite(relative_error) and relative_error > 0):
         raise ValueError(f"relative_error={relative_error} must be a positive number")
-    if samples < 1:
-        raise ValueError(f"samples={samples} must be at least 1")
     batches = list(batches)
     if not batches:
         raise ValueError("batches is empty; give at least one")
@@ -79,33 +76,33 @@ def noise_sensitivities(
     for path, leaf in named_leaves(params):
         if path in counts:
             check_finite(leaf, path)
-    loss = jax.jit(loss_fn)
-    size = math.sqrt(relative_error)
+    compiled = jax.jit(loss_fn)
 
-    def mean_loss(params: Any) -> float:
-        value = float(np.mean([float(loss(params, batch)) for batch in batches]))
+    def loss(params: Any, batch: Any) -> float:
+        value = float(compiled(params, batch))
         if not math.isfinite(value):
             raise ValueError("the loss is NaN or infinite; leave a batch out or mend the model")
         return value
 
-    def with_noise(path: str, key: PRNGKeyArray, sign: float) -> Any:
+    def with_noise(path: str, key: PRNGKeyArray, size: float) -> Any:
         def one(key_path: tuple, leaf: Any) -> Any:
             if path_string(key_path) != path:
                 return leaf
             own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-            return _perturb(leaf, own, sign * size, counts[path])
+            return _perturb(leaf, own, size, counts[path])
 
         return jax.tree_util.tree_map_with_path(one, params)
 
-    base = mean_loss(params)
+    keys = jax.random.split(key, len(batches))
+    before = [loss(params, batch) for batch in batches]
+    size = math.sqrt(relative_error)
     found = {}
     for path in _bar(counts, progress):
-        growth = [
-            0.5 * (mean_loss(with_noise(path, k, 1.0)) + mean_loss(with_noise(path, k, -1.0)))
-            - base
-            for k in jax.random.split(key, samples)
+        after = [
+            0.5 * sum(loss(with_noise(path, own, sign * size), batch) for sign in (1, -1))
+            for batch, own in zip(batches, keys, strict=True)
         ]
-        found[path] = max(0.0, float(np.mean(growth)) / relative_error)
+        found[path] = max(0.0, float(np.mean(np.subtract(after, before))) / relative_error)
     return found
 
 

@@ -215,7 +215,6 @@ class Allocate:
             params,
             list(windows(ids, self.window, 4 if self.samples is None else self.samples)),
             key=jax.random.key(self.seed),
-            samples=1,
             progress=True,
         )
 
