@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -165,17 +166,10 @@ class Tokenizer:
             raise ValueError("this model's tokenizer has no chat template")
         try:
             from jinja2 import TemplateError
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError as error:
             raise ImportError("chat templates need: pip install jinja2") from error
-
-        def refuse(message: str) -> None:
-            raise TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = refuse
         try:
-            return environment.from_string(self.chat_template).render(
+            return _chat_template(self.chat_template).render(
                 messages=list(messages),
                 add_generation_prompt=add_generation_prompt,
                 bos_token=self.bos_token or "",
@@ -223,6 +217,19 @@ class TextStream:
         if text.endswith("\n"):  # a safe point to forget what came before
             self._ids, self._printed = [], ""
         return new
+
+
+@functools.lru_cache(maxsize=8)
+def _chat_template(source: str) -> Any:
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = refuse
+    return environment.from_string(source)
 
 
 def _library() -> Any:
