@@ -1,6 +1,6 @@
 """Adapters: weights `W_0 + S^T lambda`, built from the maps that optimisers project with."""
 
-from lutjax.adapters import lora
+from lutjax.adapters import lora, multi
 from lutjax.adapters.array import AdapterArray, is_adapter
 from lutjax.adapters.build import (
     kronecker,
@@ -23,6 +23,7 @@ __all__ = [
     "lora",
     "merge",
     "merge_workers",
+    "multi",
     "one_sided",
     "start_worker",
     "trainable",
