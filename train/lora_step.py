@@ -23,12 +23,15 @@ class Batch(NamedTuple):
     Attributes:
       tokens: `int32[A, B, T]`.
       segments: `int32[A, B, T]`, see `Decoder`.
-      targets: `int32[A, B, T]`, what to predict at each token, negative for nothing.
+      targets: `int32[A, B, M]`, what to predict, negative for nothing.
+      at: `int32[A, B, M]`, the tokens along T to predict it at, for a language model; at each one
+        if None. Logits take more room than all else, and no others are computed.
     """
 
     tokens: Int32[Array, "a b t"]
     segments: Int32[Array, "a b t"]
-    targets: Int32[Array, "a b t"]
+    targets: Int32[Array, "a b m"]
+    at: Int32[Array, "a b m"] | None = None
 
 
 class Trained(NamedTuple):
@@ -90,7 +93,9 @@ def next_token(apply_fn: Callable[..., Any]) -> Objective:
 
     def objective(trained: Trained, base: Any, part: Batch) -> Sums:
         params = lora.attach(base, trained.adapter)
-        logits = apply_fn({"params": params}, part.tokens, segments=part.segments)
+        logits = apply_fn(
+            {"params": params}, part.tokens, segments=part.segments, logits_at=part.at
+        )
         return _sums(logits, part.targets)
 
     return objective
