@@ -49,7 +49,7 @@ check() { # check NAME SECONDS
 works=(xla)
 check pallas_triton 45 && works+=(pallas_triton)
 check mosaic_gpu 60 && works+=(mosaic_gpu)
-check triton 25
+check triton 25 && works+=(triton)
 step kernels 150 "$python" benchmarks/kernels.py --quick --times-only --implementations "${works[@]}" $smoke --output "$out"
 step model_decode 80 "$python" benchmarks/model_decode.py --implementations "${works[@]}" $smoke --output "$out"
 step sparse_products 70 "$python" benchmarks/sparse_products.py "${sparse[@]}" --out "$out"

@@ -227,7 +227,7 @@ def check_all(name: str, cases: tuple[Check, ...]) -> list[dict]:
 
 def best_implementation(names: list[str]) -> str:
     """The first kernel for this platform that is right at the size of a model."""
-    kernels = {"gpu": ("mosaic_gpu", "pallas_triton"), "tpu": ("mosaic_tpu",)}
+    kernels = {"gpu": ("mosaic_gpu", "triton", "pallas_triton"), "tpu": ("mosaic_tpu",)}
     for name in kernels.get(jax.default_backend(), ()):
         error = check(name, Check(4, 16, k=4096)) if name in names else "not asked for"
         if isinstance(error, float) and error <= LIMITS["bfloat16"]:

@@ -17,18 +17,23 @@ import jax.numpy as jnp
 
 from pallas_kernels.device_time import busy_seconds
 from pallas_kernels.layout import packed_shape
-from pallas_kernels.lut_matmul import dispatch, mosaic_gpu, tuning
+from pallas_kernels.lut_matmul import dispatch, mosaic_gpu, reference, tuning
 
 GROUP = 128
 MOST = 24
 """Candidates that are timed, the best estimates first."""
 ROTATED_BYTES = 128 << 20
+LIMIT = 1.1e-2
+"""Relative error of a product in bfloat16."""
 
 
 def seconds(config: Any, m: int, k: int, n: int, bits: int) -> float:
     """Time of one product, over copies of the weight that exceed the cache.
 
     What the GPU was busy for, or the median wall time where no profiler sees it.
+
+    Raises:
+      ArithmeticError: If the product is wrong.
     """
     copies = min(32, max(1, ROTATED_BYTES // (k * n * bits // 8)))
     keys = jax.random.split(jax.random.key(0), copies)
@@ -43,7 +48,9 @@ def seconds(config: Any, m: int, k: int, n: int, bits: int) -> float:
         lambda x, p, t: mosaic_gpu.apply(x, p, scales, t, problem, out_dtype=x.dtype)
     )
     run = jax.jit(lambda x, packed: [one(x, p, t) for p, t in packed])
-    jax.block_until_ready(run(x, packed))
+    error = relative_error(run(x, packed)[0], x, words[0], scales, lut)
+    if not error <= LIMIT:
+        raise ArithmeticError(f"relative error {error}")
     busy = busy_seconds(run, x, packed)
     if busy is not None:
         return busy / copies
@@ -55,8 +62,15 @@ def seconds(config: Any, m: int, k: int, n: int, bits: int) -> float:
     return statistics.median(times)
 
 
+def relative_error(y: jax.Array, x: jax.Array, *weight: jax.Array) -> float:
+    """Frobenius norm of the difference to the reference over that of the reference."""
+    expected = reference.lut_matmul(x.astype(jnp.float32), *weight, k=x.shape[1], group_size=GROUP)
+    error = jnp.linalg.norm(y.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
+    return float(error)
+
+
 def tune(m: int, k: int, n: int, bits: int) -> dict:
-    """The entry of the fastest configuration that compiles."""
+    """The entry of the fastest configuration that compiles and is right."""
     best: tuple[float, Any] | None = None
     for config in mosaic_gpu.candidates(m, bits, k=k, n=n, group_size=GROUP)[:MOST]:
         try:
