@@ -179,6 +179,23 @@ def make_step(
     return Step(update, jax.jit(sums))
 
 
+def state_for_each(
+    adapter: dict[str, LowRankArray], optimizer: optax.GradientTransformation, count: int
+) -> TrainState:
+    """So many copies of an adapter on a leading axis, and the state of an optimiser for each."""
+    trained = Trained(jax.tree.map(lambda a: jnp.stack([a] * count), adapter))
+    return TrainState(trained, jax.vmap(optimizer.init)(trained))
+
+
+def update_each(step: Step) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """``step.update`` for many adapters at once, with data and an optimiser state for each.
+
+    They and the metrics have a leading axis. The base, which has none, is read once for all: its
+    products see the rows of all batches.
+    """
+    return jax.jit(jax.vmap(step.update, in_axes=(0, None, 0)), donate_argnums=0)
+
+
 def _sums(scores: Float[Array, "b t c"], targets: Int32[Array, "b t"]) -> Sums:
     real = targets >= 0
     wanted = jnp.where(real, targets, 0)

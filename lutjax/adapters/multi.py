@@ -57,7 +57,8 @@ def multi_lora(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
       apply_fn: A lifted ``Decoder.apply``.
 
     Returns:
-      A function with its signature.
+      A function of ``{"params": (base, adapters)}``, ``tokens``, ``cache``, ``mask`` and
+      ``logits_at``, as ``Decoder.apply`` has them.
 
     >>> import lutjax
     >>> from lutjax.models import Decoder, DecoderConfig, generate
