@@ -175,7 +175,7 @@ def main() -> int:
 
     try:
         answer_tasks(tyro.cli(TTTConfig, prog="python -m train.ttt"))
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"train.ttt: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
