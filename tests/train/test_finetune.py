@@ -145,7 +145,7 @@ def test_gradients_are_those_of_the_dense_model_projected(config):
             part.right - state.trained.adapter[path].right, left.T @ dw, atol=1e-4 * scale
         )
 
-    halves = Batch(*(a.reshape(2, 2, 9) for a in batch))
+    halves = jax.tree.map(lambda a: a.reshape(2, 2, 9), batch)
     parts, metrics = step.update(
         TrainState(jax.tree.map(jnp.copy, trained), optimizer.init(trained)), base, halves
     )
