@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import other_libraries
 
-from pallas_kernels.device_time import busy_seconds
+from pallas_kernels.device_time import busy_seconds, copies_beyond_cache
 from pallas_kernels.layout import packed_shape
 from pallas_kernels.lut_matmul import IMPLEMENTATIONS, lut_matmul, packed_matmul, prepack
 from pallas_kernels.lut_matmul.reference import dequantize
@@ -38,9 +38,6 @@ LLAMA_8B = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
 LLAMA_70B = ((8192, 10240), (8192, 8192), (8192, 57344), (28672, 8192))
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 4096)
 GROUP = 128
-CACHE_BYTES = 128 << 20
-"""Weights rotate through at least this much memory, twice the L2 of an H200."""
-MOST_COPIES = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +111,8 @@ def seconds_of(function: Any, *args: Any, copies: int) -> tuple[float, float | N
 
 def copies_of(size: int) -> int:
     """Copies of a weight of ``size`` bytes that exceed the cache; a CPU is for smoke tests."""
-    most = 2 if jax.default_backend() == "cpu" else MOST_COPIES
-    return min(most, max(1, -(-CACHE_BYTES // size)))
+    copies = copies_beyond_cache(size)
+    return min(2, copies) if jax.default_backend() == "cpu" else copies
 
 
 def copy_bandwidth() -> float:

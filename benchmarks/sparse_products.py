@@ -27,22 +27,15 @@ import numpy as np
 from tqdm import tqdm
 
 from pallas_kernels import native
-from pallas_kernels.device_time import busy_seconds
+from pallas_kernels.device_time import busy_seconds, copies_beyond_cache
 from pallas_kernels.layout import packed_shape
 from pallas_kernels.lut_matmul import lut_matmul
 from pallas_kernels.sparse_matmul import BlockCodes, RowCodes, pack_rows, sparse_matmul
 
-CACHE_BYTES = 128 << 20
-"""Copies of a weight exceed this much together on an accelerator, twice the L2 of an H200."""
 DTYPES = ("float32", "float16", "bfloat16")
 SPARSITIES = (0.0, 0.25, 0.4, 0.5, 0.6, 0.75)
 
 Product = tuple[Callable, list, str]  # of a weight, copies of the weight, name of its base
-
-
-def copies_of(size: int) -> int:
-    """Copies of a weight of ``size`` bytes that exceed the cache."""
-    return max(2, -(-CACHE_BYTES // size))
 
 
 def dense_products(rng: Any, x: jax.Array, thresholds: dict, n: int) -> dict[str, Product]:
@@ -83,7 +76,7 @@ def packed_products(
     scales, lut = scales_and_table(rng, k, n, bits, group)
     shape = packed_shape((k, n), bits)
     on_cpu = jax.default_backend() == "cpu"
-    count = 3 if on_cpu else copies_of(k * n * bits // 8)
+    count = 3 if on_cpu else copies_beyond_cache(k * n * bits // 8)
     words = [jnp.asarray(rng.integers(0, 256, shape, np.uint8)) for _ in range(count)]
     blocks = [BlockCodes(w, scales, lut, None, k, group) for w in words]
     base = f"{bits}-bit"

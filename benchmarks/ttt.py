@@ -29,26 +29,15 @@ from lutjax.io import demo_model_path
 from train.base_model import Start
 from train.lora_step import Batch, make_step, next_token, state_for_each, update_each
 from train.solver import solve
-from train.tasks import Grid, Pair, Query, Task
+from train.tasks import Pair, Query, Task, to_grid
 from train.ttt import load_base, summary
 from train.ttt_config import TTTConfig
 
 WORDS = (
     *("apple", "river", "stone", "cloud", "tiger", "piano", "green", "seven", "table", "light"),
-    *(
-        "bread",
-        "ocean",
-        "chair",
-        "horse",
-        "night",
-        "snow",
-        "paper",
-        "glass",
-        "tree",
-        "gold",
-        "fish",
-    ),
-    *("moon", "king", "rain", "fire", "bird", "lake", "star", "wolf", "rose", "corn", "milk"),
+    *("bread", "ocean", "chair", "horse", "night", "snow", "paper", "glass", "tree", "gold"),
+    *("fish", "moon", "king", "rain", "fire", "bird", "lake", "star", "wolf", "rose", "corn"),
+    "milk",
 )
 WORD_RULES: dict[str, Callable[[list[str]], str]] = {
     "first": lambda w: w[0],
@@ -77,11 +66,7 @@ def word_pair(rule: Callable[[list[str]], str], rng: np.random.Generator) -> Pai
 
 def grid_pair(rule: Callable[[np.ndarray], np.ndarray], rng: np.random.Generator) -> Pair:
     grid = rng.integers(0, 10, (3, 3))
-    return Pair(*(_grid(array) for array in (grid, rule(grid))))
-
-
-def _grid(array: np.ndarray) -> Grid:
-    return tuple(map(tuple, array.tolist()))
+    return Pair(to_grid(grid.tolist()), to_grid(rule(grid).tolist()))
 
 
 def make_tasks(demonstrations: int, queries: int, seed: int) -> dict[str, list[Task]]:

@@ -11,6 +11,21 @@ from typing import Any
 
 import jax
 
+CACHE_BYTES = 128 << 20
+"""Twice the last-level cache of an H200."""
+MOST_COPIES = 32
+
+
+def copies_beyond_cache(size: int) -> int:
+    """Copies of a weight of ``size`` bytes that exceed the cache together, at most 32.
+
+    A program that reads them in turn finds none of them in the cache.
+
+    >>> copies_beyond_cache(50 << 20)
+    3
+    """
+    return min(MOST_COPIES, max(1, -(-CACHE_BYTES // size)))
+
 
 def busy_seconds(function: Any, *args: Any, runs: int = 5) -> float | None:
     """The sum of the durations of all that a GPU did in a call of a compiled function.

@@ -15,14 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.device_time import busy_seconds
+from pallas_kernels.device_time import busy_seconds, copies_beyond_cache
 from pallas_kernels.layout import packed_shape
 from pallas_kernels.lut_matmul import dispatch, mosaic_gpu, reference, tuning
 
 GROUP = 128
 MOST = 24
 """Candidates that are timed, the best estimates first."""
-ROTATED_BYTES = 128 << 20
 LIMIT = 1.1e-2
 """Relative error of a product in bfloat16."""
 
@@ -35,7 +34,7 @@ def seconds(config: Any, m: int, k: int, n: int, bits: int) -> float:
     Raises:
       ArithmeticError: If the product is wrong.
     """
-    copies = min(32, max(1, ROTATED_BYTES // (k * n * bits // 8)))
+    copies = copies_beyond_cache(k * n * bits // 8)
     keys = jax.random.split(jax.random.key(0), copies)
     words = [jax.random.bits(key, packed_shape((k, n), bits), jnp.uint8) for key in keys]
     scales = jnp.ones((k // GROUP, n), jnp.bfloat16)

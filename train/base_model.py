@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lutjax
 from lutjax.adapters import lora
-from lutjax.arrays import LowRankArray, is_compressed, shardings_like
+from lutjax.arrays import LowRankArray, has_compressed, is_compressed, shardings_like
 from lutjax.io import Tokenizer, load_peft, load_peft_head
 from lutjax.io.peft import TENSORS_NAME
 from lutjax.io.safetensors import SafetensorsReader
@@ -96,7 +96,7 @@ def prepare(
         if method != "lora":
             raise ValueError(f"method={method!r} needs a dense model; this one has low-rank parts")
         base = start.base
-    elif any(map(is_compressed, jax.tree.leaves(start.base, is_leaf=is_compressed))):
+    elif has_compressed(start.base):
         raise ValueError(f"method={method!r} needs a dense model; use 'lora' on a compressed one")
     elif method == "qlora":
         base = lutjax.quantize(start.base, recipe)

@@ -16,10 +16,11 @@ import numpy as np
 
 import lutjax
 from lutjax.adapters import lora
-from lutjax.arrays import is_compressed
+from lutjax.arrays import has_compressed
 from lutjax.io import save_peft
 from train.base_model import Start, load_head, load_start, prepare, shard_base
 from train.checkpoints import Checkpoints, differences
+from train.command_line import exit_code
 from train.examples import NOTHING, Rows
 from train.finetune_config import FinetuneConfig
 from train.finetune_data import Data, load_data
@@ -278,7 +279,7 @@ def _save_results(config: FinetuneConfig, result: FinetuneResult) -> None:
     """Writes what is not there yet: a finished run that is started again changes nothing."""
     start, output = result.start, config.output
     adapter, head = jax.device_get(result.trained)
-    base_is_compressed = any(map(is_compressed, jax.tree.leaves(start.base, is_leaf=is_compressed)))
+    base_is_compressed = has_compressed(start.base)
     began_at_zero = all(not np.asarray(part.right).any() for part in start.adapter.values())
     decomposed = config.adapter is None and not began_at_zero
     name: str | None = str(output / "base")
@@ -317,12 +318,10 @@ def main() -> int:
     """The command line; exit code 2 for bad input."""
     import tyro
 
-    try:
-        finetune(tyro.cli(FinetuneConfig, prog="python -m train.finetune"))
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        print(f"train.finetune: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(
+        "train.finetune",
+        lambda: finetune(tyro.cli(FinetuneConfig, prog="python -m train.finetune")),
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int32
 
-from lutjax.adapters import lora
+from lutjax.adapters import lora, multi
 from lutjax.arrays import LowRankArray
 from lutjax.models import Decoder
 
@@ -183,7 +183,7 @@ def state_for_each(
     adapter: dict[str, LowRankArray], optimizer: optax.GradientTransformation, count: int
 ) -> TrainState:
     """So many copies of an adapter on a leading axis, and the state of an optimiser for each."""
-    trained = Trained(jax.tree.map(lambda a: jnp.stack([a] * count), adapter))
+    trained = Trained(multi.batch([adapter] * count))
     return TrainState(trained, jax.vmap(optimizer.init)(trained))
 
 

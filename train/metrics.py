@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -83,15 +84,18 @@ def replace_text(path: Path, text: str) -> None:
 
 def keep_until(path: Path, last: int) -> None:
     """Drops records of later steps, which a resumed run writes again, and a line cut short."""
-    kept = []
+    kept = [line + "\n" for line, record in whole_lines(path) if record["step"] <= last]
+    replace_text(path, "".join(kept))
+
+
+def whole_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """The lines of a JSONL file and what they say, but one that a kill cut short."""
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:  # the kill came within a line
+        except json.JSONDecodeError:
             continue
-        if record["step"] <= last:
-            kept.append(line + "\n")
-    replace_text(path, "".join(kept))
+        yield line, record
 
 
 def _tensorboard(directory: Path) -> Any:

@@ -24,6 +24,7 @@ from lutjax.models import Decoder
 from lutjax.optim import first_nonfinite, leaf_name
 from lutjax.optim.project import ProjectedTransformation
 from train.checkpoints import Checkpoints
+from train.command_line import exit_code
 from train.cyclic_precision import (
     cyclic_bits,
     precision_range_test,
@@ -410,17 +411,15 @@ def main() -> int:
     """The command line; exit code 2 for bad input."""
     import tyro
 
-    try:
-        tyro.cli(
+    return exit_code(
+        "train.pretrain",
+        lambda: tyro.cli(
             run,
             prog="python -m train.pretrain",
             description=__doc__,
             config=(tyro.conf.OmitArgPrefixes,),
-        )
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"train.pretrain: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,11 @@ Grid = tuple[tuple[int, ...], ...]
 """Rows of cells, each 0 to 9."""
 
 Value = str | Grid
+
+
+def to_grid(rows: Iterable[Iterable[int]]) -> Grid:
+    """Rows as a value that can be counted and compared."""
+    return tuple(map(tuple, rows))
 
 
 class Pair(NamedTuple):
@@ -106,7 +112,7 @@ def from_text(text: str, *, grid: bool) -> Value | None:
     if not grid:
         return text or None
     lines = ["".join(line.split()) for line in text.splitlines()]
-    rows = tuple(tuple(map(int, line)) for line in lines if line.isascii() and line.isdigit())
+    rows = to_grid(map(int, line) for line in lines if line.isascii() and line.isdigit())
     is_grid = rows and len(rows) == len(lines) and len({len(row) for row in rows}) == 1
     return rows if is_grid else None
 
@@ -169,4 +175,4 @@ def _value(value: Any, where: str) -> Value:
         raise ValueError(
             f"{where}: {value!r:.80} is neither text nor a rectangle of numbers from 0 to 9"
         )
-    return tuple(tuple(row) for row in rows)
+    return to_grid(rows)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from train.tasks import Grid, Pair, Query, Task, Value
+from train.tasks import Grid, Pair, Query, Task, Value, to_grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,18 +43,14 @@ class Transformation:
 def _symmetry(turns: int, flip: bool) -> Transformation:
     def apply(grid: Grid) -> Grid:
         array = np.asarray(grid)
-        return _grid(np.rot90(array[:, ::-1] if flip else array, turns))
+        return to_grid(np.rot90(array[:, ::-1] if flip else array, turns).tolist())
 
     def invert(grid: Grid) -> Grid:
         array = np.rot90(np.asarray(grid), -turns)
-        return _grid(array[:, ::-1] if flip else array)
+        return to_grid((array[:, ::-1] if flip else array).tolist())
 
     words = [f"rotate {90 * turns}"] * (turns > 0) + ["flip"] * flip
     return Transformation(" of ".join(words) or "identity", apply, invert)
-
-
-def _grid(array: np.ndarray) -> Grid:
-    return tuple(tuple(row) for row in array.tolist())
 
 
 SYMMETRIES = tuple(_symmetry(turns, flip) for flip in (False, True) for turns in range(4))
@@ -67,6 +63,6 @@ def recolouring(rng: np.random.Generator) -> Transformation:
     back = np.argsort(colours)
     return Transformation(
         "colours " + "".join(map(str, colours)),
-        lambda grid: _grid(colours[np.asarray(grid)]),
-        lambda grid: _grid(back[np.asarray(grid)]),
+        lambda grid: to_grid(colours[np.asarray(grid)].tolist()),
+        lambda grid: to_grid(back[np.asarray(grid)].tolist()),
     )

@@ -12,10 +12,11 @@ import jax
 from tqdm import tqdm
 
 import lutjax
-from lutjax.arrays import is_compressed
+from lutjax.arrays import has_compressed
 from train.base_model import Start, load_start, prepare
 from train.checkpoints import differences
-from train.metrics import replace_text
+from train.command_line import exit_code
+from train.metrics import replace_text, whole_lines
 from train.solver import Answered, solve
 from train.tasks import read_tasks
 from train.ttt_config import TTTConfig
@@ -28,8 +29,7 @@ def load_base(config: TTTConfig) -> Start:
       ValueError: If the model has no tokenizer, or does not fit the options.
     """
     start = load_start(config.model, config.dtype, remat=config.remat)
-    leaves = jax.tree.leaves(start.base, is_leaf=is_compressed)
-    if config.bits is not None and any(map(is_compressed, leaves)):
+    if config.bits is not None and has_compressed(start.base):
         raise ValueError(f"{config.model} is compressed already; leave out bits={config.bits}")
     return prepare(
         start,
@@ -130,13 +130,7 @@ class _Log:
             raise ValueError(
                 f"{self._directory} is of another run: {differing}; use another directory"
             )
-        results = []
-        for line in self._lines.read_text(encoding="utf-8").splitlines():
-            try:
-                results.append(_from_json(json.loads(line)))
-            except json.JSONDecodeError:  # a kill came within the line; the task is run again
-                continue
-        return results
+        return [_from_json(record) for _, record in whole_lines(self._lines)]
 
     def begin(self, kept: Sequence[Answered]) -> None:
         """Writes what is kept, so that new lines can follow."""
@@ -173,12 +167,9 @@ def main() -> int:
     """The command line; exit code 2 for bad input."""
     import tyro
 
-    try:
-        answer_tasks(tyro.cli(TTTConfig, prog="python -m train.ttt"))
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"train.ttt: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(
+        "train.ttt", lambda: answer_tasks(tyro.cli(TTTConfig, prog="python -m train.ttt"))
+    )
 
 
 if __name__ == "__main__":

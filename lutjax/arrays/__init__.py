@@ -1,6 +1,6 @@
 """Compressed arrays: what stands in a parameter pytree where a dense weight stood."""
 
-from lutjax.arrays.base import CompressedArray, format_bytes, is_compressed
+from lutjax.arrays.base import CompressedArray, format_bytes, has_compressed, is_compressed
 from lutjax.arrays.concat_array import ConcatArray
 from lutjax.arrays.dense_array import DenseArray
 from lutjax.arrays.gated import GatedArray
@@ -35,6 +35,7 @@ __all__ = [
     "SumArray",
     "WrapperArray",
     "format_bytes",
+    "has_compressed",
     "is_compressed",
     "quantize_scales",
     "shardings_like",

@@ -248,6 +248,15 @@ def is_compressed(x: Any) -> bool:
     return isinstance(x, CompressedArray)
 
 
+def has_compressed(params: Any) -> bool:
+    """Whether any leaf of a pytree is a compressed array.
+
+    >>> has_compressed({"kernel": jnp.zeros((2, 2))})
+    False
+    """
+    return any(map(is_compressed, jax.tree.leaves(params, is_leaf=is_compressed)))
+
+
 def format_bytes(nbytes: float) -> str:
     """A size for people, in powers of 1000.
 

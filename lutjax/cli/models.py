@@ -46,12 +46,10 @@ def load_model(path: str, *, keep_quantized: bool = False) -> RunnableModel:
 
 def lifted_if_needed(apply_fn: Callable[..., Any], params: Any) -> Callable[..., Any]:
     """`apply_fn` itself for dense parameters, lifted for compressed ones."""
-    import jax
+    from lutjax import lift
+    from lutjax.arrays import has_compressed
 
-    from lutjax import is_compressed, lift
-
-    compressed = any(map(is_compressed, jax.tree.leaves(params, is_leaf=is_compressed)))
-    return lift(apply_fn) if compressed else apply_fn
+    return lift(apply_fn) if has_compressed(params) else apply_fn
 
 
 def evaluation_text(path: Path | None = None) -> str:

@@ -25,6 +25,7 @@ from lutjax.io import load_peft, load_peft_head, save_peft
 from lutjax.models import DecoderConfig
 from lutjax.paths import named_leaves
 from tests.lutjax.tiny_checkpoint import assert_same_bits, dense_params, write_hf
+from tests.train.standard_promotion import standard_promotion
 from tests.virtual_devices import environment
 from train.finetune import FinetuneConfig, finetune, main
 from train.lora_step import (
@@ -49,13 +50,7 @@ CONFIG = DecoderConfig(
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Optax's optimisers mix dtypes, which strict promotion refuses."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +81,7 @@ def config(tmp_path_factory) -> FinetuneConfig:
 def qlora_run(config):
     """A run that nothing interrupts."""
     config = dataclasses.replace(config, method="qlora", output=config.output / "whole")
-    jax.config.update("jax_disable_most_optimizations", True)
-    with jax.numpy_dtype_promotion("standard"):
+    with standard_promotion():
         return config, finetune(config, quiet=True)
 
 
@@ -392,8 +386,7 @@ def classifier_run(config):
         dtype="bfloat16",
         remat=True,
     )
-    jax.config.update("jax_disable_most_optimizations", True)
-    with jax.numpy_dtype_promotion("standard"):
+    with standard_promotion():
         return config, finetune(config, quiet=True)
 
 

@@ -13,14 +13,7 @@ from train.methods import METHODS
 from train.pretrain import PretrainConfig, load_corpus, lowest_precision, pretrain
 from train.text import Corpus, docstrings, read_text
 
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Optax's optimisers mix dtypes, which strict promotion refuses."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.fixture(scope="module")

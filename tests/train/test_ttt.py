@@ -14,6 +14,7 @@ from lutjax.io import save_peft
 from lutjax.models import Decoder, DecoderConfig
 from tests.lutjax.tiny_checkpoint import dense_params, write_hf
 from tests.train.characters import characters
+from tests.train.standard_promotion import standard_promotion
 from train.few_shot import Format, questions
 from train.lora_step import Batch, Trained, TrainState, make_step, next_token, update_each
 from train.solver import Answered, ranked, solve
@@ -47,13 +48,7 @@ TASKS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Optax's optimisers mix dtypes, which strict promotion refuses."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +77,7 @@ def config(tmp_path_factory) -> TTTConfig:
 def whole(config) -> tuple[TTTConfig, list[Answered]]:
     """A run that nothing interrupts."""
     config = dataclasses.replace(config, output=config.output / "whole")
-    jax.config.update("jax_disable_most_optimizations", True)
-    with jax.numpy_dtype_promotion("standard"):
+    with standard_promotion():
         return config, answer_tasks(config, quiet=True)
 
 
