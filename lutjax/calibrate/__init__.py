@@ -1,13 +1,15 @@
-"""Statistics from data: what a weight's error does to the loss."""
+"""Statistics from data: what a weight's error does to the loss, and to products."""
 
 from lutjax.calibrate.activations import ActivationQuantiles, activation_quantiles
 from lutjax.calibrate.costs import measure_costs, plannable
 from lutjax.calibrate.fisher import Fisher, fisher
+from lutjax.calibrate.hessians import hessians
 from lutjax.calibrate.histogram import MagnitudeHistogram
 from lutjax.calibrate.losses import next_token_loss
 from lutjax.calibrate.noise import noise_sensitivities
 from lutjax.calibrate.observe import ObservedArray, observe
 from lutjax.calibrate.probe import ProbedArray
+from lutjax.calibrate.quantize import quantize_blocks, quantize_decoder
 
 __all__ = [
     "ActivationQuantiles",
@@ -17,9 +19,12 @@ __all__ = [
     "ProbedArray",
     "activation_quantiles",
     "fisher",
+    "hessians",
     "measure_costs",
     "next_token_loss",
     "noise_sensitivities",
     "observe",
     "plannable",
+    "quantize_blocks",
+    "quantize_decoder",
 ]

@@ -173,7 +173,9 @@ def _counter(
     """Compiled once for a function and kind of parameters."""
     statistic = _count_magnitudes if score == "magnitude" else _count_weighted
     rules = {path: (recipe or Recipe.uniform()).rule_for(path) for path in paths}
-    wraps = {path: functools.partial(_wrap, rule=rule, path=path) for path, rule in rules.items()}
+    wraps = {
+        path: functools.partial(as_compressed, rule=rule, path=path) for path, rule in rules.items()
+    }
     return jax.jit(observe(fn, {path: (wrap, SLOTS, statistic) for path, wrap in wraps.items()}))
 
 
@@ -193,10 +195,18 @@ def projections(
             continue
         matrix = jnp.issubdtype(leaf.dtype, jnp.floating) and len(leaf.shape) >= 2
         if is_compressed(leaf) or matrix:
-            found[path] = functools.partial(_wrap, rule=rule, path=path)
+            found[path] = functools.partial(as_compressed, rule=rule, path=path)
     if not found:
         raise ValueError("the recipe reaches no matrix; see Recipe.rule_for")
     return found
+
+
+def as_compressed(leaf: Any, *, rule: Rule | None, path: str) -> CompressedArray:
+    """A parameter as a compressed array, with the axes that a rule gives it; nothing is copied."""
+    if is_compressed(leaf):
+        return leaf
+    assert rule is not None
+    return DenseArray.of(leaf, *weight_view(leaf.shape, rule, path))
 
 
 def row_norms(weight: CompressedArray) -> jax.Array:
@@ -205,13 +215,6 @@ def row_norms(weight: CompressedArray) -> jax.Array:
 
 
 _FORMAT = "lutjax activation quantiles 1"
-
-
-def _wrap(leaf: Any, *, rule: Rule | None, path: str) -> CompressedArray:
-    if is_compressed(leaf):
-        return leaf
-    assert rule is not None
-    return DenseArray.of(leaf, *weight_view(leaf.shape, rule, path))
 
 
 def _count_magnitudes(weight: CompressedArray, x: jax.Array) -> jax.Array:

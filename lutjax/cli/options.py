@@ -17,7 +17,28 @@ def refuse_beside(command: Any, given: str, *options: str) -> None:
     Raises:
       ValueError: names both flags.
     """
-    for field in dataclasses.fields(command):
-        if field.name in options and getattr(command, field.name) != field.default:
-            flag = "--" + field.name.replace("_", "-")
-            raise ValueError(f"give either {given} or {flag}, not both")
+    for flag in _given(command, options):
+        raise ValueError(f"give either {given} or {flag}, not both")
+
+
+def refuse_without(command: Any, missing: str, *options: str) -> None:
+    """Raises if one of a command's options was set without the one that gives it a meaning.
+
+    Args:
+      command: a dataclass of options with defaults.
+      missing: the flag that was not given.
+      options: names of fields that go without a meaning then.
+
+    Raises:
+      ValueError: names both flags.
+    """
+    for flag in _given(command, options):
+        raise ValueError(f"{flag} needs {missing}")
+
+
+def _given(command: Any, options: tuple[str, ...]) -> list[str]:
+    return [
+        "--" + field.name.replace("_", "-")
+        for field in dataclasses.fields(command)
+        if field.name in options and getattr(command, field.name) != field.default
+    ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from lutjax.cli.options import refuse_beside
+from lutjax.cli.options import refuse_beside, refuse_without
 
 if TYPE_CHECKING:
     from lutjax import Recipe
@@ -29,7 +29,7 @@ class Quantize:
 
     lutjax quantize ./model -o model-3bit --bits 3 --group-size 128
 
-    lutjax quantize ./model -o model-2.5bit --higgs --bits 2.5
+    lutjax quantize ./model -o model-3bit --higgs --bits 3 --text book.txt
 
     lutjax quantize model.gguf -o model-int4 --keep-quantized
     """
@@ -57,25 +57,69 @@ class Quantize:
     keep_quantized: bool = False
     """Keep the Q4_0, Q4_1 and Q8_0 matrices of a .gguf file exactly; compress only the others."""
 
+    text: Path | None = None
+    """UTF-8 text to calibrate on: weights are rounded such that products err little on it (GPTQ).
+    The whole model is in memory then."""
+    samples: int = 64
+    """Windows of the text to calibrate on."""
+    window: int = 512
+    """Tokens in each of them."""
+
     def run(self) -> None:
         """Compresses, and prints the result's size."""
         from lutjax.arrays import format_bytes
         from lutjax.cli.inspect import summary_of
         from lutjax.io import compress_checkpoint
 
-        compress_checkpoint(
-            self.model,
-            self.output,
-            self._recipe(),
-            keep_quantized=self.keep_quantized,
-            progress=True,
-        )
+        if self.text is None:
+            refuse_without(self, "--text", "samples", "window")
+            compress_checkpoint(
+                self.model,
+                self.output,
+                self._recipe(),
+                keep_quantized=self.keep_quantized,
+                progress=True,
+            )
+        else:
+            refuse_beside(self, "--text", "keep_quantized")
+            self._calibrated(self.text)
         summary = summary_of(str(self.output))
         print(
             f"{self.output}: {format_bytes(summary.nbytes)}, "
             f"{summary.compressed.bits_per_weight:.3f} bits a weight in "
             f"{len(summary.compressed.leaves)} compressed matrices"
         )
+
+    def _calibrated(self, text: Path) -> None:
+        import jax
+        import jax.numpy as jnp
+
+        from lutjax import is_compressed, save
+        from lutjax.calibrate import quantize_decoder
+        from lutjax.cli.models import evaluation_text
+        from lutjax.evaluate import windows
+        from lutjax.io import load_params, load_tokenizer, open_checkpoint
+        from lutjax.io.compress import stored_dtype
+        from lutjax.io.new_directory import check_destination
+        from lutjax.paths import path_string
+
+        check_destination(self.output)
+        checkpoint = open_checkpoint(self.model)
+        tokenizer = load_tokenizer(checkpoint)
+        if tokenizer is None:
+            raise ValueError(f"{self.model} has no tokenizer.json, so it cannot read text")
+        ids = tokenizer.encode(evaluation_text(text), add_special_tokens=False)
+        tokens = jnp.asarray(windows(ids, self.window, self.samples))
+        params = quantize_decoder(
+            checkpoint.config, load_params(checkpoint), tokens, self._recipe(), progress=True
+        )
+        # What stays dense is stored as it was.
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf.astype(stored_dtype(checkpoint, path_string(path))),
+            params,
+            is_leaf=is_compressed,
+        )
+        save(self.output, params, checkpoint.config, tokenizer)
 
     def _recipe(self) -> Recipe:
         from lutjax import DoubleQuant, Recipe

@@ -24,8 +24,9 @@ def decoder_blocks(
       tokens: int32 `[B, T]`, without padding.
 
     Returns:
-      `fn(block_params, x) -> y`, the same for every block; the parameters of each block by path,
-      in order; and the input of the first block. `y` of one block is `x` of the next.
+      `fn(block_params, x) -> y`, the same for every block and any number of sequences; the
+      parameters of each block by path, in order; and the input of the first block. `y` of one
+      block is `x` of the next.
 
     Raises:
       ValueError: if the layers are stacked.
@@ -33,14 +34,14 @@ def decoder_blocks(
     if config.scan_layers:
         raise ValueError("the layers are stacked; use unstack_layers and scan_layers=False")
     block = Block(config)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    context = AttentionContext(
-        *rope_tables(positions, rope_frequencies(config)),
-        mask=_attention_mask(positions, positions, config.sliding_window),
-        slot=None,
-    )
 
     def fn(block_params: Any, x: Array) -> Array:
+        positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
+        context = AttentionContext(
+            *rope_tables(positions, rope_frequencies(config)),
+            mask=_attention_mask(positions, positions, config.sliding_window),
+            slot=None,
+        )
         return block.apply({"params": block_params}, x, None, context)[0]
 
     blocks = {f"layers/{i}": params["layers"][str(i)] for i in range(config.num_layers)}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -20,8 +22,9 @@ from lutjax.arrays import (
     quantize_scales,
 )
 from lutjax.packing import BLOCK, pack
-from lutjax.paths import named_leaves, path_string
+from lutjax.paths import named_leaves, near_misses, path_string
 from lutjax.rotation import rotate
+from lutjax.transforms.feedback import DAMPING, round_with_feedback
 from lutjax.transforms.recipe import COLUMN, LutConfig, Recipe, Rule
 
 
@@ -29,6 +32,7 @@ def quantize(
     params: Any,
     recipe: Recipe | None = None,
     *,
+    hessians: Mapping[str, Any] | None = None,
     allow_nonfinite: bool = False,
     **uniform: Any,
 ) -> Any:
@@ -39,12 +43,18 @@ def quantize(
     becomes the code of the nearest table value. Weights that are rotated first become a
     :class:`lutjax.arrays.RotatedArray` of such codes.
 
+    With the second moments of its inputs, a weight is rounded such that products err little instead
+    of entries: scales are chosen from several multiples of the above, and rows make up for each
+    other's errors (GPTQ). :func:`lutjax.calibrate.quantize_decoder` does this for a whole model.
+
     Works under ``jit`` and ``jax.eval_shape``. Matrices are handled one after the other, so the
     peak memory is the result plus a few times the largest matrix.
 
     Args:
       params: A pytree of parameters, or a single weight ``[..., K, N]``.
       recipe: What to do with which path; by default ``Recipe.uniform(**uniform)``.
+      hessians: For some of the paths (``"array"`` for a single weight) the second moments of what
+        enters the weight, ``float32[*batch, K, K]``, see :func:`lutjax.calibrate.hessians`.
       allow_nonfinite: Do not look for NaN and infinity in the weights.
       **uniform: Arguments of :meth:`Recipe.uniform`, if no recipe is given.
 
@@ -52,11 +62,12 @@ def quantize(
       A pytree like ``params``, compressed where the recipe says so.
 
     Raises:
-      ValueError: If a rule matches nothing, a group is larger than K, or a weight is not finite;
-        the message names the parameter path.
+      ValueError: If a rule matches nothing, a group is larger than K, a weight or Hessian is not
+        finite, or a Hessian does not fit; the message names the parameter path.
       TypeError: If a rule reaches a leaf that is no floating-point matrix, or is compressed.
 
-    Source: FLUTE (arXiv 2407.10960), QLoRA (arXiv 2305.14314, section 2), HIGGS (arXiv 2411.17525).
+    Source: FLUTE (arXiv 2407.10960), QLoRA (arXiv 2305.14314, section 2), HIGGS (arXiv 2411.17525),
+    GPTQ (arXiv 2210.17323).
 
     >>> params = {"mlp": {"kernel": jnp.ones((128, 32)), "bias": jnp.zeros(32)}}
     >>> quantize(params, Recipe.uniform(bits=3, group_size=32))["mlp"]["kernel"]
@@ -66,17 +77,22 @@ def quantize(
         recipe = Recipe.uniform(**uniform)
     elif uniform:
         raise TypeError(f"give either a recipe or {', '.join(uniform)}, not both")
+    hessians = {} if hessians is None else hessians
     if is_compressed(params) or jax.tree_util.all_leaves([params]):
+        _check_paths(hessians, ["array"])
         return quantize_array(
-            params, recipe.rules[0], path="array", allow_nonfinite=allow_nonfinite
+            params, recipe.rules[0], hessian=hessians.get("array"), allow_nonfinite=allow_nonfinite
         )
     plan = match_rules(recipe, params)
+    _check_paths(hessians, [path for path, _ in named_leaves(params)])
 
     def convert(key_path, leaf):
         path = path_string(key_path)
         if path not in plan:
             return leaf
-        return quantize_array(leaf, plan[path], path=path, allow_nonfinite=allow_nonfinite)
+        return quantize_array(
+            leaf, plan[path], path=path, hessian=hessians.get(path), allow_nonfinite=allow_nonfinite
+        )
 
     return jax.tree_util.tree_map_with_path(convert, params, is_leaf=is_compressed)
 
@@ -158,12 +174,14 @@ def quantize_array(
     rule: Rule,
     *,
     path: str = "array",
+    hessian: Float[Array, "*batch k k"] | None = None,
     allow_nonfinite: bool = False,
 ) -> LutArray | RotatedArray:
-    """Quantises one weight; ``path`` names it in errors.
+    """Quantises one weight; ``path`` names it in errors, ``hessian`` is that of its inputs.
 
     Raises:
-      ValueError: If the configuration does not fit, or the weight has NaN or infinity.
+      ValueError: If the configuration or the Hessian does not fit, or one of them or the weight has
+        NaN or infinity.
       TypeError: If it is not a floating-point matrix.
     """
     problem = _not_a_matrix(weight)
@@ -175,7 +193,22 @@ def quantize_array(
     if not allow_nonfinite:
         check_finite(weight, path)
     batch_ndim, view = weight_view(weight.shape, rule, path)
-    return _quantize(jnp.asarray(weight), rule.config, batch_ndim, view)
+    if hessian is not None:
+        k = math.prod(weight.shape[batch_ndim + axis] for axis in view.k_axes)
+        expected = (*weight.shape[:batch_ndim], k, k)
+        if hessian.shape != expected:
+            raise ValueError(
+                f"the Hessian of {path!r} has the shape {hessian.shape}; its weight {weight.shape} "
+                f"needs {expected}"
+            )
+        values = concrete(hessian)
+        if values is not None and not np.isfinite(values).all():
+            raise ValueError(
+                f"the Hessian of {path!r} has NaN or infinite values; calibrate again without the "
+                f"batch that makes them"
+            )
+        hessian = jnp.asarray(hessian, jnp.float32)
+    return _quantize(jnp.asarray(weight), hessian, rule.config, batch_ndim, view)
 
 
 def concrete(array: Any) -> np.ndarray | None:
@@ -223,16 +256,31 @@ def fit_scales(
     return groups.max(axis=-2) - low, low
 
 
+# Multiples of a group's usual scale to choose from; of those that are alike the first wins.
+_FACTORS = np.array([1, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15], np.float32)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "batch_ndim", "view"))
 def _quantize(
-    weight: jax.Array, config: LutConfig, batch_ndim: int, view: MatrixView
+    weight: jax.Array,
+    hessian: jax.Array | None,
+    config: LutConfig,
+    batch_ndim: int,
+    view: MatrixView,
 ) -> LutArray | RotatedArray:
     matrix = view.to_matrix(weight, batch_ndim).astype(jnp.float32)
     *batch, k, _ = matrix.shape
     group_size = k if config.group_size == COLUMN else int(config.group_size)
     if config.rotate:
         matrix = jnp.swapaxes(rotate(jnp.swapaxes(matrix, -1, -2), group_size), -1, -2)
+        if hessian is not None:
+            hessian = rotate(jnp.swapaxes(rotate(hessian, group_size), -1, -2), group_size)
     scales, offsets = fit_scales(matrix, group_size, config.scaling)
+    if hessian is not None:
+        inputs = jnp.diagonal(hessian, axis1=-2, axis2=-1)
+        inputs += DAMPING * inputs.mean(axis=-1, keepdims=True)
+        if config.table() is not None:
+            scales, offsets = _best_scales(matrix, inputs, scales, offsets, group_size, config)
 
     stored: jax.Array | QuantizedScales
     if config.double_quant is None:
@@ -244,28 +292,31 @@ def _quantize(
 
     # Codes are chosen for the scales as they will be read back, rounding included.
     used = stored.expand() if isinstance(stored, QuantizedScales) else stored.astype(jnp.float32)
-    expand = functools.partial(jnp.repeat, repeats=group_size, axis=-2)
-    divisor = expand(jnp.where(used == 0, 1, used))[..., :k, :]
-    shifted = (
-        matrix if offsets is None else matrix - expand(offsets.astype(jnp.float32))[..., :k, :]
-    )
-    units = shifted / divisor
+    divisor = _expand(jnp.where(used == 0, 1, used), group_size, k)
+    shift = None if offsets is None else _expand(offsets.astype(jnp.float32), group_size, k)
+    units = (matrix if shift is None else matrix - shift) / divisor
 
     fixed = config.table()
     if fixed is None:
+        weights = divisor**2 if hessian is None else divisor**2 * inputs[..., None]
         fit = functools.partial(codebooks.kmeans, bits=config.bits)
         for _ in batch:
             fit = jax.vmap(fit)
-        table = fit(units, weights=divisor**2)
-        codes = codebooks.nearest_codes(units, table)
+        table = fit(units, weights=weights)
     else:
-        nearest = codebooks.nearest_codes if fixed.ndim == 1 else codebooks.nearest_vectors
-        codes = nearest(units, fixed)
         table = jnp.broadcast_to(jnp.asarray(fixed), (*batch, 1, *fixed.shape))
+    lut = table if config.vector_size > 1 else table[..., None]
+    if hessian is None:
+        codes = _nearest(units, table if fixed is None else fixed)
+    else:
+        rounded = round_with_feedback
+        for _ in batch:
+            rounded = jax.vmap(rounded)
+        codes = rounded(matrix, hessian, divisor, shift, lut)
     array = LutArray(
         words=pack(codes, config.bits),
         scales=stored,
-        lut=table if config.vector_size > 1 else table[..., None],
+        lut=lut,
         offsets=offsets,
         group_size=group_size,
         padding=-k % (BLOCK * config.vector_size),
@@ -273,6 +324,70 @@ def _quantize(
         view=view,
     )
     return RotatedArray(array, group_size) if config.rotate else array
+
+
+def _best_scales(
+    matrix: Float[Array, "*batch k n"],
+    inputs: Float[Array, "*batch k"],
+    scales: Float[Array, "*batch g n"],
+    offsets: Float[Array, "*batch g n"] | None,
+    group_size: int,
+    config: LutConfig,
+) -> tuple[Float[Array, "*batch g n"], Float[Array, "*batch g n"] | None]:
+    """The multiple of each group's scale with the least error, rows weighed by their inputs.
+
+    Ranges shrink towards their middle.
+    """
+    *_, k, _ = matrix.shape
+    fixed = config.table()
+    assert fixed is not None
+
+    def tried(factor: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        moved = None if offsets is None else offsets + (1 - factor) / 2 * scales
+        return factor * scales, moved
+
+    def error(factor: jax.Array) -> jax.Array:
+        scale, offset = (None if a is None else _expand(a, group_size, k) for a in tried(factor))
+        assert scale is not None
+        scale = jnp.where(scale == 0, 1, scale)
+        shifted = matrix if offset is None else matrix - offset
+        off = shifted - _values(_nearest(shifted / scale, fixed), fixed, k) * scale
+        edge = [(0, 0)] * (matrix.ndim - 2) + [(0, -k % group_size), (0, 0)]
+        squares = jnp.pad(jnp.square(off) * inputs[..., None], edge)
+        return squares.reshape(*matrix.shape[:-2], -1, group_size, matrix.shape[-1]).sum(axis=-2)
+
+    best = jnp.argmin(jax.lax.map(error, jnp.asarray(_FACTORS)), axis=0)
+    return tried(jnp.asarray(_FACTORS)[best])
+
+
+def _nearest(units: jax.Array, table: np.ndarray | jax.Array) -> jax.Array:
+    """Codes of the nearest entries of a fixed table, or of fitted ones ``[*batch, 1, C]``."""
+    if isinstance(table, np.ndarray) and table.ndim > 1:
+        return codebooks.nearest_vectors(units, table)
+    return codebooks.nearest_codes(units, table)
+
+
+def _values(codes: jax.Array, table: np.ndarray, k: int) -> jax.Array:
+    """The entries ``[*batch, K, N]`` of a fixed table that codes stand for."""
+    entries = jnp.asarray(table)[codes.astype(jnp.int32)]
+    if table.ndim == 1:
+        return entries
+    entries = jnp.moveaxis(entries, -1, -2)  # [*batch, K / p, p, N]
+    return entries.reshape(*codes.shape[:-2], -1, codes.shape[-1])[..., :k, :]
+
+
+def _expand(groups: Float[Array, "*batch g n"], group_size: int, k: int) -> jax.Array:
+    """Repeats what a group shares for each of its rows."""
+    return jnp.repeat(groups, group_size, axis=-2)[..., :k, :]
+
+
+def _check_paths(hessians: Mapping[str, Any], paths: list[str]) -> None:
+    for path in hessians:
+        if path not in paths:
+            similar = ", ".join(near_misses(path, paths))
+            raise ValueError(
+                f"there is a Hessian for {path!r}, but no such parameter; similar: {similar}"
+            )
 
 
 def _not_a_matrix(leaf: Any) -> str | None:

@@ -1,18 +1,22 @@
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from tiny_checkpoint import dense_params, write_hf
 
 import lutjax
+from lutjax.calibrate import quantize_decoder
 from lutjax.cli import main
 from lutjax.cli.main import COMMANDS
+from lutjax.evaluate import windows
 
 TEXT = "abc def ghij klm. nop 123? " * 20
 
@@ -48,6 +52,22 @@ def fails(capsys, *arguments: object) -> str:
     assert not captured.out
     assert "Traceback" not in captured.err
     return captured.err
+
+
+def test_quantize_with_a_text(capsys, tmp_path, source, text):
+    out = tmp_path / "out"
+    options = ("--group-size", 16, "--bits", 3, "--text", text, "--samples", 4, "--window", 16)
+    assert "14 compressed matrices" in ok(capsys, "quantize", source, "-o", out, *options)
+    model, params, _ = lutjax.load(out)
+    _, dense, tokenizer = lutjax.load(source)
+    tokens = windows(tokenizer.encode(TEXT, add_special_tokens=False), 16, 4)
+    expected = quantize_decoder(model.config, dense, tokens, lutjax.Recipe.uniform(3, 16))
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    rounded = lutjax.quantize(dense, bits=3, group_size=16)
+    assert jax.tree.structure(params) == jax.tree.structure(rounded)
+    path = ("layers", "0", "mlp", "up_proj", "kernel")
+    weights = [functools.reduce(dict.__getitem__, path, p).words for p in (params, rounded)]
+    assert (weights[0] != weights[1]).any()
 
 
 def test_version(capsys):
@@ -166,6 +186,9 @@ def test_double_quantisation_and_dtype(capsys, tmp_path, source):
         (("--codebook", "affine", "--double-quant"), "double_quant"),
         (("--recipe", "nothing.json"), "nothing.json"),
         (("--keep-quantized",), "keep_quantized"),
+        (("--samples", 3), "--samples needs --text"),
+        (("--text", "t", "--keep-quantized"), "either --text or --keep-quantized"),
+        (("--text", "no-such-file"), "no-such-file"),
     ],
 )
 def test_bad_options_of_quantize(capsys, tmp_path, source, options, message):

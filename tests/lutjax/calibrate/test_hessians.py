@@ -1,0 +1,140 @@
+"""Second moments of inputs, and blocks quantised one after the other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lutjax
+from lutjax import LutConfig, Recipe, Rule
+from lutjax.calibrate import hessians, quantize_blocks, quantize_decoder
+from lutjax.models import Decoder, DecoderConfig
+from lutjax.models.blockwise import decoder_blocks
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+def test_they_are_sums_over_batches_and_uses():
+    params = {"a": normal(6, 4), "b": normal(4, 3)}
+    batches = [normal(2, 5, 6), normal(2, 5, 6)]
+
+    def fn(params, x):
+        y = jnp.tanh(x @ params["a"])
+        return y @ params["b"], (2 * x) @ params["a"]  # "a" is used twice
+
+    recipe = Recipe((Rule("*", LutConfig(group_size="column")),))
+    found = hessians(fn, params, batches, recipe=recipe)
+    x = np.concatenate(batches).reshape(-1, 6).astype(np.float64)
+    y = np.tanh(x @ np.asarray(params["a"], np.float64))
+    np.testing.assert_allclose(found["a"], 5 * x.T @ x, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(found["b"], y.T @ y, rtol=1e-5, atol=1e-4)
+
+
+def test_layers_of_a_scan_have_their_own():
+    stacked, x = normal(3, 4, 4), normal(7, 4)
+
+    def fn(params, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["kernel"])[0]
+
+    found = hessians(fn, {"kernel": stacked}, [x])["kernel"]
+    y = np.asarray(x)
+    for h, w in zip(found, stacked, strict=True):
+        np.testing.assert_allclose(h, y.T @ y, rtol=1e-4, atol=1e-5)
+        y = np.tanh(y @ np.asarray(w))
+
+
+def test_without_batches_there_are_none():
+    with pytest.raises(ValueError, match="batches is empty"):
+        hessians(lambda p, x: x @ p["kernel"], {"kernel": jnp.eye(4)}, [])
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    config = DecoderConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+    )
+    model = Decoder(config)
+    tokens = jnp.asarray(RNG.integers(0, 64, (6, 40)), jnp.int32)
+    return model, model.init(jax.random.key(0), tokens)["params"], tokens
+
+
+def logits_error(model, params, small, tokens):
+    change = lutjax.lift(model.apply)({"params": small}, tokens) - model.apply(
+        {"params": params}, tokens
+    )
+    return float(jnp.linalg.norm(change))
+
+
+def test_a_decoder_changes_less_than_by_rounding_alone(decoder):
+    model, params, tokens = decoder
+    recipe = Recipe.uniform(3, 32)
+    small = quantize_decoder(model.config, params, tokens, recipe, batch_size=4)
+    rounded = lutjax.quantize(params, recipe)
+    assert jax.tree.structure(small) == jax.tree.structure(rounded)
+    other = jnp.asarray(RNG.integers(0, 64, (4, 40)), jnp.int32)  # not what it was calibrated on
+    error = logits_error(model, params, small, other)
+    assert error < 0.85 * logits_error(model, params, rounded, other)
+
+
+def test_later_blocks_see_what_the_quantised_ones_before_give():
+    blocks = {"first": {"kernel": normal(32, 32)}, "second": {"kernel": normal(32, 32)}}
+    x = normal(200, 32)
+
+    def fn(params, x):
+        return jnp.tanh(x @ params["kernel"])
+
+    recipe = Recipe.uniform(2, 32)
+    done = quantize_blocks(fn, blocks, x, recipe, batch_size=50)
+    y = lutjax.lift(fn)(done["first"], x)
+    for name, inputs in {"first": x, "second": y}.items():
+        alone = lutjax.quantize(
+            blocks[name], bits=2, group_size=32, hessians={"kernel": inputs.T @ inputs}
+        )["kernel"]
+        # Sums of products in another order may move a weight over a boundary.
+        agree = done[name]["kernel"].materialize() == alone.materialize()
+        assert jnp.mean(agree) > 0.98
+
+
+def test_rules_are_those_of_full_paths(decoder):
+    model, params, tokens = decoder
+    fn, blocks, x = decoder_blocks(model.config, params, tokens)
+    rules = (
+        Rule("layers/0/*/down_proj/kernel", LutConfig(8, 32)),
+        Rule("layers/1/*", LutConfig.higgs(2, 32)),
+    )
+    done = quantize_blocks(fn, blocks, x, Recipe(rules), batch_size=6)
+    assert done["layers/0"]["mlp"]["down_proj"]["kernel"].bits == 8
+    assert isinstance(done["layers/0"]["mlp"]["up_proj"]["kernel"], jax.Array)
+    assert type(done["layers/1"]["self_attn"]["q_proj"]["kernel"]).__name__ == "RotatedArray"
+
+
+def test_what_lies_outside_the_blocks_is_rounded(decoder):
+    model, params, tokens = decoder
+    rules = (Rule("lm_head/kernel", LutConfig(4, 32)), Rule("layers/1/*", LutConfig(8, 32)))
+    small = quantize_decoder(model.config, params, tokens, Recipe(rules), batch_size=6)
+    rounded = lutjax.quantize(params, Recipe(rules))
+    assert jax.tree.structure(small) == jax.tree.structure(rounded)
+    head, expected = (p["lm_head"]["kernel"].materialize() for p in (small, rounded))
+    np.testing.assert_array_equal(head, expected)
+
+
+def test_bad_arguments_are_refused_before_anything_runs(decoder):
+    model, params, tokens = decoder
+    fn, blocks, x = decoder_blocks(model.config, params, tokens)
+    with pytest.raises(ValueError, match="'layers/7/\\*' matches no parameter"):
+        quantize_blocks(fn, blocks, x, Recipe((Rule("layers/7/*", LutConfig()),)))
+    for size in (0, 7):
+        with pytest.raises(ValueError, match=f"batch_size={size} must be from 1 to the 6 rows"):
+            quantize_blocks(fn, blocks, x, batch_size=size)
+    with pytest.raises(ValueError, match="NaN"):
+        quantize_blocks(fn, blocks, x.at[0, 0, 0].set(jnp.nan))
