@@ -12,19 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lutjax.io.blocks import GridBlocks, GridSpec
 from lutjax.io.configs import config_from_gguf
-from lutjax.io.gguf import GGUFReader, GridBlocks
+from lutjax.io.gguf import GGUFReader
 from lutjax.io.names import CheckpointFormat, checkpoint_name, is_ignored, is_transposed
+from lutjax.io.quantized import QuantizedReader
 from lutjax.io.readers import TensorReader
+from lutjax.io.safetensors import FLOAT_TYPES
 from lutjax.models.config import DecoderConfig
 from lutjax.models.decoder import Decoder
-
-_FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A dense checkpoint whose headers fit the decoder; values are read on demand.
+    """A checkpoint whose headers fit the decoder; values are read on demand.
 
     Iterating over `shapes` and calling `read` holds one parameter at a time.
 
@@ -67,11 +68,14 @@ class Checkpoint:
         head = checkpoint_name("lm_head/kernel", fmt)
         for name in reader.infos:
             tied_copy = name == head and config.tie_embeddings
-            if name not in expected and not is_ignored(name) and not tied_copy:
-                raise ValueError(
-                    f"{source}: tensor {name!r} has no place in a {config.model_type!r} decoder "
-                    f"of {config.num_layers} layers"
-                )
+            if name in expected or is_ignored(name) or tied_copy:
+                continue
+            if isinstance(reader, QuantizedReader) and reader.is_zero_bias(name):
+                continue
+            raise ValueError(
+                f"{source}: tensor {name!r} has no place in a {config.model_type!r} decoder of "
+                f"{config.num_layers} layers"
+            )
         return cls(source, config, fmt, reader, shapes, check_finite)
 
     def read(self, path: str) -> np.ndarray:
@@ -97,26 +101,36 @@ class Checkpoint:
             tensor = tensor[rows]
         return tensor.T if is_transposed(path) else tensor
 
+    def grid_spec(self, path: str) -> GridSpec | None:
+        """What the headers say of a parameter that `read_grid` reads; None for any other."""
+        if not isinstance(self.reader, GGUFReader | QuantizedReader):
+            return None
+        return self.reader.grid_spec(checkpoint_name(path, self.fmt))
+
     def read_grid(self, path: str) -> GridBlocks:
-        """Reads a Q4_0, Q4_1 or Q8_0 matrix of a GGUF file as codes on its exact grid.
+        """Reads a quantised matrix as codes, a table, scales and offsets: bit for bit `read`.
 
         The rows are in the decoder's order; the orientation stays `[out, in]`.
 
         Raises:
-          ValueError: if the checkpoint is not GGUF, or the tensor is of another type, or has
-            scales or offsets that are not finite.
+          ValueError: if the parameter is stored in another way, or has scales or offsets that are
+            not finite.
         """
-        if not isinstance(self.reader, GGUFReader):
-            raise ValueError(f"{self.source} is not a GGUF file; its weights have no grid")
-        grid = self.reader.read_grid(checkpoint_name(path, self.fmt))
-        for values in (grid.scales, grid.offsets):
+        name = checkpoint_name(path, self.fmt)
+        if not isinstance(self.reader, GGUFReader | QuantizedReader) or not self.grid_spec(path):
+            raise ValueError(
+                f"{self.source}: tensor {name!r} ({path}) of type {self.reader.infos[name].dtype} "
+                "is not stored as codes with scales"
+            )
+        grid = self.reader.read_grid(name)
+        for values in (grid.levels, grid.scales, grid.offsets):
             if self.check_finite and values is not None and not np.isfinite(values).all():
-                raise ValueError(f"{self.source}: {path} has a scale or offset that is not finite")
+                raise ValueError(
+                    f"{self.source}: tensor {name!r} ({path}) has a scale, an offset or a table "
+                    "that is not finite; pass check_finite=False to load it all the same"
+                )
         rows = self._row_order(path)
-        if rows is None:
-            return grid
-        offsets = None if grid.offsets is None else grid.offsets[rows]
-        return GridBlocks(grid.codes[rows], grid.levels, grid.scales[rows], offsets)
+        return grid if rows is None else grid.rows(rows)
 
     def parameters(self) -> Iterator[tuple[str, np.ndarray]]:
         """Reads all parameters, one at a time."""
@@ -227,8 +241,9 @@ def _check_tensor(
             f"{source}: tensor {name!r} has shape {list(info.shape)}; the configuration needs "
             f"{list(stored)}"
         )
-    if fmt == "hf" and info.dtype not in _FLOAT_TYPES:
+    quantized = isinstance(reader, QuantizedReader) and reader.grid_spec(name) is not None
+    if fmt == "hf" and not quantized and info.dtype not in FLOAT_TYPES:
         raise ValueError(
             f"{source}: tensor {name!r} has dtype {info.dtype}; a dense weight must be one of "
-            f"{', '.join(_FLOAT_TYPES)}"
+            f"{', '.join(FLOAT_TYPES)}"
         )

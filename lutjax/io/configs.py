@@ -198,9 +198,6 @@ def _refuse_unsupported(data: Mapping[str, Any], model_type: str, source: str) -
                 f"{source}: {key}={data[key]!r} is not supported for {model_type!r}; only "
                 f"{accepted[0]!r} is"
             )
-    if data.get("quantization_config"):
-        method = data["quantization_config"].get("quant_method")
-        raise ValueError(f"{source} describes weights quantised by {method!r}, not dense ones")
 
 
 def _rope_scaling(rope: Mapping[str, Any] | None, source: str) -> RopeScaling | None:

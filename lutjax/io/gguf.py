@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32, UInt8
 
+from lutjax.io.blocks import GridBlocks, GridSpec
+from lutjax.io.gguf_blocks import BLOCK_TYPES
 from lutjax.io.gguf_format import gguf_package, read_header
 from lutjax.io.readers import TensorInfo, read_bytes
-
-BLOCK = 32
-
-
-@dataclasses.dataclass(frozen=True)
-class GridBlocks:
-    """A matrix on a uniform grid per block: levels[codes] · scales (+ offsets).
-
-    The product in float32, with the block's scale and offset repeated over its 32 values, is
-    bit for bit what dequantisation gives.
-
-    Attributes:
-      codes: uint8 `[out, in]`.
-      levels: float32 `[2 ** bits]`, the value of each code.
-      scales: float32 `[out, in / 32]`; each is exact in float16.
-      offsets: float32 `[out, in / 32]`, exact in float16, or None.
-    """
-
-    codes: UInt8[np.ndarray, "out in"]
-    levels: Float32[np.ndarray, " levels"]
-    scales: Float32[np.ndarray, "out groups"]
-    offsets: Float32[np.ndarray, "out groups"] | None
 
 
 class GGUFReader:
@@ -58,40 +36,28 @@ class GGUFReader:
         info = self.infos[name]
         return _dequantize(read_bytes(info), info)
 
-    def read_grid(self, name: str) -> GridBlocks:
-        """Reads a matrix of type Q4_0, Q4_1 or Q8_0 as codes, scales and offsets.
+    def grid_spec(self, name: str) -> GridSpec | None:
+        """What the header says of a matrix of one of `BLOCK_TYPES`; None for any other tensor.
 
         Raises:
           KeyError: if there is no such tensor.
-          ValueError: if the tensor is of another type or is not a matrix.
         """
         info = self.infos[name]
-        if info.dtype not in GRID_BITS or len(info.shape) != 2:
-            raise ValueError(
-                f"{self.path}: tensor {name!r} of type {info.dtype} and shape {info.shape} has no "
-                f"uniform grid; only matrices of {', '.join(GRID_BITS)} have"
-            )
+        if info.dtype not in BLOCK_TYPES or len(info.shape) != 2:
+            return None
+        return BLOCK_TYPES[info.dtype].spec((info.shape[0], info.shape[1]))
+
+    def read_grid(self, name: str) -> GridBlocks:
+        """Reads a matrix of one of `BLOCK_TYPES` as codes, scales and offsets.
+
+        Raises:
+          KeyError: if there is no such tensor, or it is of another type.
+        """
+        info = self.infos[name]
+        gguf = gguf_package()
+        _, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[info.dtype]]
         rows, columns = info.shape
-        blocks = read_bytes(info).reshape(rows, columns // BLOCK, -1)
-        scales = _float16(blocks[..., 0:2])
-        if info.dtype == "Q8_0":
-            levels = np.arange(-128, 128, dtype=np.float32)
-            codes = blocks[..., 2:] + np.uint8(128)  # two's complement to 0 … 255, by wrapping
-            return GridBlocks(codes.reshape(rows, columns), levels, scales, None)
-        affine = info.dtype == "Q4_1"
-        packed = blocks[..., 4 if affine else 2 :]
-        codes = np.concatenate([packed & 15, packed >> 4], axis=-1).reshape(rows, columns)
-        levels = np.arange(16, dtype=np.float32) - (0 if affine else 8)
-        offsets = _float16(blocks[..., 2:4]) if affine else None
-        return GridBlocks(codes, levels, scales, offsets)
-
-
-GRID_BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
-"""Types whose values lie on a uniform grid per block, with their bits a code."""
-
-
-def _float16(data: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(data).view("<f2")[..., 0].astype(np.float32)
+        return BLOCK_TYPES[info.dtype].blocks(read_bytes(info), (rows, columns), block_bytes)
 
 
 def _dequantize(data: np.ndarray, info: TensorInfo) -> np.ndarray:

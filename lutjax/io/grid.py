@@ -1,4 +1,4 @@
-"""Block formats of GGUF that are lookup-table weights already: Q4_0, Q4_1 and Q8_0, bit for bit."""
+"""Quantised matrices of a checkpoint as lookup-table weights, bit for bit."""
 
 from __future__ import annotations
 
@@ -9,75 +9,88 @@ import jax.numpy as jnp
 import numpy as np
 
 from lutjax.arrays import LutArray, MatrixView
+from lutjax.io.blocks import GridBlocks
 from lutjax.io.checkpoint import Checkpoint
-from lutjax.io.gguf import BLOCK, GRID_BITS, GGUFReader, GridBlocks
-from lutjax.io.names import checkpoint_name, is_transposed
-from lutjax.packing import pack, packed_shape
+from lutjax.io.gguf_blocks import BLOCK_TYPES
+from lutjax.io.names import is_transposed
+from lutjax.io.quantized import METHODS
+from lutjax.packing import BLOCK, pack, packed_shape
 
 
 def has_grid(checkpoint: Checkpoint, path: str) -> bool:
-    """Whether a parameter is stored in a block format that is kept exactly."""
-    if not isinstance(checkpoint.reader, GGUFReader):
-        return False
-    info = checkpoint.reader.infos[checkpoint_name(path, checkpoint.fmt)]
-    return info.dtype in GRID_BITS and len(info.shape) == 2
+    """Whether a parameter is stored as codes with scales, which are kept exactly."""
+    return checkpoint.grid_spec(path) is not None
 
 
 def check_keeps_quantized(checkpoint: Checkpoint) -> None:
     """Checks that there is something to keep.
 
     Raises:
-      ValueError: if the checkpoint is not GGUF or none of its matrices is in such a format.
+      ValueError: if none of the checkpoint's matrices is stored as codes with scales.
     """
     if not any(has_grid(checkpoint, path) for path in checkpoint.shapes):
         raise ValueError(
             f"keep_quantized: {checkpoint.source} has no matrix of the GGUF types "
-            f"{', '.join(GRID_BITS)}"
+            f"{', '.join(BLOCK_TYPES)}, or quantised by {', '.join(METHODS)}"
         )
 
 
 def grid_array(checkpoint: Checkpoint, path: str) -> LutArray:
     """Reads a parameter as the codes, scales and offsets it is stored as.
 
-    Its `materialize()` is bit for bit what dequantising the block format gives: a code times a
-    float16 scale is exact in float32, so only the addition of the offset rounds.
+    Its `materialize()` is bit for bit what dequantising it gives: where there are offsets, a code
+    times a scale is exact in float32, so only the addition rounds.
 
     Args:
-      checkpoint: a GGUF file.
+      checkpoint: an opened checkpoint.
       path: of a parameter for which `has_grid` holds.
 
     Returns:
-      A `LutArray` of the parameter's shape with groups of 32 along the contraction axis.
+      A `LutArray` of the parameter's shape with groups along the contraction axis.
 
     Raises:
-      ValueError: if it is of another type, or a scale or offset is not finite.
+      ValueError: if it is stored in another way, a scale or offset is not finite, or its columns
+        were reordered (GPTQ with `desc_act`).
     """
-    return lut_from_grid(checkpoint.read_grid(path), transposed=is_transposed(path))
+    grid = checkpoint.read_grid(path)
+    if grid.columns is not None:
+        raise ValueError(
+            f"{checkpoint.source}: the columns of {path} were sorted before they were grouped "
+            "(desc_act or actorder), which a LutArray cannot keep; load without keep_quantized "
+            "and quantize again"
+        )
+    return lut_from_grid(grid, transposed=is_transposed(path))
 
 
 def abstract_grid_array(checkpoint: Checkpoint, path: str) -> LutArray:
-    """The `LutArray` of `grid_array` with `jax.ShapeDtypeStruct` for arrays; nothing is read."""
-    info = checkpoint.reader.infos[checkpoint_name(path, checkpoint.fmt)]
-    n, k = info.shape
-    bits = GRID_BITS[info.dtype]
+    """The `LutArray` of `grid_array` with `jax.ShapeDtypeStruct` for arrays; nothing is read.
+
+    Raises:
+      ValueError: if the parameter is stored in another way.
+    """
+    grid = checkpoint.grid_spec(path)
+    if grid is None:
+        raise ValueError(f"{checkpoint.source}: {path} is not stored as codes with scales")
+    n, k = grid.shape
     spec: Any = jax.ShapeDtypeStruct
+    groups = -(-k // grid.group_size)
     return LutArray(
-        words=spec(packed_shape((k, n), bits), jnp.uint8),
-        scales=spec((k // BLOCK, n), jnp.float16),
-        lut=spec((1, 2**bits, 1), jnp.float32),
-        offsets=spec((k // BLOCK, n), jnp.float16) if info.dtype == "Q4_1" else None,
-        group_size=BLOCK,
-        padding=0,
+        words=spec(packed_shape((k, n), grid.bits), jnp.uint8),
+        scales=spec((groups, n), grid.scale_dtype),
+        lut=spec((1, 2**grid.bits, 1), jnp.float32),
+        offsets=None if grid.offset_dtype is None else spec((groups, n), grid.offset_dtype),
+        group_size=grid.group_size,
+        padding=-k % BLOCK,
         dtype=np.dtype(np.float32),
         view=_view(n, k, is_transposed(path)),
     )
 
 
 def lut_from_grid(grid: GridBlocks, *, transposed: bool) -> LutArray:
-    """Repacks codes on a uniform grid as a `LutArray`.
+    """Repacks codes as a `LutArray`.
 
     Args:
-      grid: codes `[out, in]` with groups of 32 along `in`.
+      grid: codes `[out, in]` whose columns are in order.
       transposed: whether the weight is `[in, out]` (a kernel) or `[out, in]` (an embedding).
 
     Returns:
@@ -87,11 +100,11 @@ def lut_from_grid(grid: GridBlocks, *, transposed: bool) -> LutArray:
     bits = grid.levels.size.bit_length() - 1
     return LutArray(
         words=_pack(grid.codes.T, bits),
-        scales=jnp.asarray(grid.scales.T.astype(np.float16)),
+        scales=jnp.asarray(grid.scales.T),
         lut=jnp.asarray(grid.levels.reshape(1, -1, 1)),
-        offsets=None if grid.offsets is None else jnp.asarray(grid.offsets.T.astype(np.float16)),
-        group_size=BLOCK,
-        padding=0,
+        offsets=None if grid.offsets is None else jnp.asarray(grid.offsets.T),
+        group_size=grid.group_size,
+        padding=-k % BLOCK,
         dtype=np.dtype(np.float32),
         view=_view(n, k, transposed),
     )

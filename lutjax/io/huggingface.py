@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lutjax.io.checkpoint import Checkpoint
 from lutjax.io.configs import config_from_hf
+from lutjax.io.quantized import QuantizedReader, method_from_config
 from lutjax.io.safetensors import INDEX_NAME, SINGLE_NAME, SafetensorsReader, read_json
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -17,6 +18,10 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 def open_directory(directory: str | Path, *, check_finite: bool = True) -> Checkpoint:
     """Opens a directory with config.json and safetensors; only headers are read.
 
+    Weights that GPTQ, AWQ, bitsandbytes (4 bits) or compressed-tensors ("pack-quantized") quantised
+    are dequantised when they are read, or read as codes; of those, JSON objects that bitsandbytes
+    keeps in tensors, and biases that the decoder has no place for, are read here as well.
+
     Args:
       directory: its path.
       check_finite: whether reading a parameter with NaN or Inf is an error.
@@ -26,20 +31,24 @@ def open_directory(directory: str | Path, *, check_finite: bool = True) -> Check
 
     Raises:
       FileNotFoundError: if config.json or the weights are missing.
-      ValueError: if the architecture is not supported, the weights are pickled, or a file is not
-        sound.
+      ValueError: if the architecture or the quantisation is not supported, the weights are
+        pickled, or a file is not sound.
     """
     directory = Path(directory)
     config_path = directory / "config.json"
     if not config_path.is_file():
         raise FileNotFoundError(f"{directory} has no config.json")
-    config = config_from_hf(read_json(config_path), str(config_path))
+    data = read_json(config_path)
+    config = config_from_hf(data, str(config_path))
+    quantization = data.get("quantization_config")
+    method = method_from_config(quantization, str(config_path)) if quantization else None
     if not (directory / INDEX_NAME).is_file() and not (directory / SINGLE_NAME).is_file():
         pickles = [file.name for pattern in _PICKLES for file in directory.glob(pattern)]
         if pickles:
             raise refuse_pickle(directory / pickles[0])
         raise FileNotFoundError(f"{directory} has neither {SINGLE_NAME} nor {INDEX_NAME}")
-    reader = SafetensorsReader.open_directory(directory)
+    tensors = SafetensorsReader.open_directory(directory)
+    reader = tensors if method is None else QuantizedReader(tensors, method)
     return Checkpoint.create(directory, config, "hf", reader, check_finite=check_finite)
 
 

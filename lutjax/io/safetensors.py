@@ -37,6 +37,9 @@ DTYPES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 
+FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
+"""What a dense weight may be stored in."""
+
 
 class SafetensorsReader:
     """The tensors of one or several safetensors files."""

@@ -96,7 +96,6 @@ def test_hugging_face_defaults():
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "lacks 'low_freq_factor'"),
         ({"num_key_value_heads": 3}, "num_kv_heads=3"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
         (
             {
                 "model_type": "qwen2",

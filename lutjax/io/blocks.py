@@ -1,0 +1,141 @@
+"""Matrices as codes of a table with a scale for each group: what quantised checkpoints hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+from jaxtyping import Float, Float32, Integer, UInt8
+
+
+@dataclasses.dataclass(frozen=True)
+class GridSpec:
+    """What a file's headers say of a quantised matrix.
+
+    Attributes:
+      shape: `(out, in)`.
+      bits: bits of a code.
+      group_size: neighbouring codes of a row that share a scale.
+      scale_dtype: dtype of the scales.
+      offset_dtype: dtype of the offsets, or None if there are none.
+    """
+
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    scale_dtype: np.dtype
+    offset_dtype: np.dtype | None
+
+
+@dataclasses.dataclass(frozen=True)
+class GridBlocks:
+    """A matrix as levels[codes] · scales (+ offsets), computed in float32.
+
+    Attributes:
+      codes: uint8 `[out, in]`.
+      levels: float32 `[2 ** bits]`, the value of each code.
+      scales: `[out, groups]` in the dtype they are kept in.
+      offsets: `[out, groups]` in the dtype they are kept in, or None.
+      group_size: neighbouring codes of a row that share a scale; the last group may be shorter.
+      columns: `[in]`, which column of the matrix each column of codes is; None if it is the same.
+    """
+
+    codes: UInt8[np.ndarray, "out in"]
+    levels: Float32[np.ndarray, " levels"]
+    scales: Float[np.ndarray, "out groups"]
+    offsets: Float[np.ndarray, "out groups"] | None
+    group_size: int
+    columns: Integer[np.ndarray, " in"] | None = None
+
+    def rows(self, order: np.ndarray) -> GridBlocks:
+        """The same matrix with its rows in another order."""
+        offsets = None if self.offsets is None else self.offsets[order]
+        return dataclasses.replace(
+            self, codes=self.codes[order], scales=self.scales[order], offsets=offsets
+        )
+
+    def dense(self) -> Float32[np.ndarray, "out in"]:
+        """The matrix in float32, one rounding after the product and one after the sum."""
+        with np.errstate(invalid="ignore"):  # whoever asks for finite values looks at the result
+            values = self.levels[self.codes] * self._repeated(self.scales)
+            if self.offsets is not None:
+                values += self._repeated(self.offsets)
+        if self.columns is None:
+            return values
+        matrix = np.empty_like(values)
+        matrix[:, self.columns] = values
+        return matrix
+
+    def _repeated(self, values: np.ndarray) -> np.ndarray:
+        wide = np.repeat(values.astype(np.float32), self.group_size, axis=1)
+        return wide[:, : self.codes.shape[1]]
+
+
+def integer_blocks(
+    codes: np.ndarray,
+    zeros: np.ndarray | int,
+    scales: np.ndarray,
+    *,
+    bits: int,
+    group_size: int,
+    columns: np.ndarray | None = None,
+) -> GridBlocks:
+    """A matrix (codes - zeros) · scales.
+
+    One zero point for the whole matrix goes into the table. Otherwise the offsets are
+    -zeros · scales: with scales of float16 or bfloat16, at most 11 bits of significand, and codes
+    and zeros of at most 8 bits, both products are exact in float32, and so is their sum, which is
+    the scale times an integer of at most 9 bits.
+
+    Args:
+      codes: uint8 `[out, in]`.
+      zeros: integers `[out, groups]`, or one number.
+      scales: `[out, groups]`, of float16 or bfloat16 if `zeros` is an array.
+      bits: bits of a code.
+      group_size: codes that share a scale.
+      columns: see `GridBlocks`.
+
+    Returns:
+      The matrix.
+
+    >>> codes = np.array([[0, 3], [1, 2]], np.uint8)
+    >>> scales = np.array([[0.5], [2.0]], np.float16)
+    >>> integer_blocks(codes, 2, scales, bits=2, group_size=2).dense().tolist()
+    [[-1.0, 0.5], [-2.0, 0.0]]
+    """
+    levels = np.arange(2**bits, dtype=np.float32)
+    offsets = None
+    if isinstance(zeros, int):
+        levels -= np.float32(zeros)
+    else:
+        offsets = -(zeros.astype(np.float32) * scales.astype(np.float32))
+    return GridBlocks(codes, levels, scales, offsets, group_size, columns)
+
+
+def unpack_words(words: np.ndarray, bits: int) -> np.ndarray:
+    """Unpacks codes that follow each other in little-endian words without gaps.
+
+    Code i of a row takes the bits `[i * bits, (i + 1) * bits)` of the row.
+
+    Args:
+      words: integers `[..., words]`; a row has a whole number of codes.
+      bits: bits of a code, 1 to 8.
+
+    Returns:
+      uint8 `[..., codes]`.
+
+    >>> unpack_words(np.array([[0o76543210, 0, 0]], "<i4"), 3)[0, :9].tolist()
+    [0, 1, 2, 3, 4, 5, 6, 7, 0]
+    """
+    data = np.ascontiguousarray(words).view(np.uint8)
+    count = 8 // math.gcd(bits, 8)  # codes in the fewest whole bytes
+    blocks = data.reshape(*words.shape[:-1], -1, count * bits // 8)
+    codes = np.empty((*blocks.shape[:-1], count), np.uint8)
+    for i in range(count):
+        byte, shift = divmod(i * bits, 8)
+        code = blocks[..., byte] >> shift
+        if shift + bits > 8:
+            code = code | blocks[..., byte + 1] << (8 - shift)
+        codes[..., i] = code & (2**bits - 1)
+    return codes.reshape(*words.shape[:-1], -1)

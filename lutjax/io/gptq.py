@@ -1,0 +1,120 @@
+"""Layers quantised by GPTQ, as AutoGPTQ and GPTQModel store them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lutjax.io.blocks import GridBlocks, GridSpec, integer_blocks, unpack_words
+from lutjax.io.quantized_module import HALF_TYPES, QuantizedModule, read_columns
+from lutjax.io.safetensors import DTYPES
+
+BITS = (2, 3, 4, 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTQ:
+    """Weights (code - zero) · scale with the codes packed along the input axis.
+
+    `qweight` int32 `[in * bits / 32, out]`, `qzeros` int32 `[groups, out * bits / 32]`, `scales`
+    `[groups, out]`, `g_idx` int32 `[in]`, the group of each input. Codes follow each other without
+    gaps, also over the ends of words.
+
+    Attributes:
+      bits: bits of a code.
+      group_size: inputs that share a scale; -1 for all.
+      symmetric: whether a matrix has one zero point.
+      zero_shift: what was subtracted from the zero points before they were packed: 1 in the format
+        `gptq`, where 0 wraps around, and 0 in `gptq_v2`.
+      reordered: whether the inputs were sorted before they were grouped (`desc_act`).
+
+    Source: GPTQ (arXiv 2210.17323); https://github.com/AutoGPTQ/AutoGPTQ and
+    https://github.com/ModelCloud/GPTQModel.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    zero_shift: int
+    reordered: bool
+
+    parts = ("qweight", "qzeros", "scales", "g_idx")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], source: str) -> GPTQ:
+        """Reads the `quantization_config` of a config.json.
+
+        Raises:
+          ValueError: if it has other bits, groups or another format.
+        """
+        bits, group_size = config.get("bits"), config.get("group_size", -1)
+        layout = config.get("checkpoint_format") or "gptq"
+        if bits not in BITS:
+            raise ValueError(f"{source}: GPTQ with bits={bits!r}; supported are {BITS}")
+        if not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
+            raise ValueError(f"{source}: GPTQ with group_size={group_size!r}; it is positive or -1")
+        if layout not in ("gptq", "gptq_v2"):
+            raise ValueError(
+                f"{source}: GPTQ with checkpoint_format={layout!r}; supported are 'gptq' and "
+                "'gptq_v2', which GPTQModel writes"
+            )
+        return cls(
+            bits=bits,
+            group_size=group_size,
+            symmetric=bool(config.get("sym", False)),
+            zero_shift=1 if layout == "gptq" else 0,
+            reordered=bool(config.get("desc_act", False)),
+        )
+
+    def check(self, module: QuantizedModule) -> GridSpec:
+        """Checks a layer's headers; see `QuantizationMethod`."""
+        words, n = module.info("qweight", ("I32",)).shape
+        k = words * 32 // self.bits
+        if words * 32 % self.bits or n * self.bits % 32:
+            raise module.error(
+                "qweight",
+                f"of shape {[words, n]} does not hold whole columns of {self.bits}-bit codes for a "
+                "multiple of 32 bits of outputs",
+            )
+        group_size = k if self.group_size == -1 else min(self.group_size, k)
+        groups = -(-k // group_size)
+        module.info("qzeros", ("I32",), (groups, n * self.bits // 32))
+        scales = module.info("scales", HALF_TYPES, (groups, n))
+        if module.has("g_idx") or self.reordered:
+            module.info("g_idx", ("I32", "I64"), (k,))
+        return GridSpec(
+            shape=(n, k),
+            bits=self.bits,
+            group_size=group_size,
+            scale_dtype=DTYPES[scales.dtype],
+            offset_dtype=None if self.symmetric else np.dtype(np.float32),
+        )
+
+    def read(self, module: QuantizedModule) -> GridBlocks:
+        """Reads a layer; see `QuantizationMethod`."""
+        spec = self.check(module)
+        codes = unpack_words(module.read("qweight").T, self.bits)
+        zeros = unpack_words(module.read("qzeros"), self.bits).T
+        zeros = (zeros + np.uint8(self.zero_shift)) & np.uint8(2**self.bits - 1)
+        columns = None
+        if module.has("g_idx"):
+            columns = read_columns(
+                module, "g_idx", groups=zeros.shape[1], group_size=spec.group_size
+            )
+        if self.symmetric and zeros.min() != zeros.max():
+            raise module.error(
+                "qzeros",
+                f"has zero points from {zeros.min()} to {zeros.max()}, but quantization_config "
+                "says 'sym': true; set it to false",
+            )
+        return integer_blocks(
+            codes if columns is None else codes[:, columns],
+            int(zeros[0, 0]) if self.symmetric else zeros,
+            module.read("scales").T,
+            bits=self.bits,
+            group_size=spec.group_size,
+            columns=columns,
+        )

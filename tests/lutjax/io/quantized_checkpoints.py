@@ -1,0 +1,219 @@
+"""Quantised layers packed by plain loops, from what the formats' documentation says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from checkpoints import hf_tensors, random_values, write_hf
+
+from lutjax.models import DecoderConfig
+
+Layer = tuple[dict[str, np.ndarray], np.ndarray]
+"""Tensors by suffix, and the weight [out, in] in float64."""
+
+
+def stream(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Rows of codes as int32 words, without gaps."""
+    rows = []
+    for row in codes.tolist():
+        number = sum(code << (bits * i) for i, code in enumerate(row))
+        rows.append(np.frombuffer(number.to_bytes(len(row) * bits // 8, "little"), "<i4"))
+    return np.stack(rows)
+
+
+def gptq(shape, rng, *, bits, group, sym, shift, dtype=np.float16, act=False) -> Layer:
+    n, k = shape
+    group = k if group == -1 else group
+    groups = -(-k // group)
+    codes = rng.integers(0, 2**bits, (n, k))
+    zeros = rng.integers(0, 2**bits, (n, groups))
+    if sym:
+        zeros = np.full_like(zeros, 2 ** (bits - 1))
+    scales = rng.normal(size=(n, groups)).astype(dtype)
+    g_idx = np.arange(k, dtype=np.int32) // group
+    if act:
+        rng.shuffle(g_idx)
+    tensors = {
+        "qweight": stream(codes, bits).T,
+        "qzeros": stream((zeros.T - shift) % 2**bits, bits),
+        "scales": scales.T,
+        "g_idx": g_idx,
+    }
+    return tensors, (codes - zeros[:, g_idx]) * scales.astype(np.float64)[:, g_idx]
+
+
+def awq_words(codes: np.ndarray) -> np.ndarray:
+    words = np.zeros((codes.shape[0], codes.shape[1] // 8), np.uint32)
+    for column in range(words.shape[1]):
+        for place, output in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+            words[:, column] |= (codes[:, 8 * column + output] << (4 * place)).astype(np.uint32)
+    return words.view(np.int32)
+
+
+def awq(shape, rng, *, group) -> Layer:
+    n, k = shape
+    codes, zeros = rng.integers(0, 16, (n, k)), rng.integers(0, 16, (n, k // group))
+    scales = rng.normal(size=(n, k // group)).astype(np.float16)
+    tensors = {"qweight": awq_words(codes.T), "qzeros": awq_words(zeros.T), "scales": scales.T}
+    g_idx = np.arange(k) // group
+    return tensors, (codes - zeros[:, g_idx]) * scales.astype(np.float64)[:, g_idx]
+
+
+def bitsandbytes(shape, rng, *, kind, double) -> Layer:
+    n, k = shape
+    block, nested = 64, 16
+    codes = rng.integers(0, 16, n * k)
+    table = np.sort(rng.normal(size=16)).astype(np.float32)
+    count = n * k // block
+    state: dict[str, Any] = {"quant_type": kind, "blocksize": block, "shape": [n, k]}
+    tensors = {
+        "weight": (codes[::2] << 4 | codes[1::2]).astype(np.uint8)[:, None],
+        "weight.quant_map": table,
+    }
+    scales = np.abs(rng.normal(size=count)).astype(np.float32)
+    if double:
+        state |= {"nested_blocksize": nested, "nested_offset": 0.25, "nested_dtype": "float32"}
+        values = rng.integers(0, 256, count).astype(np.uint8)
+        steps = np.abs(rng.normal(size=-(-count // nested))).astype(np.float32)
+        map_ = np.linspace(-1, 1, 256, dtype=np.float32)
+        tensors |= {"weight.nested_absmax": steps, "weight.nested_quant_map": map_}
+        scales = np.array(
+            [map_[v] * steps[i // nested] + np.float32(0.25) for i, v in enumerate(values)]
+        )
+        tensors["weight.absmax"] = values
+    else:
+        tensors["weight.absmax"] = scales
+    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    tensors[f"weight.quant_state.bitsandbytes__{kind}"] = text
+    # One product in float32, as the kernels compute it.
+    weight = [table[c] * scales[i // block] for i, c in enumerate(codes)]
+    return tensors, np.array(weight, np.float64).reshape(n, k)
+
+
+def compressed_tensors(shape, rng, *, bits, group, sym, dtype, act=False) -> Layer:
+    n, k = shape
+    group = k if group == -1 else group
+    half = 2 ** (bits - 1)
+    codes = rng.integers(-half, half, (n, k))
+    zeros = np.zeros((n, k // group), int) if sym else rng.integers(-half, half, (n, k // group))
+    scales = rng.normal(size=(n, k // group)).astype(dtype)
+    g_idx = np.arange(k, dtype=np.int32) // group
+    tensors = {
+        "weight_packed": stream(codes + half, bits),
+        "weight_scale": scales,
+        "weight_shape": np.array([n, k]),
+    }
+    if not sym:
+        tensors["weight_zero_point"] = stream(zeros.T + half, bits).T
+    if act:
+        rng.shuffle(g_idx)
+        tensors["weight_g_idx"] = g_idx
+    weight = (codes - zeros[:, g_idx]) * scales.astype(np.float64)[:, g_idx]
+    # A float32 scale times an integer is rounded once; of two bytes it is exact.
+    return tensors, weight.astype(np.float32).astype(np.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A kind of checkpoint.
+
+    Attributes:
+      config: its quantization_config.
+      layer: makes a layer of a shape.
+      bits_per_weight: as kept, for layers of 64 inputs, without the table.
+      reordered: whether columns are sorted before they are grouped.
+    """
+
+    config: dict[str, Any]
+    layer: Callable[..., Layer]
+    bits_per_weight: float
+    reordered: bool = False
+
+
+def gptq_case(bits, group, sym, layout, bits_per_weight, act=False, dtype=np.float16) -> Case:
+    config = {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": sym}
+    config |= {"checkpoint_format": layout, "desc_act": act}
+    shift = 1 if layout == "gptq" else 0
+    options = {"bits": bits, "group": group, "sym": sym, "shift": shift, "act": act, "dtype": dtype}
+    return Case(config, lambda *a: gptq(*a, **options), bits_per_weight, act)
+
+
+def bitsandbytes_case(kind, double) -> Case:
+    config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}
+    config |= {"bnb_4bit_use_double_quant": double, "bnb_4bit_quant_storage": "uint8"}
+    return Case(config, lambda *a: bitsandbytes(*a, kind=kind, double=double), 4.5)
+
+
+def compressed_case(bits, group, sym, dtype, bits_per_weight, act=False) -> Case:
+    strategy = "channel" if group == -1 else "group"
+    weights = {"num_bits": bits, "type": "int", "symmetric": sym, "strategy": strategy}
+    weights["group_size"] = None if group == -1 else group
+    scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    config |= {"config_groups": {"group_0": scheme}, "ignore": ["lm_head"]}
+    options = {"bits": bits, "group": group, "sym": sym, "dtype": dtype, "act": act}
+    return Case(config, lambda *a: compressed_tensors(*a, **options), bits_per_weight, act)
+
+
+CASES: dict[str, Case] = {
+    "gptq-2": gptq_case(2, 32, False, "gptq", 2 + 48 / 32),
+    "gptq-3": gptq_case(3, 32, False, "gptq", 3 + 48 / 32),
+    "gptq-4": gptq_case(4, 32, False, "gptq", 4 + 48 / 32),
+    "gptq-8": gptq_case(8, 32, False, "gptq", 8 + 48 / 32),
+    "gptq-4-sym": gptq_case(4, 32, True, "gptq", 4 + 16 / 32),
+    "gptq-3-sym-column": gptq_case(3, -1, True, "gptq", 3 + 16 / 64),
+    "gptq-8-bfloat16": gptq_case(8, 16, False, "gptq", 8 + 48 / 16, dtype=ml_dtypes.bfloat16),
+    "gptq_v2-4": gptq_case(4, 32, False, "gptq_v2", 4 + 48 / 32),
+    "gptq_v2-2-sym": gptq_case(2, 32, True, "gptq_v2", 2 + 16 / 32),
+    "gptq-4-act": gptq_case(4, 32, False, "gptq", 4 + 48 / 32, act=True),
+    "awq": Case(
+        {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True},
+        lambda *a: awq(*a, group=32),
+        4 + 48 / 32,
+    ),
+    "nf4": bitsandbytes_case("nf4", False),
+    "nf4-double": bitsandbytes_case("nf4", True),
+    "fp4": bitsandbytes_case("fp4", False),
+    "compressed-4": compressed_case(4, 32, True, ml_dtypes.bfloat16, 4 + 16 / 32),
+    "compressed-4-asym": compressed_case(4, 32, False, ml_dtypes.bfloat16, 4 + 48 / 32),
+    "compressed-8-column": compressed_case(8, -1, True, np.float32, 8 + 32 / 64),
+    "compressed-4-act": compressed_case(4, 32, True, np.float16, 4 + 16 / 32, act=True),
+}
+
+
+def write_quantized(
+    directory: Path, config: DecoderConfig, case: Case
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Writes a checkpoint whose layers are quantised but for the first `down_proj` and the head.
+
+    Returns its tensors, and the expected value of every parameter by name in the checkpoint.
+    """
+    rng = np.random.default_rng(0)
+    tensors, expected = {}, {}
+    for name, value in hf_tensors(random_values(config)).items():
+        module = name.removesuffix(".weight")
+        if module.endswith("_proj") and module != "model.layers.0.mlp.down_proj":
+            parts, weight = case.layer(value.shape, rng)
+            tensors |= {
+                f"{module}.{suffix}": np.ascontiguousarray(part) for suffix, part in parts.items()
+            }
+            expected[name] = weight
+        else:
+            tensors[name] = expected[name] = value.astype(np.float16)
+    write_tensors(directory, config, case.config, tensors)
+    return tensors, expected
+
+
+def write_tensors(
+    directory: Path, config: DecoderConfig, quantization: Any, tensors: dict[str, np.ndarray]
+) -> None:
+    write_hf(directory, config, tensors)
+    path = directory / "config.json"
+    data = json.loads(path.read_text()) | {"quantization_config": quantization}
+    path.write_text(json.dumps(data))

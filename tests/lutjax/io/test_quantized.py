@@ -1,0 +1,412 @@
+"""Checkpoints of GPTQ, AWQ, bitsandbytes and compressed-tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from quantized_checkpoints import CASES, write_quantized, write_tensors
+from tiny_checkpoint import assert_same_bits
+
+import lutjax
+from lutjax import LutArray
+from lutjax.io import compress_checkpoint, open_checkpoint
+from lutjax.io.blocks import integer_blocks
+from lutjax.io.grid import abstract_grid_array, grid_array, has_grid
+from lutjax.io.names import checkpoint_name, is_transposed
+from lutjax.io.quantized import QuantizedReader, method_from_config
+from lutjax.io.safetensors import SafetensorsReader
+from lutjax.models import DecoderConfig
+
+DATA = Path(__file__).parents[2] / "data"
+UP = "layers/1/mlp/up_proj/kernel"
+LAYER = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture
+def config() -> DecoderConfig:
+    """Groups of 32 divide the rows, and blocks of 64 do not divide all."""
+    return DecoderConfig(
+        vocab_size=40,
+        hidden_size=64,
+        intermediate_size=96,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+    )
+
+
+# Against what the packages compute (tests/data)
+
+
+def outside(tmp_path, file, case, quantization) -> tuple[np.ndarray, np.ndarray]:
+    """A layer of a fixture as it is read, and what the package dequantised it to."""
+    arrays = np.load(DATA / file)
+    prefix = f"{case}."
+    tensors = {n.removeprefix(prefix): arrays[n] for n in arrays.files if n.startswith(prefix)}
+    dense = tensors.pop("dense")
+    tensors = {
+        f"layer.{name}": value.view(ml_dtypes.bfloat16) if value.dtype == np.uint16 else value
+        for name, value in tensors.items()
+    }
+    safetensors.numpy.save_file(tensors, tmp_path / "layer.safetensors")
+    method = method_from_config(quantization, "config.json")
+    reader = QuantizedReader(SafetensorsReader.open_file(tmp_path / "layer.safetensors"), method)
+    assert list(reader.infos) == ["layer.weight"]
+    assert reader.infos["layer.weight"].shape == dense.shape
+    return reader.read("layer.weight"), dense
+
+
+GPTQ = [
+    (2, False, 32, False),
+    (3, False, 32, False),
+    (3, True, 32, False),
+    (4, True, 32, False),
+    (4, False, 32, False),
+    (8, False, -1, False),
+    (4, True, -1, False),
+    (4, False, 32, True),
+    (4, True, 32, True),
+]
+
+
+@pytest.mark.parametrize(("bits", "sym", "group", "act"), GPTQ)
+def test_autogptq(tmp_path, bits, sym, group, act):
+    case = f"gptq_{bits}_{'sym' if sym else 'asym'}_{group}{'_act' if act else ''}"
+    quantization = {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": sym}
+    found, dense = outside(tmp_path, "autogptq/layers.npz", case, quantization | {"desc_act": act})
+    np.testing.assert_array_equal(found, dense)
+
+
+@pytest.mark.parametrize("group", [32, 64])
+def test_autoawq(tmp_path, group):
+    quantization = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm"}
+    found, dense = outside(tmp_path, "autoawq/layers.npz", f"awq_{group}", quantization)
+    np.testing.assert_array_equal(found, dense)
+
+
+@pytest.mark.parametrize("case", ["nf4", "nf4_double", "fp4", "fp4_double"])
+def test_bitsandbytes(tmp_path, case):
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    found, dense = outside(tmp_path, "bitsandbytes/layers.npz", case, quantization)
+    np.testing.assert_array_equal(found, dense)
+
+
+@pytest.mark.parametrize(
+    ("bits", "sym", "group"), [(4, True, 32), (4, False, 32), (4, True, None), (8, True, None)]
+)
+def test_compressed_tensors(tmp_path, bits, sym, group):
+    strategy = "group" if group else "channel"
+    weights = {"num_bits": bits, "type": "int", "symmetric": sym, "strategy": strategy}
+    scheme = {"weights": weights | {"group_size": group}}
+    quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    case = f"ct_{bits}_{'sym' if sym else 'asym'}_{strategy}"
+    found, dense = outside(
+        tmp_path,
+        "compressed_tensors/layers.npz",
+        case,
+        quantization | {"config_groups": {"group_0": scheme}},
+    )
+    np.testing.assert_array_equal(found, dense)
+
+
+# Whole directories
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_value_is_exact(tmp_path, config, name):
+    """Equality with float64: neither the products nor the sums round."""
+    _, expected = write_quantized(tmp_path / "m", config, CASES[name])
+    checkpoint = open_checkpoint(tmp_path / "m")
+    for path, value in checkpoint.parameters():
+        stored = expected[checkpoint_name(path, "hf")]
+        exact = stored.T if is_transposed(path) else stored
+        np.testing.assert_array_equal(value.astype(np.float64), exact, err_msg=path)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.reordered])
+def test_kept_layers_stand_for_the_same_values(tmp_path, config, name):
+    write_quantized(tmp_path / "m", config, CASES[name])
+    _, dense, _ = lutjax.load(tmp_path / "m")
+    _, kept, _ = lutjax.load(tmp_path / "m", keep_quantized=True)
+    assert_same_bits(lutjax.materialize(kept), dense)
+    leaves = {path: w for path, w in lutjax.paths.named_leaves(kept) if isinstance(w, LutArray)}
+    assert len(leaves) == 13
+    assert "layers/0/mlp/down_proj/kernel" not in leaves
+    checkpoint = open_checkpoint(tmp_path / "m")
+    for path in checkpoint.shapes:
+        assert has_grid(checkpoint, path) == (path in leaves)
+    found = jax.eval_shape(lambda: grid_array(checkpoint, UP))
+    assert found == abstract_grid_array(checkpoint, UP)
+    array = leaves[UP]
+    size = 8 * (array.nbytes - array.lut.nbytes) / (64 * 96)
+    assert size == CASES[name].bits_per_weight
+
+
+@pytest.mark.parametrize("name", ["gptq-4", "gptq-3-sym-column", "awq", "nf4", "compressed-4-asym"])
+def test_kept_layers_compute_the_same(tmp_path, config, name):
+    write_quantized(tmp_path / "m", config, CASES[name])
+    model, dense, _ = lutjax.load(tmp_path / "m")
+    _, kept, _ = lutjax.load(tmp_path / "m", keep_quantized=True)
+    tokens = jnp.arange(8).reshape(1, 8)
+    expected = jax.jit(model.apply)({"params": dense}, tokens)
+    logits = jax.jit(lutjax.lift(model.apply, strict=True))({"params": kept}, tokens)
+    # float32 sums in another order, through two layers.
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", ["gptq-3", "awq", "nf4-double", "compressed-4"])
+def test_compressing_keeps_them(tmp_path, config, name):
+    write_quantized(tmp_path / "m", config, CASES[name])
+    _, kept, _ = lutjax.load(tmp_path / "m", keep_quantized=True)
+    rule = lutjax.Rule("*/down_proj/kernel", lutjax.LutConfig(group_size=32))
+    recipe = lutjax.Recipe((rule,))
+    compress_checkpoint(tmp_path / "m", tmp_path / "out", recipe, keep_quantized=True)
+    _, found, _ = lutjax.load(tmp_path / "out")
+    # What was dense keeps its dtype on disk.
+    widened = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), found["layers"]["1"])
+    assert_same_bits(
+        jax.tree.map(lambda leaf: leaf, found["layers"]["1"]["self_attn"]),
+        kept["layers"]["1"]["self_attn"],
+    )
+    assert_same_bits(
+        widened["post_attention_layernorm"], kept["layers"]["1"]["post_attention_layernorm"]
+    )
+    assert found["layers"]["0"]["mlp"]["down_proj"]["kernel"].group_size == 32
+
+
+def test_compressing_again_starts_from_the_values(tmp_path, config):
+    write_quantized(tmp_path / "m", config, CASES["gptq-8"])
+    _, dense, _ = lutjax.load(tmp_path / "m")
+    recipe = lutjax.Recipe.uniform(group_size=32)
+    compress_checkpoint(tmp_path / "m", tmp_path / "out", recipe)
+    _, found, _ = lutjax.load(tmp_path / "out")
+    expected = lutjax.quantize(dense, recipe)
+    assert_same_bits(found["layers"]["1"]["mlp"], expected["layers"]["1"]["mlp"])
+
+
+def test_biases(tmp_path, config):
+    """A bias with a place is read; one of zeros without a place is ignored, any other refused."""
+    config = dataclasses.replace(config, model_type="qwen2", qkv_bias=True)
+    tensors, expected = write_quantized(tmp_path / "m", config, CASES["gptq-4"])
+    bias = open_checkpoint(tmp_path / "m").read("layers/1/self_attn/q_proj/bias")
+    np.testing.assert_array_equal(bias, expected["model.layers.1.self_attn.q_proj.bias"])
+    assert bias.any()
+    tensors[f"{LAYER}.bias"] = np.zeros(96, np.float16)
+    write_tensors(tmp_path / "m", config, CASES["gptq-4"].config, tensors)
+    open_checkpoint(tmp_path / "m")
+    tensors[f"{LAYER}.bias"][3] = 1
+    write_tensors(tmp_path / "m", config, CASES["gptq-4"].config, tensors)
+    with pytest.raises(ValueError, match=r"up_proj\.bias' has no place"):
+        open_checkpoint(tmp_path / "m")
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_offsets_are_exact(dtype, bits):
+    """For every code and zero point, and scales with all bits of the significand set."""
+    top = 2 - float(ml_dtypes.finfo(dtype).eps)
+    scales = np.array([top, -top, top * 2**-14, 1.0, 0.1]).astype(dtype)
+    codes = np.arange(2**bits, dtype=np.uint8)
+    for zero in range(2**bits):
+        zeros = np.full((len(scales), 1), zero, np.uint8)
+        grid = integer_blocks(
+            np.tile(codes, (len(scales), 1)),
+            zeros,
+            scales[:, None],
+            bits=bits,
+            group_size=2**bits,
+        )
+        exact = (codes.astype(np.float64) - zero) * scales[:, None].astype(np.float64)
+        np.testing.assert_array_equal(grid.dense().astype(np.float64), exact)
+
+
+# What is refused
+
+
+def test_reordered_columns_are_not_kept(tmp_path, config):
+    write_quantized(tmp_path / "m", config, CASES["gptq-4-act"])
+    with pytest.raises(
+        ValueError, match=r"layers/0/\w+/\w+_proj/kernel were sorted.*desc_act.*load"
+    ):
+        lutjax.load(tmp_path / "m", keep_quantized=True)
+    with pytest.raises(ValueError, match="load without keep_quantized"):
+        compress_checkpoint(tmp_path / "m", tmp_path / "out", keep_quantized=True)
+    assert not (tmp_path / "out").exists()
+
+
+def drop(suffix):
+    return lambda tensors: tensors.pop(f"{LAYER}.{suffix}")
+
+
+def change(suffix, edit):
+    name = f"{LAYER}.{suffix}"
+    return lambda tensors: tensors.update({name: np.ascontiguousarray(edit(tensors[name]))})
+
+
+def state_with(**fields):
+    def edit(value):
+        return np.frombuffer(json.dumps(json.loads(value.tobytes()) | fields).encode(), np.uint8)
+
+    return change("weight.quant_state.bitsandbytes__nf4", edit)
+
+
+def half(value):
+    return value[: len(value) // 2]
+
+
+BAD_TENSORS = {
+    "gptq-4": [
+        (drop("qzeros"), r"up_proj\.qzeros' is missing"),
+        (drop("scales"), r"up_proj\.scales' is missing"),
+        (drop("qweight"), r"up_proj\.weight' is missing; the nearest name"),
+        (change("qweight", half), r"up_proj\.qzeros' has shape \[2, 12\]; it must be \[1, 12\]"),
+        (change("qzeros", half), r"up_proj\.qzeros' has shape \[1, 12\]; it must be \[2, 12\]"),
+        (change("scales", lambda v: v[:, 1:]), r"up_proj\.scales' has shape \[2, 95\]"),
+        (change("scales", lambda v: v.astype(np.float32)), r"scales' has dtype F32; .* F16 or"),
+        (change("qzeros", lambda v: v.astype(np.int16)), r"up_proj\.qzeros' has dtype I16"),
+        (change("qweight", lambda v: v.reshape(-1)), r"qweight' has shape \[768\]; it must be a m"),
+        (change("g_idx", half), r"up_proj\.g_idx' has shape \[32\]; it must be \[64\]"),
+        (
+            lambda t: t.update({f"{LAYER}.extra": np.zeros(1, np.float32)}),
+            r"up_proj\.extra' has no place",
+        ),
+    ],
+    "gptq-3": [(change("qweight", lambda v: v[:4]), r"qweight' of shape \[4, 96\] does not hold")],
+    "gptq-4-act": [(drop("g_idx"), r"up_proj\.g_idx' is missing")],
+    "awq": [
+        (drop("qzeros"), r"up_proj\.qzeros' is missing"),
+        (change("scales", half), r"up_proj\.scales' has shape \[1, 96\]; it must be \[2, 96\]"),
+        (change("qweight", half), r"up_proj\.qzeros' has shape \[2, 12\]; it must be \[1, 12\]"),
+    ],
+    "nf4": [
+        (drop("weight.absmax"), r"up_proj\.weight\.absmax' is missing"),
+        (drop("weight.quant_map"), r"up_proj\.weight\.quant_map' is missing"),
+        (drop("weight.quant_state.bitsandbytes__nf4"), r"bitsandbytes__nf4' is missing"),
+        (change("weight", half), r"up_proj\.weight' has shape \[1536, 1\]; it must be \[3072, 1\]"),
+        (change("weight.absmax", half), r"weight\.absmax' has shape \[48\]; it must be \[96\]"),
+        (state_with(shape=[32, 192]), r"up_proj\.weight' has shape \[32, 192\].* \[96, 64\]"),
+        (state_with(shape=[96]), r"bitsandbytes__nf4' does not describe a matrix"),
+        (state_with(blocksize=0), r"bitsandbytes__nf4' has sizes \(96, 64, 0, 1\)"),
+    ],
+    "nf4-double": [(drop("weight.nested_absmax"), r"up_proj\.weight\.nested_absmax' is missing")],
+    "compressed-4": [
+        (drop("weight_scale"), r"up_proj\.weight_scale' is missing"),
+        (change("weight_scale", half), r"weight_scale' has shape \[48, 2\]; it must be \[96, 2\]"),
+    ],
+    "compressed-4-asym": [
+        (drop("weight_zero_point"), r"up_proj\.weight_zero_point' is missing"),
+        (change("weight_scale", lambda v: v.astype(np.float32)), r"weight_scale' has dtype F32"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "message"),
+    [(name, *bad) for name, bads in BAD_TENSORS.items() for bad in bads],
+)
+def test_bad_headers_are_named_before_reading(tmp_path, config, monkeypatch, name, edit, message):
+    tensors, _ = write_quantized(tmp_path / "m", config, CASES[name])
+    edit(tensors)
+    write_tensors(tmp_path / "m", config, CASES[name].config, tensors)
+    monkeypatch.setattr(QuantizedReader, "read_grid", lambda *_: pytest.fail("a weight was read"))
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(tmp_path / "m")
+
+
+def first(value):
+    def edit(array):
+        array = array.copy()
+        array.reshape(-1)[0] = value
+        return array
+
+    return edit
+
+
+BAD_VALUES = {
+    "gptq-4": [
+        (change("g_idx", first(2)), r"up_proj\.g_idx' has group indices from 0 to 2, but .* 2 gr"),
+        (change("g_idx", first(-1)), r"up_proj\.g_idx' has group indices from -1"),
+        (change("g_idx", first(1)), r"up_proj\.g_idx' does not divide the columns into groups"),
+        (change("scales", first(np.nan)), r"up_proj\.weight'.*(NaN|not finite)"),
+    ],
+    "gptq-4-sym": [(change("qzeros", first(0)), r"up_proj\.qzeros' has zero points from 1 to 8")],
+    "nf4": [(change("weight.absmax", first(np.inf)), r"up_proj\.weight'")],
+    "compressed-4": [(change("weight_scale", first(np.inf)), r"up_proj\.weight'")],
+    "compressed-4-act": [(change("weight_g_idx", first(9)), r"weight_g_idx' has group indices")],
+}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(
+    ("name", "edit", "message"),
+    [(name, *bad) for name, bads in BAD_VALUES.items() for bad in bads],
+)
+def test_bad_values_are_named(tmp_path, config, name, edit, message, keep):
+    tensors, _ = write_quantized(tmp_path / "m", config, CASES[name])
+    edit(tensors)
+    write_tensors(tmp_path / "m", config, CASES[name].config, tensors)
+    checkpoint = open_checkpoint(tmp_path / "m")
+    with pytest.raises(ValueError, match=message):
+        if keep:
+            grid_array(checkpoint, UP)
+        else:
+            checkpoint.read(UP)
+
+
+def test_truncated_files(tmp_path, config):
+    write_quantized(tmp_path / "m", config, CASES["awq"])
+    file = tmp_path / "m" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"model\.safetensors.*truncated"):
+        open_checkpoint(tmp_path / "m")
+
+
+def compressed_with(**changes):
+    config = json.loads(json.dumps(CASES["compressed-4"].config))
+    config["config_groups"]["group_0"]["weights"] |= changes
+    return config
+
+
+AWQ = CASES["awq"].config
+GPTQ_4 = CASES["gptq-4"].config
+COMPRESSED = CASES["compressed-4"].config
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        (
+            {"quant_method": "fp8"},
+            r"by 'fp8'; supported are gptq, awq, bitsandbytes, compressed-tensors",
+        ),
+        ({"bits": 4}, "by None; supported are gptq"),
+        ("gptq-ish", "by 'gptq-ish'; supported are gptq"),
+        (GPTQ_4 | {"bits": 5}, r"GPTQ with bits=5; supported are \(2, 3, 4, 8\)"),
+        (GPTQ_4 | {"group_size": 0}, "GPTQ with group_size=0"),
+        (GPTQ_4 | {"checkpoint_format": "marlin"}, "checkpoint_format='marlin'"),
+        (AWQ | {"bits": 8}, "AWQ with bits=8; supported is 4"),
+        (AWQ | {"version": "gemv"}, "AWQ with version='gemv'; supported is 'gemm'"),
+        (AWQ | {"group_size": None}, "AWQ with group_size=None"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "without load_in_4bit"),
+        (CASES["nf4"].config | {"bnb_4bit_quant_storage": "bfloat16"}, "quant_storage='bfloat16'"),
+        (COMPRESSED | {"format": "float-quantized"}, "format='float-quantized'"),
+        (COMPRESSED | {"config_groups": {}}, "with 0 config_groups; supported is one"),
+        (compressed_with(num_bits=3), r"num_bits=3; supported are \(4, 8\)"),
+        (compressed_with(type="float"), "type='float'"),
+        (compressed_with(strategy="block"), "strategy='block'"),
+        (compressed_with(group_size=None), "group_size=None"),
+    ],
+)
+def test_unsupported_configurations_are_named(tmp_path, config, quantization, message):
+    write_tensors(tmp_path / "m", config, quantization, {"x": np.zeros(1, np.float32)})
+    with pytest.raises(ValueError, match=rf"config\.json.*{message}"):
+        open_checkpoint(tmp_path / "m")
