@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from checkpoints import random_values
 
-from lutjax.io import open_checkpoint
+from lutjax.io import load_params, open_checkpoint
+from lutjax.io.grid import abstract_grid_array, grid_array
 from lutjax.io.names import checkpoint_name, is_transposed
 from lutjax.models import DecoderConfig, RopeScaling
 
@@ -38,6 +39,30 @@ def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(shape).swapaxes(1, 2).reshape(weight.shape)
 
 
+FLOAT16_AT = {
+    Q.Q2_K: (80, 82),
+    Q.Q3_K: (108,),
+    Q.Q4_K: (0, 2),
+    Q.Q5_K: (0, 2),
+    Q.Q6_K: (208,),
+    Q.IQ4_NL: (0,),
+    Q.IQ4_XS: (0,),
+}
+"""Where the blocks have float16 numbers, for the types that the gguf package does not write."""
+
+
+def random_blocks(kind, shape) -> np.ndarray:
+    """Any bytes are a block, if its float16 numbers are finite."""
+    size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    rng = np.random.default_rng(0)
+    rows, columns = shape
+    blocks = rng.integers(0, 256, (rows, columns // size, block_bytes), np.uint8)
+    for at in FLOAT16_AT[kind]:
+        number = rng.normal(size=blocks.shape[:2]).astype(np.float16)
+        blocks[..., at : at + 2] = number[..., None].view(np.uint8)
+    return blocks.reshape(rows, -1)
+
+
 def write_gguf(path, config, values, kind=Q.F32, metadata=(), extra=()):
     arch = config.model_type
     writer = gguf.GGUFWriter(path, arch)
@@ -58,9 +83,11 @@ def write_gguf(path, config, values, kind=Q.F32, metadata=(), extra=()):
             tensor = permuted(tensor, config.num_heads if "/q_" in name else config.num_kv_heads)
         tensor = np.ascontiguousarray(tensor)
         quantised = kind if tensor.ndim == 2 else Q.F32
-        writer.add_tensor(
-            checkpoint_name(name, "gguf"), gguf.quantize(tensor, quantised), raw_dtype=quantised
-        )
+        if quantised in FLOAT16_AT:
+            data = random_blocks(quantised, tensor.shape)
+        else:
+            data = gguf.quantize(tensor, quantised)
+        writer.add_tensor(checkpoint_name(name, "gguf"), data, raw_dtype=quantised)
     for name, tensor in extra:
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()
@@ -103,25 +130,89 @@ def test_types_are_dequantised(tmp_path, config, kind, error):
         assert 0 < np.abs(found - values[path]).max() < error * np.abs(values[path]).max()
 
 
-@pytest.mark.parametrize("kind", [Q.Q4_0, Q.Q4_1, Q.Q8_0])
+KEPT = {
+    Q.Q4_0: 4.5,
+    Q.Q4_1: 5.0,
+    Q.Q5_0: 5.5,
+    Q.Q5_1: 6.0,
+    Q.Q8_0: 8.5,
+    Q.Q2_K: 6.0,
+    Q.Q3_K: 5.0,
+    Q.Q4_K: 6.0,
+    Q.Q5_K: 7.0,
+    Q.Q6_K: 8.0,
+    Q.IQ4_NL: 4.5,
+    Q.IQ4_XS: 5.0,
+}
+"""Bits a weight as kept."""
+
+
+@pytest.fixture(params=KEPT, ids=[kind.name for kind in KEPT])
+def kept(request, tmp_path, config):
+    """A checkpoint whose matrices are all of one type, and the type."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_layers": 1}
+    config = dataclasses.replace(config, **sizes)
+    write_gguf(tmp_path / "m.gguf", config, random_values(config), request.param)
+    return open_checkpoint(tmp_path / "m.gguf"), request.param
+
+
 @pytest.mark.parametrize(
-    "path", ["layers/1/self_attn/q_proj/kernel", "layers/0/mlp/up_proj/kernel"]
+    "path", ["layers/0/self_attn/q_proj/kernel", "layers/0/mlp/down_proj/kernel"]
 )
-def test_grids_are_exact(tmp_path, config, kind, path):
-    write_gguf(tmp_path / "m.gguf", config, random_values(config), kind)
-    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+def test_grids_are_exact(kept, path):
+    """What `read` gives is from `gguf.dequantize`."""
+    checkpoint, kind = kept
     grid = checkpoint.read_grid(path)
-    dense = grid.levels[grid.codes] * np.repeat(grid.scales, 32, axis=1)
+    dense = grid.levels[grid.codes] * np.repeat(grid.scales, grid.group_size, axis=1)
     if grid.offsets is not None:
-        dense = dense + np.repeat(grid.offsets, 32, axis=1)
-    np.testing.assert_array_equal(dense.T, checkpoint.read(path))
-    assert (grid.offsets is not None) == (kind == Q.Q4_1)
+        dense = dense + np.repeat(grid.offsets, grid.group_size, axis=1)
+    expected = checkpoint.read(path)
+    np.testing.assert_array_equal(dense.T, expected)
+    np.testing.assert_array_equal(grid.dense().T, expected)
+    assert (grid.offsets is not None) == (kind in (Q.Q4_1, Q.Q5_1, Q.Q2_K, Q.Q4_K, Q.Q5_K))
+    assert len(np.unique(grid.codes)) > grid.levels.size / 2
+
+
+def test_grids_become_exact_arrays(kept):
+    checkpoint, kind = kept
+    path = "layers/0/mlp/down_proj/kernel"
+    array, dense = grid_array(checkpoint, path), checkpoint.read(path)
+    np.testing.assert_array_equal(array.materialize(), dense)
+    assert jax.eval_shape(lambda: grid_array(checkpoint, path)) == abstract_grid_array(
+        checkpoint, path
+    )
+    table = array.lut.nbytes
+    assert 8 * (array.nbytes - table) / dense.size == KEPT[kind]
+    x = np.random.default_rng(3).normal(size=(3, 512)).astype(np.float32)
+    products = np.abs(x) @ np.abs(dense)
+    # float32 sums of 512 products, in another order.
+    assert (np.abs(jnp.asarray(x) @ array - x @ dense) <= 1e-5 * products).all()
 
 
 def test_other_types_have_no_grid(tmp_path, config):
     write_gguf(tmp_path / "m.gguf", config, random_values(config), Q.F16)
-    with pytest.raises(ValueError, match=r"blk\.0\.ffn_up\.weight'.*of type F16 is not stored"):
-        open_checkpoint(tmp_path / "m.gguf").read_grid("layers/0/mlp/up_proj/kernel")
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    path = "layers/0/mlp/up_proj/kernel"
+    with pytest.raises(ValueError, match=r"blk\.0\.ffn_up\.weight'.*of type F16 is not stored as"):
+        checkpoint.read_grid(path)
+    with pytest.raises(ValueError, match=r"mlp/up_proj/kernel is not stored as codes"):
+        abstract_grid_array(checkpoint, path)
+    with pytest.raises(ValueError, match=r"keep_quantized.*no matrix of the GGUF types.*Q6_K"):
+        load_params(checkpoint, keep_quantized=True)
+
+
+def test_scales_that_are_not_finite_are_named(tmp_path, config):
+    values = random_values(config)
+    write_gguf(tmp_path / "m.gguf", config, values, Q.Q4_0)
+    info = open_checkpoint(tmp_path / "m.gguf").reader.infos["blk.1.ffn_up.weight"]
+    data = bytearray((tmp_path / "m.gguf").read_bytes())
+    data[info.offset : info.offset + 2] = np.float16(np.inf).tobytes()
+    (tmp_path / "m.gguf").write_bytes(data)
+    path = "layers/1/mlp/up_proj/kernel"
+    with pytest.raises(ValueError, match=r"'blk\.1\.ffn_up\.weight'.*not finite"):
+        grid_array(open_checkpoint(tmp_path / "m.gguf"), path)
+    grid = open_checkpoint(tmp_path / "m.gguf", check_finite=False).read_grid(path)
+    assert np.isinf(grid.scales).sum() == 1
 
 
 def test_rope_factors_come_from_their_tensor(tmp_path, config):
