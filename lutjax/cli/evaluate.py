@@ -37,7 +37,8 @@ class Eval:
     json: bool = False
     """Print JSON instead of a table."""
     keep_quantized: bool = False
-    """Run the Q4_0, Q4_1 and Q8_0 matrices of a .gguf file as they are, not dequantised."""
+    """Run matrices that are quantised already (GGUF, GPTQ, AWQ, bitsandbytes, compressed-tensors)
+    as they are, not dequantised."""
     sparsity: Path | None = None
     """Plan of `lutjax sparsify`: ignore small activations, for all tokens."""
 

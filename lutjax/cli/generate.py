@@ -42,7 +42,8 @@ class Generate:
     stream: bool = False
     """Print the text while it is made."""
     keep_quantized: bool = False
-    """Run the Q4_0, Q4_1 and Q8_0 matrices of a .gguf file as they are, not dequantised."""
+    """Run matrices that are quantised already (GGUF, GPTQ, AWQ, bitsandbytes, compressed-tensors)
+    as they are, not dequantised."""
     sparsity: Path | None = None
     """Plan of `lutjax sparsify`: ignore small activations, for the tokens that are generated."""
 

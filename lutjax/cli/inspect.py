@@ -30,7 +30,7 @@ class Inspect:
     json: bool = False
     """Print JSON instead of a table."""
     keep_quantized: bool = False
-    """Show the Q4_0, Q4_1 and Q8_0 matrices of a .gguf file as they are, not dequantised."""
+    """Show matrices that are quantised already as they are, not dequantised."""
 
     def run(self) -> None:
         """Prints the table."""

@@ -55,7 +55,8 @@ class Quantize:
     recipe: Path | None = None
     """JSON file with a rule for each kind of parameter, instead of the six options above."""
     keep_quantized: bool = False
-    """Keep the Q4_0, Q4_1 and Q8_0 matrices of a .gguf file exactly; compress only the others."""
+    """Keep matrices that are quantised already exactly (GGUF, GPTQ, AWQ, bitsandbytes,
+    compressed-tensors); compress only the others."""
 
     text: Path | None = None
     """UTF-8 text to calibrate on: weights are rounded such that products err little on it (GPTQ).

@@ -10,7 +10,6 @@ import numpy as np
 
 from lutjax.io.blocks import GridBlocks, GridSpec, integer_blocks, unpack_words
 from lutjax.io.quantized_module import HALF_TYPES, QuantizedModule
-from lutjax.io.safetensors import DTYPES
 
 BITS = 4
 
@@ -59,12 +58,12 @@ class AWQ:
         group_size = k if self.group_size == -1 else min(self.group_size, k)
         groups = -(-k // group_size)
         module.info("qzeros", ("I32",), (groups, words))
-        scales = module.info("scales", HALF_TYPES, (groups, n))
+        module.info("scales", HALF_TYPES, (groups, n))
         return GridSpec(
             shape=(n, k),
             bits=BITS,
             group_size=group_size,
-            scale_dtype=DTYPES[scales.dtype],
+            scale_dtype=np.dtype(np.float32),
             offset_dtype=np.dtype(np.float32),
         )
 

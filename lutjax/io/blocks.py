@@ -97,7 +97,7 @@ def integer_blocks(
       columns: see `GridBlocks`.
 
     Returns:
-      The matrix.
+      The matrix; scales are of float32 if there are offsets.
 
     >>> codes = np.array([[0, 3], [1, 2]], np.uint8)
     >>> scales = np.array([[0.5], [2.0]], np.float16)
@@ -109,7 +109,8 @@ def integer_blocks(
     if isinstance(zeros, int):
         levels -= np.float32(zeros)
     else:
-        offsets = -(zeros.astype(np.float32) * scales.astype(np.float32))
+        scales = scales.astype(np.float32)  # of one dtype, the CPU kernels read both as they are
+        offsets = -(zeros.astype(np.float32) * scales)
     return GridBlocks(codes, levels, scales, offsets, group_size, columns)
 
 

@@ -44,8 +44,8 @@ def compress_checkpoint(
       source: a directory with config.json and safetensors, a GGUF file, or a hub id.
       destination: the directory to make; nothing may be there.
       recipe: what to do with which parameter; 4-bit NormalFloat in groups of 64 by default.
-      keep_quantized: keep the Q4_0, Q4_1 and Q8_0 matrices of a GGUF file exactly as they are; the
-        recipe is for the others.
+      keep_quantized: keep matrices that the source has quantised already exactly as they are (see
+        `load`); the recipe is for the others.
       check_finite: whether a weight with NaN or Inf is an error.
       max_shard_bytes: the size from which the arrays are spread over several files.
       progress: whether to show a progress bar on standard error.

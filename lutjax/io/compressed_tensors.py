@@ -96,7 +96,7 @@ class CompressedTensors:
             shape=(n, k),
             bits=self.bits,
             group_size=group_size,
-            scale_dtype=DTYPES[scales.dtype],
+            scale_dtype=DTYPES[scales.dtype] if self.symmetric else np.dtype(np.float32),
             offset_dtype=None if self.symmetric else np.dtype(np.float32),
         )
 

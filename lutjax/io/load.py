@@ -33,12 +33,13 @@ def load(
     logits `[batch, time, vocab]`; with compressed parameters, `lutjax.lift(model.apply)` does.
 
     Args:
-      path: a directory with config.json and safetensors, one that `lutjax.save` or
-        `compress_checkpoint` wrote, a GGUF file, or a hub id (owner/name) of such a directory.
+      path: a directory with config.json and safetensors, dense or quantised; one that `lutjax.save`
+        or `compress_checkpoint` wrote; a GGUF file; or a hub id (owner/name) of such a directory.
       dtype: dtype of the parameters and of the activations; by default float32 for a dense
         checkpoint and what was saved for a compressed one.
-      keep_quantized: load the Q4_0, Q4_1 and Q8_0 matrices of a GGUF file as `LutArray`s that
-        stand for the same values bit for bit, instead of dequantising them.
+      keep_quantized: load matrices that are quantised already as `LutArray`s that stand for the
+        same values bit for bit, instead of dequantising them: GGUF's block types, and directories
+        of GPTQ, AWQ, bitsandbytes and compressed-tensors (docs/checkpoints.md).
       check_finite: whether a weight with NaN or Inf is an error.
 
     Returns:
@@ -52,7 +53,10 @@ def load(
     directory = _local_directory(path)
     if directory is not None and is_compressed_directory(directory):
         if keep_quantized:
-            raise ValueError(f"keep_quantized: {path} is not a GGUF file")
+            raise ValueError(
+                f"keep_quantized: {path} holds lutjax's own compressed weights, which stay so "
+                "without it"
+            )
         return _load_compressed(open_compressed(directory, check_finite=check_finite), dtype)
     checkpoint = open_checkpoint(directory or path, check_finite=check_finite)
     tokenizer = load_tokenizer(checkpoint)
@@ -91,7 +95,7 @@ def load_params(
     Args:
       checkpoint: an opened checkpoint.
       dtype: dtype of the parameters.
-      keep_quantized: whether block formats that are lookup-table weights stay so.
+      keep_quantized: whether matrices that are quantised already stay so.
 
     Returns:
       The parameters of the unrolled decoder.

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from quantized_checkpoints import CASES, write_quantized, write_tensors
-from tiny_checkpoint import assert_same_bits
+from tiny_checkpoint import assert_same_bits, tiny_tokenizer
 
 import lutjax
 from lutjax import LutArray
+from lutjax.cli import main
 from lutjax.io import compress_checkpoint, open_checkpoint
 from lutjax.io.blocks import integer_blocks
 from lutjax.io.grid import abstract_grid_array, grid_array, has_grid
@@ -181,6 +182,27 @@ def test_compressing_keeps_them(tmp_path, config, name):
         widened["post_attention_layernorm"], kept["layers"]["1"]["post_attention_layernorm"]
     )
     assert found["layers"]["0"]["mlp"]["down_proj"]["kernel"].group_size == 32
+
+
+def test_commands_run_them(tmp_path, config, capsys):
+    write_quantized(tmp_path / "m", config, CASES["awq"])
+    tiny_tokenizer(config.vocab_size).save(tmp_path / "m")
+    (tmp_path / "text.txt").write_text("abc def ghij klm. nop 123? " * 4)
+
+    def run(command, *options):
+        assert main([command, str(tmp_path / "m"), *options]) == 0
+        return capsys.readouterr().out
+
+    keep = "--keep-quantized"
+    prompt = ("--prompt", "abc", "--max-new-tokens", "5")
+    assert len(run("generate", *prompt)) == 6
+    assert run("generate", *prompt, keep) == run("generate", *prompt)
+    text = ("--text", str(tmp_path / "text.txt"), "--window", "16", "--json")
+    (dense,), (kept,) = json.loads(run("eval", *text)), json.loads(run("eval", *text, keep))
+    assert kept["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-4)
+    assert kept["bits_per_weight"] < 7 < dense["bits_per_weight"]
+    assert "LutArray" not in run("inspect", "--json")
+    assert "LutArray" in run("inspect", "--json", keep)
 
 
 def test_compressing_again_starts_from_the_values(tmp_path, config):
