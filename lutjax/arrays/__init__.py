@@ -8,6 +8,7 @@ from lutjax.arrays.low_rank import LowRankArray
 from lutjax.arrays.lut_array import LutArray
 from lutjax.arrays.packed_lut_array import PackedLutArray
 from lutjax.arrays.product_array import ProductArray
+from lutjax.arrays.reordered import ReorderedArray
 from lutjax.arrays.rotated import RotatedArray
 from lutjax.arrays.row_dense_array import RowDenseArray
 from lutjax.arrays.row_lut_array import RowLutArray
@@ -29,6 +30,7 @@ __all__ = [
     "PackedLutArray",
     "ProductArray",
     "QuantizedScales",
+    "ReorderedArray",
     "RotatedArray",
     "RowDenseArray",
     "RowLutArray",

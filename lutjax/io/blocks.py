@@ -19,6 +19,7 @@ class GridSpec:
       group_size: neighbouring codes of a row that share a scale.
       scale_dtype: dtype of the scales.
       offset_dtype: dtype of the offsets, or None if there are none.
+      reordered: whether columns are sorted into groups, in an order that is part of the data.
     """
 
     shape: tuple[int, int]
@@ -26,6 +27,7 @@ class GridSpec:
     group_size: int
     scale_dtype: np.dtype
     offset_dtype: np.dtype | None
+    reordered: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,6 +98,7 @@ class CompressedTensors:
             group_size=group_size,
             scale_dtype=DTYPES[scales.dtype] if self.symmetric else np.dtype(np.float32),
             offset_dtype=None if self.symmetric else np.dtype(np.float32),
+            reordered=module.has("weight_g_idx"),
         )
 
     def read(self, module: QuantizedModule) -> GridBlocks:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lutjax.arrays import LutArray, MatrixView
+from lutjax.arrays import LutArray, MatrixView, ReorderedArray
 from lutjax.io.blocks import GridBlocks
 from lutjax.io.checkpoint import Checkpoint
 from lutjax.io.gguf_blocks import BLOCK_TYPES
@@ -35,7 +35,7 @@ def check_keeps_quantized(checkpoint: Checkpoint) -> None:
         )
 
 
-def grid_array(checkpoint: Checkpoint, path: str) -> LutArray:
+def grid_array(checkpoint: Checkpoint, path: str) -> LutArray | ReorderedArray:
     """Reads a parameter as the codes, scales and offsets it is stored as.
 
     Its `materialize()` is bit for bit what dequantising it gives: where there are offsets, a code
@@ -46,24 +46,28 @@ def grid_array(checkpoint: Checkpoint, path: str) -> LutArray:
       path: of a parameter for which `has_grid` holds.
 
     Returns:
-      A `LutArray` of the parameter's shape with groups along the contraction axis.
+      A `LutArray` of the parameter's shape with groups along the contraction axis; if the columns
+      were sorted before they were grouped (GPTQ with `desc_act`), in a `ReorderedArray`.
 
     Raises:
-      ValueError: if it is stored in another way, a scale or offset is not finite, or its columns
-        were reordered (GPTQ with `desc_act`).
+      ValueError: if it is stored in another way, a scale or offset is not finite, or columns are
+        sorted though the configuration says that they are not.
     """
-    grid = checkpoint.read_grid(path)
+    grid, spec = checkpoint.read_grid(path), checkpoint.grid_spec(path)
+    array = lut_from_grid(grid, transposed=is_transposed(path))
+    if spec is not None and spec.reordered:
+        order = np.arange(grid.codes.shape[1]) if grid.columns is None else grid.columns
+        return ReorderedArray.of(array, jnp.asarray(order, jnp.int32))
     if grid.columns is not None:
         raise ValueError(
-            f"{checkpoint.source}: the columns of {path} were sorted before they were grouped "
-            "(desc_act or actorder), which a LutArray cannot keep; load without keep_quantized "
-            "and quantize again"
+            f"{checkpoint.source}: the columns of {path} are sorted into groups, but "
+            "quantization_config does not say so; set its desc_act to true"
         )
-    return lut_from_grid(grid, transposed=is_transposed(path))
+    return array
 
 
-def abstract_grid_array(checkpoint: Checkpoint, path: str) -> LutArray:
-    """The `LutArray` of `grid_array` with `jax.ShapeDtypeStruct` for arrays; nothing is read.
+def abstract_grid_array(checkpoint: Checkpoint, path: str) -> LutArray | ReorderedArray:
+    """The array of `grid_array` with `jax.ShapeDtypeStruct` for arrays; nothing is read.
 
     Raises:
       ValueError: if the parameter is stored in another way.
@@ -74,7 +78,7 @@ def abstract_grid_array(checkpoint: Checkpoint, path: str) -> LutArray:
     n, k = grid.shape
     spec: Any = jax.ShapeDtypeStruct
     groups = -(-k // grid.group_size)
-    return LutArray(
+    array = LutArray(
         words=spec(packed_shape((k, n), grid.bits), jnp.uint8),
         scales=spec((groups, n), grid.scale_dtype),
         lut=spec((1, 2**grid.bits, 1), jnp.float32),
@@ -84,13 +88,14 @@ def abstract_grid_array(checkpoint: Checkpoint, path: str) -> LutArray:
         dtype=np.dtype(np.float32),
         view=_view(n, k, is_transposed(path)),
     )
+    return ReorderedArray(array, spec((k,), jnp.int32)) if grid.reordered else array
 
 
 def lut_from_grid(grid: GridBlocks, *, transposed: bool) -> LutArray:
     """Repacks codes as a `LutArray`.
 
     Args:
-      grid: codes `[out, in]` whose columns are in order.
+      grid: codes `[out, in]`; the order of their columns stays as it is.
       transposed: whether the weight is `[in, out]` (a kernel) or `[out, in]` (an embedding).
 
     Returns:

@@ -1,4 +1,4 @@
-"""LutArray, LowRankArray, SumArray, ConcatArray and RotatedArray against numpy in float64."""
+"""The compressed arrays against numpy in float64."""
 
 import dataclasses
 
@@ -13,6 +13,7 @@ from lutjax.arrays import (
     LowRankArray,
     LutArray,
     MatrixView,
+    ReorderedArray,
     RotatedArray,
     SumArray,
 )
@@ -70,6 +71,14 @@ def make_rotated():
     return RotatedArray.of(array, G), back
 
 
+def make_reordered():
+    array, stored = make_lut(offsets=True)
+    order = np.random.default_rng(2).permutation(K)
+    dense = np.empty_like(stored)
+    dense[order] = stored
+    return ReorderedArray.of(array, jnp.asarray(order)), dense
+
+
 ARRAYS = {
     "4 bits": make_lut,
     "offsets": lambda: make_lut(bits=3, offsets=True),
@@ -80,6 +89,7 @@ ARRAYS = {
     "columns": lambda: make_concat("n"),
     "rows": lambda: make_concat("k"),
     "rotated": make_rotated,
+    "reordered": make_reordered,
 }
 
 
@@ -121,6 +131,9 @@ def test_against_the_formula(name):
 def test_slices(name):
     array, dense = ARRAYS[name]()
     close(array.slice_matrix("n", 5, 7).materialize(), dense[:, 5:12])
+    if name == "reordered":
+        assert array.slice_matrix("k", 16, 16) is None
+        return
     close(array.slice_matrix("k", 16, 16).materialize(), dense[16:32])
     close(array.slice_matrix("k", 16, dense.shape[0] - 16).materialize(), dense[16:])
     if name != "low rank":
@@ -172,6 +185,8 @@ def test_repr_shows_what_matters_and_no_numbers():
     low_rank, _ = make_low_rank()
     assert repr(low_rank) == "LowRankArray(shape=(40, 24), float32, rank=3, 768 B)"
     assert repr(RotatedArray.of(low_rank, 8)) == f"RotatedArray(block=8, {low_rank!r})"
+    order = jnp.arange(K)
+    assert repr(ReorderedArray.of(low_rank, order)) == f"ReorderedArray({low_rank!r})"
     assert repr(SumArray.of(low_rank)) == f"SumArray({low_rank!r})"
     assert repr(ConcatArray.of(low_rank, axis="n")) == f"ConcatArray({low_rank!r}, axis='n')"
     assert "None" in repr(jax.tree.map(lambda _: None, array))
@@ -217,6 +232,7 @@ def test_views_of_three_axes():
     [
         (lambda: LowRankArray.of(jnp.ones((4, 2)), jnp.ones((3, 4))), r"\(4, 2\).*\(3, 4\)"),
         (lambda: SumArray.of(make_lut()[0], make_lut(k=32)[0]), "cannot add"),
+        (lambda: ReorderedArray.of(make_lut()[0], jnp.arange(3)), r"\(3,\); .* need \(40,\)"),
         (lambda: RotatedArray.of(make_lut()[0], 24), "block=24 must be a power of two"),
         (lambda: ConcatArray.of(make_lut()[0], make_lut(k=32)[0], axis="n"), "cannot concatenate"),
         (lambda: jnp.ones((1, K)) @ jax.tree.map(lambda a: a[None], make_lut()[0]), "a matrix"),

@@ -17,6 +17,7 @@ from tiny_checkpoint import assert_same_bits, tiny_tokenizer
 
 import lutjax
 from lutjax import LutArray
+from lutjax.arrays import ReorderedArray
 from lutjax.cli import main
 from lutjax.io import compress_checkpoint, open_checkpoint
 from lutjax.io.blocks import integer_blocks
@@ -133,13 +134,13 @@ def test_every_value_is_exact(tmp_path, config, name):
         np.testing.assert_array_equal(value.astype(np.float64), exact, err_msg=path)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.reordered])
+@pytest.mark.parametrize("name", CASES)
 def test_kept_layers_stand_for_the_same_values(tmp_path, config, name):
     write_quantized(tmp_path / "m", config, CASES[name])
     _, dense, _ = lutjax.load(tmp_path / "m")
     _, kept, _ = lutjax.load(tmp_path / "m", keep_quantized=True)
     assert_same_bits(lutjax.materialize(kept), dense)
-    leaves = {path: w for path, w in lutjax.paths.named_leaves(kept) if isinstance(w, LutArray)}
+    leaves = {path: w for path, w in lutjax.paths.named_leaves(kept) if lutjax.is_compressed(w)}
     assert len(leaves) == 13
     assert "layers/0/mlp/down_proj/kernel" not in leaves
     checkpoint = open_checkpoint(tmp_path / "m")
@@ -148,11 +149,18 @@ def test_kept_layers_stand_for_the_same_values(tmp_path, config, name):
     found = jax.eval_shape(lambda: grid_array(checkpoint, UP))
     assert found == abstract_grid_array(checkpoint, UP)
     array = leaves[UP]
+    assert isinstance(array, ReorderedArray) == CASES[name].reordered
+    if isinstance(array, ReorderedArray):
+        array = array.base
+        assert leaves[UP].nbytes == array.nbytes + 4 * 64
+    assert isinstance(array, LutArray)
     size = 8 * (array.nbytes - array.lut.nbytes) / (64 * 96)
     assert size == CASES[name].bits_per_weight
 
 
-@pytest.mark.parametrize("name", ["gptq-4", "gptq-3-sym-column", "awq", "nf4", "compressed-4-asym"])
+@pytest.mark.parametrize(
+    "name", ["gptq-4", "gptq-4-act", "gptq-3-sym-column", "awq", "nf4", "compressed-4-asym"]
+)
 def test_kept_layers_compute_the_same(tmp_path, config, name):
     write_quantized(tmp_path / "m", config, CASES[name])
     model, dense, _ = lutjax.load(tmp_path / "m")
@@ -164,7 +172,7 @@ def test_kept_layers_compute_the_same(tmp_path, config, name):
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", ["gptq-3", "awq", "nf4-double", "compressed-4"])
+@pytest.mark.parametrize("name", ["gptq-3", "gptq-4-act", "awq", "nf4-double", "compressed-4"])
 def test_compressing_keeps_them(tmp_path, config, name):
     write_quantized(tmp_path / "m", config, CASES[name])
     _, kept, _ = lutjax.load(tmp_path / "m", keep_quantized=True)
@@ -254,15 +262,15 @@ def test_offsets_are_exact(dtype, bits):
 # What is refused
 
 
-def test_reordered_columns_are_not_kept(tmp_path, config):
-    write_quantized(tmp_path / "m", config, CASES["gptq-4-act"])
-    with pytest.raises(
-        ValueError, match=r"layers/0/\w+/\w+_proj/kernel were sorted.*desc_act.*load"
-    ):
-        lutjax.load(tmp_path / "m", keep_quantized=True)
-    with pytest.raises(ValueError, match="load without keep_quantized"):
-        compress_checkpoint(tmp_path / "m", tmp_path / "out", keep_quantized=True)
-    assert not (tmp_path / "out").exists()
+def test_sorted_columns_have_to_be_announced(tmp_path, config):
+    case = CASES["gptq-4-act"]
+    tensors, _ = write_quantized(tmp_path / "m", config, case)
+    expected = open_checkpoint(tmp_path / "m").read(UP)
+    write_tensors(tmp_path / "m", config, case.config | {"desc_act": False}, tensors)
+    checkpoint = open_checkpoint(tmp_path / "m")
+    np.testing.assert_array_equal(checkpoint.read(UP), expected)
+    with pytest.raises(ValueError, match=r"mlp/up_proj/kernel are sorted.*desc_act to true"):
+        grid_array(checkpoint, UP)
 
 
 def drop(suffix):

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from lift_checks import weight
 
 import lutjax
+from lutjax.arrays import ReorderedArray
 from lutjax.arrays.sharding import part_specs
 from tests.virtual_devices import environment
 
@@ -113,6 +114,15 @@ def test_rotated_weights_are_split_in_whole_blocks():
     assert part_specs(rotated(128), P(None, "model"), SIZES).base.words == P(None, None, "model")
     with pytest.raises(ValueError, match="K=256 rows do not split into 4 times whole rotated"):
         part_specs(rotated(128), P("model"), SIZES)
+
+
+def test_reordered_weights_are_split_by_columns():
+    base = lutjax.quantize(jnp.ones((256, 48)), group_size=64)
+    array = ReorderedArray.of(base, jnp.arange(256))
+    specs = part_specs(array, P(None, "model"), SIZES)
+    assert (specs.base.words, specs.order) == (P(None, None, "model"), P(None))
+    with pytest.raises(ValueError, match="reordered over all of K, which does not split; shard N"):
+        part_specs(array, P("model"), SIZES)
 
 
 def test_dense_leaves_and_other_shardings():
