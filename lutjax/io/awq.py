@@ -42,7 +42,7 @@ class AWQ:
         """
         bits = config.get("bits", config.get("w_bit"))
         group_size = config.get("group_size", config.get("q_group_size", -1))
-        version = config.get("version", "gemm")
+        version = config.get("version") or config.get("checkpoint_format") or "gemm"
         if bits != BITS:
             raise ValueError(f"{source}: AWQ with bits={bits!r}; supported is {BITS}")
         if not isinstance(group_size, int) or (group_size < 1 and group_size != -1):

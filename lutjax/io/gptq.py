@@ -51,11 +51,16 @@ class GPTQ:
           ValueError: if it has other bits, groups or another format.
         """
         bits, group_size = config.get("bits"), config.get("group_size", -1)
-        layout = config.get("checkpoint_format") or "gptq"
+        layout = config.get("checkpoint_format") or config.get("format") or "gptq"
+        words = config.get("pack_dtype") or "int32"
         if bits not in BITS:
             raise ValueError(f"{source}: GPTQ with bits={bits!r}; supported are {BITS}")
         if not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
             raise ValueError(f"{source}: GPTQ with group_size={group_size!r}; it is positive or -1")
+        if words != "int32":
+            raise ValueError(f"{source}: GPTQ with pack_dtype={words!r}; supported is 'int32'")
+        if config.get("is_marlin_format"):
+            layout = "marlin"
         if layout not in ("gptq", "gptq_v2"):
             raise ValueError(
                 f"{source}: GPTQ with checkpoint_format={layout!r}; supported are 'gptq' and "

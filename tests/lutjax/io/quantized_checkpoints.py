@@ -156,7 +156,8 @@ def compressed_case(bits, group, sym, dtype, bits_per_weight, act=False) -> Case
     weights["group_size"] = None if group == -1 else group
     scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None}
     config = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
-    config |= {"config_groups": {"group_0": scheme}, "ignore": ["lm_head"]}
+    config |= {"config_groups": {"group_0": scheme}, "quantization_status": "compressed"}
+    config["ignore"] = ["lm_head", "model.layers.0.mlp.down_proj"]
     options = {"bits": bits, "group": group, "sym": sym, "dtype": dtype, "act": act}
     return Case(config, lambda *a: compressed_tensors(*a, **options), bits_per_weight, act)
 

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from checkpoints import hf_tensors, random_values, write_hf
 from quantized_checkpoints import CASES, write_quantized, write_tensors
 from tiny_checkpoint import assert_same_bits, tiny_tokenizer
 
@@ -259,6 +260,53 @@ def test_offsets_are_exact(dtype, bits):
         np.testing.assert_array_equal(grid.dense().astype(np.float64), exact)
 
 
+@pytest.mark.outside
+@pytest.mark.parametrize(("kind", "double"), [("nf4", False), ("nf4", True), ("fp4", False)])
+def test_transformers_saves_bitsandbytes(tmp_path, config, kind, double):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    pytest.importorskip("bitsandbytes")
+    # On a CPU, bitsandbytes 0.50.2 dequantises rows that end within a block wrongly.
+    config = dataclasses.replace(config, intermediate_size=128)
+    write_hf(tmp_path / "dense", config, hf_tensors(random_values(config)))
+    options = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", quantization_config=options, device_map="cpu", dtype=torch.float32
+    )
+    theirs.save_pretrained(tmp_path / "m")
+    # As float32 layers; the four-bit products of a CPU are not of float32.
+    check_logits(tmp_path / "m", theirs.dequantize(dtype=torch.float32))
+
+
+@pytest.mark.outside
+def test_transformers_reads_compressed_tensors(tmp_path, config):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    write_quantized(tmp_path / "m", config, CASES["compressed-8-column"])
+    options = transformers.CompressedTensorsConfig(run_compressed=False)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", quantization_config=options, device_map="cpu", dtype=torch.float32
+    )
+    check_logits(tmp_path / "m", theirs)
+
+
+def check_logits(directory, theirs):
+    """Compares a directory, kept quantised, with a model of transformers."""
+    import torch
+
+    tokens = np.arange(12).reshape(1, 12)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+    model, params, _ = lutjax.load(directory, keep_quantized=True)
+    logits = jax.jit(lutjax.lift(model.apply))({"params": params}, jnp.asarray(tokens, jnp.int32))
+    # float32 on both sides, sums of at most 96 terms.
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
 # What is refused
 
 
@@ -423,6 +471,8 @@ COMPRESSED = CASES["compressed-4"].config
         (GPTQ_4 | {"bits": 5}, r"GPTQ with bits=5; supported are \(2, 3, 4, 8\)"),
         (GPTQ_4 | {"group_size": 0}, "GPTQ with group_size=0"),
         (GPTQ_4 | {"checkpoint_format": "marlin"}, "checkpoint_format='marlin'"),
+        (GPTQ_4 | {"is_marlin_format": True}, "checkpoint_format='marlin'"),
+        (GPTQ_4 | {"pack_dtype": "int16"}, "pack_dtype='int16'"),
         (AWQ | {"bits": 8}, "AWQ with bits=8; supported is 4"),
         (AWQ | {"version": "gemv"}, "AWQ with version='gemv'; supported is 'gemm'"),
         (AWQ | {"group_size": None}, "AWQ with group_size=None"),
