@@ -51,10 +51,10 @@ class CompressedTensors:
                 f"{source}: compressed-tensors with format={config.get('format')!r}; supported is "
                 f"{FORMAT!r}"
             )
-        groups = config.get("config_groups") or {}
-        if len(groups) != 1:
+        groups = config.get("config_groups")
+        if not isinstance(groups, dict) or len(groups) != 1:
             raise ValueError(
-                f"{source}: compressed-tensors with {len(groups)} config_groups; supported is one"
+                f"{source}: compressed-tensors with config_groups={groups!r}; supported is one"
             )
         (group,) = groups.values()
         if group.get("input_activations"):

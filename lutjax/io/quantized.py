@@ -33,7 +33,7 @@ def method_from_config(config: Any, source: str) -> QuantizationMethod:
       ValueError: if the method or one of its options is not supported.
     """
     name = config.get("quant_method") if isinstance(config, dict) else config
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(
             f"{source} describes weights quantised by {name!r}; supported are {', '.join(METHODS)}"
         )

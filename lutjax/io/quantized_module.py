@@ -48,7 +48,7 @@ class QuantizedModule:
         info = self.reader.infos[f"{self.name}.{suffix}"]
         if info.dtype not in dtypes:
             raise self.error(suffix, f"has dtype {info.dtype}; it must be {' or '.join(dtypes)}")
-        if shape is None and len(info.shape) != 2:
+        if shape is None and (len(info.shape) != 2 or 0 in info.shape):
             raise self.error(suffix, f"has shape {list(info.shape)}; it must be a matrix")
         if shape is not None and info.shape != shape:
             raise self.error(suffix, f"has shape {list(info.shape)}; it must be {list(shape)}")

@@ -352,6 +352,7 @@ BAD_TENSORS = {
         (change("scales", lambda v: v.astype(np.float32)), r"scales' has dtype F32; .* F16 or"),
         (change("qzeros", lambda v: v.astype(np.int16)), r"up_proj\.qzeros' has dtype I16"),
         (change("qweight", lambda v: v.reshape(-1)), r"qweight' has shape \[768\]; it must be a m"),
+        (change("qweight", lambda v: v[:0]), r"qweight' has shape \[0, 96\]; it must be a matrix"),
         (change("g_idx", half), r"up_proj\.g_idx' has shape \[32\]; it must be \[64\]"),
         (
             lambda t: t.update({f"{LAYER}.extra": np.zeros(1, np.float32)}),
@@ -479,7 +480,14 @@ COMPRESSED = CASES["compressed-4"].config
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "without load_in_4bit"),
         (CASES["nf4"].config | {"bnb_4bit_quant_storage": "bfloat16"}, "quant_storage='bfloat16'"),
         (COMPRESSED | {"format": "float-quantized"}, "format='float-quantized'"),
-        (COMPRESSED | {"config_groups": {}}, "with 0 config_groups; supported is one"),
+        (COMPRESSED | {"config_groups": {}}, "config_groups={}; supported is one"),
+        (
+            COMPRESSED
+            | {"config_groups": {"group_0": {"weights": {}, "input_activations": {"num_bits": 8}}}},
+            "with quantised activations",
+        ),
+        (COMPRESSED | {"config_groups": {"a": {}, "b": {}}}, "supported is one"),
+        ({"quant_method": ["gptq"]}, r"by \['gptq'\]; supported are"),
         (compressed_with(num_bits=3), r"num_bits=3; supported are \(4, 8\)"),
         (compressed_with(type="float"), "type='float'"),
         (compressed_with(strategy="block"), "strategy='block'"),
