@@ -96,7 +96,7 @@ class GPTQ:
             group_size=group_size,
             scale_dtype=DTYPES[scales.dtype] if self.symmetric else np.dtype(np.float32),
             offset_dtype=None if self.symmetric else np.dtype(np.float32),
-            reordered=self.reordered,
+            reordered=self.reordered and groups > 1,
         )
 
     def read(self, module: QuantizedModule) -> GridBlocks:

@@ -141,7 +141,8 @@ def gptq_case(bits, group, sym, layout, bits_per_weight, act=False, dtype=np.flo
     config |= {"checkpoint_format": layout, "desc_act": act}
     shift = 1 if layout == "gptq" else 0
     options = {"bits": bits, "group": group, "sym": sym, "shift": shift, "act": act, "dtype": dtype}
-    return Case(config, lambda *a: gptq(*a, **options), bits_per_weight, act)
+    reordered = act and group != -1  # a single group has no order
+    return Case(config, lambda *a: gptq(*a, **options), bits_per_weight, reordered)
 
 
 def bitsandbytes_case(kind, double) -> Case:
@@ -173,6 +174,7 @@ CASES: dict[str, Case] = {
     "gptq_v2-4": gptq_case(4, 32, False, "gptq_v2", 4 + 64 / 32),
     "gptq_v2-2-sym": gptq_case(2, 32, True, "gptq_v2", 2 + 16 / 32),
     "gptq-4-act": gptq_case(4, 32, False, "gptq", 4 + 64 / 32, act=True),
+    "gptq-4-act-column": gptq_case(4, -1, True, "gptq", 4 + 16 / 64, act=True),
     "awq": Case(
         {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True},
         lambda *a: awq(*a, group=32),
