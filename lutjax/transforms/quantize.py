@@ -256,8 +256,13 @@ def fit_scales(
     return groups.max(axis=-2) - low, low
 
 
-# Multiples of a group's usual scale to choose from; of those that are alike the first wins.
-_FACTORS = np.array([1, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15], np.float32)
+# Multiples of a group's usual scale to choose from; of those that are alike the first wins. The
+# largest entry may count little, but the root mean square is near the best for normal numbers.
+_FACTORS = {
+    "absmax": (1, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6),
+    "range": (1, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6),
+    "rms": (1, 0.9, 0.95, 1.05, 1.1),
+}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "batch_ndim", "view"))
@@ -356,8 +361,8 @@ def _best_scales(
         squares = jnp.pad(jnp.square(off) * inputs[..., None], edge)
         return squares.reshape(*matrix.shape[:-2], -1, group_size, matrix.shape[-1]).sum(axis=-2)
 
-    best = jnp.argmin(jax.lax.map(error, jnp.asarray(_FACTORS)), axis=0)
-    return tried(jnp.asarray(_FACTORS)[best])
+    factors = jnp.asarray(_FACTORS[config.scaling], jnp.float32)
+    return tried(factors[jnp.argmin(jax.lax.map(error, factors), axis=0)])
 
 
 def _nearest(units: jax.Array, table: np.ndarray | jax.Array) -> jax.Array:
