@@ -26,7 +26,7 @@ class GPTQ:
     Attributes:
       bits: bits of a code.
       group_size: inputs that share a scale; -1 for all.
-      symmetric: whether a matrix has one zero point.
+      symmetric: whether all zero points are 2**(bits - 1).
       zero_shift: what was subtracted from the zero points before they were packed: 1 in the format
         `gptq`, where 0 wraps around, and 0 in `gptq_v2`.
       reordered: whether the inputs were sorted before they were grouped (`desc_act`).
@@ -110,15 +110,17 @@ class GPTQ:
             columns = read_columns(
                 module, "g_idx", groups=zeros.shape[1], group_size=spec.group_size
             )
-        if self.symmetric and zeros.min() != zeros.max():
+        middle = 2 ** (self.bits - 1)
+        if self.symmetric and (zeros != middle).any():
             raise module.error(
                 "qzeros",
-                f"has zero points from {zeros.min()} to {zeros.max()}, but quantization_config "
-                "says 'sym': true; set it to false",
+                f"has zero points from {zeros.min()} to {zeros.max()}, but they are {middle} where "
+                "quantization_config says 'sym': true; set its checkpoint_format to 'gptq_v2' if "
+                f"all are {middle + 1}, its sym to false if they differ",
             )
         return integer_blocks(
             codes if columns is None else codes[:, columns],
-            int(zeros[0, 0]) if self.symmetric else zeros,
+            middle if self.symmetric else zeros,
             module.read("scales").T,
             bits=self.bits,
             group_size=spec.group_size,

@@ -417,7 +417,11 @@ BAD_VALUES = {
         (change("g_idx", first(1)), r"up_proj\.g_idx' does not divide the columns into groups"),
         (change("scales", first(np.nan)), r"up_proj\.weight'.*(NaN|not finite)"),
     ],
-    "gptq-4-sym": [(change("qzeros", first(0)), r"up_proj\.qzeros' has zero points from 1 to 8")],
+    "gptq-4-sym": [
+        (change("qzeros", first(0)), r"up_proj\.qzeros' has zero points from 1 to 8"),
+        # As GPTQModel writes `gptq_v2`, under the name `gptq`.
+        (change("qzeros", lambda v: v + 0x11111111), r"from 9 to 9, but they are 8 .* 'gptq_v2'"),
+    ],
     "nf4": [(change("weight.absmax", first(np.inf)), r"up_proj\.weight'")],
     "compressed-4": [(change("weight_scale", first(np.inf)), r"up_proj\.weight'")],
     "compressed-4-act": [(change("weight_g_idx", first(9)), r"weight_g_idx' has group indices")],
