@@ -57,12 +57,17 @@ class CompressedTensors:
                 f"{source}: compressed-tensors with config_groups={groups!r}; supported is one"
             )
         (group,) = groups.values()
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if not isinstance(weights, dict):
+            raise ValueError(
+                f"{source}: compressed-tensors with the scheme {group!r}; supported are schemes "
+                "whose 'weights' are spelled out"
+            )
         if group.get("input_activations"):
             raise ValueError(
                 f"{source}: compressed-tensors with quantised activations; supported are schemes "
                 "that quantise weights only, such as W4A16"
             )
-        weights = group.get("weights") or {}
         strategy = weights.get("strategy")
         supported = {"num_bits": BITS, "type": ("int",), "strategy": ("group", "channel")}
         for key, accepted in supported.items():

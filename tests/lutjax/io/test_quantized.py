@@ -491,6 +491,8 @@ COMPRESSED = CASES["compressed-4"].config
             "with quantised activations",
         ),
         (COMPRESSED | {"config_groups": {"a": {}, "b": {}}}, "supported is one"),
+        (COMPRESSED | {"config_groups": {"W4A16": ["Linear"]}}, r"the scheme \['Linear'\]"),
+        (COMPRESSED | {"config_groups": {"a": {"weights": None}}}, "whose 'weights' are spelled"),
         ({"quant_method": ["gptq"]}, r"by \['gptq'\]; supported are"),
         (compressed_with(num_bits=3), r"num_bits=3; supported are \(4, 8\)"),
         (compressed_with(type="float"), "type='float'"),
