@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lutjax.io.blocks import GridBlocks, GridSpec, integer_blocks, unpack_words
-from lutjax.io.quantized_module import HALF_TYPES, QuantizedModule, read_columns
+from lutjax.io.quantized_module import QuantizedModule, read_columns, scale_types
 from lutjax.io.safetensors import DTYPES
 
 FORMAT = "pack-quantized"
@@ -87,9 +87,7 @@ class CompressedTensors:
         k = words * 32 // self.bits
         group_size = k if self.group_size == -1 else min(self.group_size, k)
         groups = -(-k // group_size)
-        # Offsets are exact for two-byte scales only; see `integer_blocks`.
-        types = (*HALF_TYPES, "F32") if self.symmetric else HALF_TYPES
-        scales = module.info("weight_scale", types, (n, groups))
+        scales = module.info("weight_scale", scale_types(self.symmetric), (n, groups))
         if not self.symmetric:
             zero_words = -(-n * self.bits // 32)
             module.info("weight_zero_point", ("I32",), (zero_words, groups))

@@ -89,6 +89,11 @@ class QuantizationMethod(Protocol):
         ...
 
 
+def scale_types(symmetric: bool) -> tuple[str, ...]:
+    """What scales may be stored in; offsets are exact for two bytes only, see `integer_blocks`."""
+    return (*HALF_TYPES, "F32") if symmetric else HALF_TYPES
+
+
 def read_columns(
     module: QuantizedModule, suffix: str, *, groups: int, group_size: int
 ) -> np.ndarray | None:

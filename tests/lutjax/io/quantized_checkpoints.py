@@ -45,7 +45,9 @@ def gptq(shape, rng, *, bits, group, sym, shift, dtype=np.float16, act=False) ->
         "scales": scales.T,
         "g_idx": g_idx,
     }
-    return tensors, (codes - zeros[:, g_idx]) * scales.astype(np.float64)[:, g_idx]
+    weight = (codes - zeros[:, g_idx]) * scales.astype(np.float64)[:, g_idx]
+    # A float32 scale times an integer is rounded once; of two bytes it is exact.
+    return tensors, weight.astype(np.float32).astype(np.float64)
 
 
 def awq_words(codes: np.ndarray) -> np.ndarray:
@@ -171,6 +173,7 @@ CASES: dict[str, Case] = {
     "gptq-4-sym": gptq_case(4, 32, True, "gptq", 4 + 16 / 32),
     "gptq-3-sym-column": gptq_case(3, -1, True, "gptq", 3 + 16 / 64),
     "gptq-8-bfloat16": gptq_case(8, 16, False, "gptq", 8 + 64 / 16, dtype=ml_dtypes.bfloat16),
+    "gptq-8-sym-float32": gptq_case(8, 32, True, "gptq", 8 + 32 / 32, dtype=np.float32),
     "gptq_v2-4": gptq_case(4, 32, False, "gptq_v2", 4 + 64 / 32),
     "gptq_v2-2-sym": gptq_case(2, 32, True, "gptq_v2", 2 + 16 / 32),
     "gptq-4-act": gptq_case(4, 32, False, "gptq", 4 + 64 / 32, act=True),
