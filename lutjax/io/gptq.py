@@ -114,9 +114,9 @@ class GPTQ:
         if self.symmetric and (zeros != middle).any():
             raise module.error(
                 "qzeros",
-                f"has zero points from {zeros.min()} to {zeros.max()}, but they are {middle} where "
-                "quantization_config says 'sym': true; set its checkpoint_format to 'gptq_v2' if "
-                f"all are {middle + 1}, its sym to false if they differ",
+                f"has zero points from {np.min(zeros)} to {np.max(zeros)}, but they are {middle} "
+                "where quantization_config says 'sym': true; set its checkpoint_format to "
+                f"'gptq_v2' if all are {middle + 1}, its sym to false if they differ",
             )
         return integer_blocks(
             codes if columns is None else codes[:, columns],
