@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -35,8 +36,8 @@ def quantize_decoder(
     Args:
       config: Of the decoder, without ``scan_layers``.
       params: Its dense parameters.
-      tokens: ``int32[B, T]``, text like that which the model is for; 16,000 tokens help, more help
-        a little more.
+      tokens: ``int32[B, T]``, text like that which the model is for; the benchmark uses 16,000
+        tokens.
       recipe: What to do with which weight; 4-bit NormalFloat in groups of 64 by default.
       batch_size: Sequences that run together.
       progress: Show a progress bar.
@@ -67,9 +68,7 @@ def quantize_decoder(
         """Every path by its full name."""
         return Recipe(
             tuple(
-                Rule(path, rule.config, rule.axis, rule.batch_ndim)
-                for path, rule in plan.items()
-                if keep(path)
+                dataclasses.replace(rule, pattern=path) for path, rule in plan.items() if keep(path)
             )
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lutjax.io.blocks import GridBlocks, GridSpec, integer_blocks, unpack_words
-from lutjax.io.quantized_module import HALF_TYPES, QuantizedModule
+from lutjax.io.quantized_module import HALF_TYPES, QuantizedModule, group_layout
 
 BITS = 4
 
@@ -55,8 +55,7 @@ class AWQ:
         """Checks a layer's headers; see `QuantizationMethod`."""
         k, words = module.info("qweight", ("I32",)).shape
         n = 8 * words
-        group_size = k if self.group_size == -1 else min(self.group_size, k)
-        groups = -(-k // group_size)
+        group_size, groups = group_layout(k, self.group_size)
         module.info("qzeros", ("I32",), (groups, words))
         module.info("scales", HALF_TYPES, (groups, n))
         return GridSpec(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lutjax.io.blocks import GridBlocks, GridSpec, integer_blocks, unpack_words
-from lutjax.io.quantized_module import QuantizedModule, read_columns, scale_types
+from lutjax.io.quantized_module import QuantizedModule, group_layout, read_columns, scale_types
 from lutjax.io.safetensors import DTYPES
 
 FORMAT = "pack-quantized"
@@ -85,8 +85,7 @@ class CompressedTensors:
         """Checks a layer's headers; see `QuantizationMethod`."""
         n, words = module.info("weight_packed", ("I32",)).shape
         k = words * 32 // self.bits
-        group_size = k if self.group_size == -1 else min(self.group_size, k)
-        groups = -(-k // group_size)
+        group_size, groups = group_layout(k, self.group_size)
         scales = module.info("weight_scale", scale_types(self.symmetric), (n, groups))
         if not self.symmetric:
             zero_words = -(-n * self.bits // 32)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lutjax.io.blocks import GridBlocks, GridSpec, integer_blocks, unpack_words
-from lutjax.io.quantized_module import QuantizedModule, read_columns, scale_types
+from lutjax.io.quantized_module import QuantizedModule, group_layout, read_columns, scale_types
 from lutjax.io.safetensors import DTYPES
 
 BITS = (2, 3, 4, 8)
@@ -84,8 +84,7 @@ class GPTQ:
                 f"of shape {[words, n]} does not hold whole columns of {self.bits}-bit codes for a "
                 "multiple of 32 bits of outputs",
             )
-        group_size = k if self.group_size == -1 else min(self.group_size, k)
-        groups = -(-k // group_size)
+        group_size, groups = group_layout(k, self.group_size)
         module.info("qzeros", ("I32",), (groups, n * self.bits // 32))
         scales = module.info("scales", scale_types(self.symmetric), (groups, n))
         if module.has("g_idx") or self.reordered:

@@ -94,6 +94,20 @@ def scale_types(symmetric: bool) -> tuple[str, ...]:
     return (*HALF_TYPES, "F32") if symmetric else HALF_TYPES
 
 
+def group_layout(k: int, group_size: int) -> tuple[int, int]:
+    """The inputs that share a scale, and how many groups there are.
+
+    Args:
+      k: inputs of the layer.
+      group_size: as the configuration has it; -1 for all inputs.
+
+    >>> group_layout(96, 64), group_layout(96, -1)
+    ((64, 2), (96, 1))
+    """
+    size = k if group_size == -1 else min(group_size, k)
+    return size, -(-k // size)
+
+
 def read_columns(
     module: QuantizedModule, suffix: str, *, groups: int, group_size: int
 ) -> np.ndarray | None:
