@@ -2,6 +2,7 @@
 
 from lutjax.calibrate.activations import ActivationQuantiles, activation_quantiles
 from lutjax.calibrate.costs import measure_costs, plannable
+from lutjax.calibrate.decompose import decompose_blocks, decompose_decoder
 from lutjax.calibrate.fisher import Fisher, fisher
 from lutjax.calibrate.hessians import hessians
 from lutjax.calibrate.histogram import MagnitudeHistogram
@@ -18,6 +19,8 @@ __all__ = [
     "ObservedArray",
     "ProbedArray",
     "activation_quantiles",
+    "decompose_blocks",
+    "decompose_decoder",
     "fisher",
     "hessians",
     "measure_costs",

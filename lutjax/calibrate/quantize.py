@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 from jaxtyping import Array, Float, Int32
 
-from lutjax.arrays import is_compressed
-from lutjax.calibrate.hessians import hessians
-from lutjax.lift import lift
-from lutjax.models.blockwise import decoder_blocks
+from lutjax.calibrate.blocks import convert_blocks, convert_decoder
 from lutjax.models.config import DecoderConfig
-from lutjax.paths import named_leaves, path_string
-from lutjax.transforms.quantize import match_rules, quantize, quantize_array
-from lutjax.transforms.recipe import LutConfig, Recipe, Rule
+from lutjax.transforms.quantize import match_rules, quantize_array
+from lutjax.transforms.recipe import Recipe, Rule
 
 
 def quantize_decoder(
@@ -52,7 +46,7 @@ def quantize_decoder(
 
     Source: GPTQ (arXiv 2210.17323).
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> from lutjax.models import Decoder
     >>> config = DecoderConfig(vocab_size=8, hidden_size=32, intermediate_size=32, num_layers=1,
     ...                        num_heads=2, num_kv_heads=1, head_dim=16)
@@ -63,27 +57,9 @@ def quantize_decoder(
     4
     """
     plan = match_rules(recipe or Recipe.uniform(), params)
-
-    def only(keep: Callable[[str], bool]) -> Recipe:
-        """Every path by its full name."""
-        return Recipe(
-            tuple(
-                dataclasses.replace(rule, pattern=path) for path, rule in plan.items() if keep(path)
-            )
-        )
-
-    fn, blocks, x = decoder_blocks(config, params, tokens)
-    done = quantize_blocks(
-        fn,
-        blocks,
-        x,
-        only(lambda path: path.startswith("layers/")),
-        batch_size=batch_size,
-        progress=progress,
+    return convert_decoder(
+        config, params, tokens, plan, _rounded, batch_size=batch_size, progress=progress
     )
-    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
-    rest = quantize(rest, only(lambda path: not path.startswith("layers/")))
-    return rest | {"layers": {path.removeprefix("layers/"): done[path] for path in done}}
 
 
 def quantize_blocks(
@@ -121,46 +97,15 @@ def quantize_blocks(
 
     Source: GPTQ (arXiv 2210.17323).
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> blocks = {"0": {"kernel": jnp.eye(32)}, "1": {"kernel": jnp.eye(32)}}
     >>> x = jax.random.normal(jax.random.key(0), (4, 32))
     >>> quantize_blocks(lambda p, x: x @ p["kernel"], blocks, x, Recipe.uniform(3, 32))["1"]
     {'kernel': LutArray(shape=(32, 32), float32, 3 bits, group_size=column, 480 B)}
     """
-    recipe = recipe or Recipe.uniform()
-    plan = match_rules(recipe, dict(blocks))
-    if not 1 <= batch_size <= len(x):
-        raise ValueError(f"batch_size={batch_size} must be from 1 to the {len(x)} rows of x")
-    batches = [x[start : start + batch_size] for start in range(0, len(x), batch_size)]
-    run = jax.jit(lift(fn))
-    done: dict[str, Any] = {}
-    for path, params in _bar(blocks, progress):
-        rules = {
-            name: plan[f"{path}/{name}"]
-            for name, _ in named_leaves(params)
-            if f"{path}/{name}" in plan
-        }
-        done[path] = params
-        if rules:
-            # Blocks are observed alike, whatever their configurations, and so compiled once.
-            alike = (Rule(n, LutConfig(), r.axis, r.batch_ndim) for n, r in rules.items())
-            found = hessians(fn, params, batches, recipe=Recipe(tuple(alike)))
-
-            def convert(key_path, leaf, path=path, rules=rules, found=found):
-                name = path_string(key_path)
-                if name not in rules:
-                    return leaf
-                full = f"{path}/{name}"
-                return quantize_array(leaf, rules[name], path=full, hessian=found[name])
-
-            done[path] = jax.tree_util.tree_map_with_path(convert, params, is_leaf=is_compressed)
-        batches = [run(done[path], batch) for batch in batches]
-    return done
+    plan = match_rules(recipe or Recipe.uniform(), dict(blocks))
+    return convert_blocks(fn, blocks, x, plan, _rounded, batch_size=batch_size, progress=progress)
 
 
-def _bar(blocks: Mapping[str, Any], show: bool) -> Iterable[tuple[str, Any]]:
-    if not show:
-        return blocks.items()
-    from tqdm import tqdm
-
-    return tqdm(blocks.items(), desc="quantize", unit="block")
+def _rounded(path: str, weight: Array, rule: Rule, hessian: Array | None) -> Any:
+    return quantize_array(weight, rule, path=path, hessian=hessian)

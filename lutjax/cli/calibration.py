@@ -1,12 +1,14 @@
-"""Fisher information for the commands that weigh errors by it."""
+"""What the commands make of a text to calibrate on."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lutjax.calibrate import Fisher
+    from lutjax.models import DecoderConfig
 
 
 def fisher_for(
@@ -47,3 +49,53 @@ def fisher_for(
     if file is not None:
         result.save(file)
     return result
+
+
+def compress_on_text(
+    model: str,
+    output: Path,
+    text: Path,
+    samples: int,
+    window: int,
+    compress: Callable[[DecoderConfig, Any, Any], Any],
+) -> None:
+    """Compresses a model with a text at hand, all of it in memory, and saves it.
+
+    Args:
+      model: directory, .gguf file or hub id of the dense model.
+      output: directory to make; nothing may be there.
+      text: a UTF-8 text to calibrate on.
+      samples: windows of the text to use.
+      window: tokens in each.
+      compress: `compress(config, params, tokens)` gives the compressed parameters.
+
+    Raises:
+      FileExistsError: if something is at `output`.
+      ValueError: if the model has no tokenizer.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from lutjax import is_compressed, save
+    from lutjax.cli.models import evaluation_text
+    from lutjax.evaluate import windows
+    from lutjax.io import load_params, load_tokenizer, open_checkpoint
+    from lutjax.io.compress import stored_dtype
+    from lutjax.io.new_directory import check_destination
+    from lutjax.paths import path_string
+
+    check_destination(output)
+    checkpoint = open_checkpoint(model)
+    tokenizer = load_tokenizer(checkpoint)
+    if tokenizer is None:
+        raise ValueError(f"{model} has no tokenizer.json, so it cannot read text")
+    ids = tokenizer.encode(evaluation_text(text), add_special_tokens=False)
+    tokens = jnp.asarray(windows(ids, window, samples))
+    params = compress(checkpoint.config, load_params(checkpoint), tokens)
+    # What stays dense is stored as it was.
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.astype(stored_dtype(checkpoint, path_string(path))),
+        params,
+        is_leaf=is_compressed,
+    )
+    save(output, params, checkpoint.config, tokenizer)

@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 class Decompose:
     """Split every weight matrix into a quantised part and a low-rank part.
 
-    The low-rank part takes up what quantisation loses, and is what finetuning trains. With Fisher
-    information, made from a text, errors count by how much they matter.
+    The low-rank part takes up what quantisation loses, and is what finetuning trains. With a text,
+    errors count by how much they matter on it: by Fisher information, or by the products.
 
     For example:
 
     lutjax decompose ./model -o model-lq --bits 3 --rank 64
 
     lutjax decompose ./model -o model-lq --plan plan.json --rank 64 --text book.txt
+
+    lutjax decompose ./model -o model-lq --bits 3 --rank 64 --text book.txt --weighting inputs
     """
 
     model: tyro.conf.Positional[str]
@@ -35,9 +37,10 @@ class Decompose:
     """Directory to make; it must not exist."""
     rank: int = 64
     """Inner size of the low-rank part."""
-    method: Literal["lq", "loftq", "lorc", "svd", "lora"] = "lq"
+    method: Literal["lq", "loftq", "lorc", "svd", "lora"] | None = None
     """lq: alternate until the error rises; loftq: five rounds; lorc: correct the quantisation error
-    once; svd: take the largest components out first; lora: quantise and start from zero."""
+    once; svd: take the largest components out first; lora: quantise and start from zero. By default
+    lq, or lorc with --weighting inputs."""
     rounds: int | None = None
     """Most rounds of lq (100) or rounds of loftq (5)."""
     svd: Literal["randomized", "dense"] = "randomized"
@@ -56,6 +59,10 @@ class Decompose:
     """File with Fisher information; made from --text if it does not exist."""
     text: Path | None = None
     """UTF-8 text file to calibrate on."""
+    weighting: Literal["fisher", "inputs"] = "fisher"
+    """What errors count by on the text. fisher: each weight's information. inputs: the products of
+    each block, after those before it; codes are rounded with error feedback (GPTQ), and the whole
+    model is in memory."""
     samples: int = 128
     """Windows of the text to calibrate on."""
     window: int = 256
@@ -66,36 +73,70 @@ class Decompose:
     def run(self) -> None:
         """Decomposes, and prints the result's size and error."""
         single_threaded_lapack()
+        from lutjax.arrays import format_bytes
+        from lutjax.cli.inspect import summary_of
+
+        recipe = self._recipe()
+        error = self._by_inputs(recipe) if self.weighting == "inputs" else self._by_fisher(recipe)
+        summary = summary_of(str(self.output))
+        print(
+            f"{self.output}: {format_bytes(summary.nbytes)}, "
+            f"{summary.compressed.bits_per_weight:.3f} bits a weight with the low-rank parts in "
+            f"{len(summary.compressed.leaves)} matrices{error}"
+        )
+
+    def _by_fisher(self, recipe: Recipe) -> str:
         import jax
         import numpy as np
 
-        from lutjax.arrays import format_bytes
         from lutjax.cli.calibration import fisher_for
-        from lutjax.cli.inspect import summary_of
         from lutjax.io.decompose import decompose_checkpoint
         from lutjax.io.new_directory import check_destination
 
-        recipe = self._recipe()
         check_destination(self.output)
         errors = decompose_checkpoint(
             self.model,
             self.output,
             recipe,
             rank=self.rank,
-            method=self.method,
+            method=self.method or "lq",
             key=jax.random.key(self.seed),
             fisher=fisher_for(self.model, self.fisher, self.text, self.samples, self.window),
             rounds=self.rounds,
             svd=self.svd,
             progress=True,
         )
-        summary = summary_of(str(self.output))
-        total = float(np.linalg.norm(list(errors.values())))
-        print(
-            f"{self.output}: {format_bytes(summary.nbytes)}, "
-            f"{summary.compressed.bits_per_weight:.3f} bits a weight with the low-rank parts in "
-            f"{len(errors)} matrices, error {total:.4g}"
+        return f", error {float(np.linalg.norm(list(errors.values()))):.4g}"
+
+    def _by_inputs(self, recipe: Recipe) -> str:
+        import jax
+
+        from lutjax.calibrate import decompose_decoder
+        from lutjax.cli.calibration import compress_on_text
+
+        if self.text is None:
+            raise ValueError("--weighting inputs needs a text; name one with --text")
+        refuse_beside(self, "--weighting inputs", "fisher")
+        compress_on_text(
+            self.model,
+            self.output,
+            self.text,
+            self.samples,
+            self.window,
+            lambda config, params, tokens: decompose_decoder(
+                config,
+                params,
+                tokens,
+                recipe,
+                rank=self.rank,
+                method=self.method or "lorc",
+                key=jax.random.key(self.seed),
+                rounds=self.rounds,
+                svd=self.svd,
+                progress=True,
+            ),
         )
+        return ""
 
     def _recipe(self) -> Recipe:
         from lutjax import DoubleQuant, Recipe

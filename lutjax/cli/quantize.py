@@ -69,6 +69,8 @@ class Quantize:
     def run(self) -> None:
         """Compresses, and prints the result's size."""
         from lutjax.arrays import format_bytes
+        from lutjax.calibrate import quantize_decoder
+        from lutjax.cli.calibration import compress_on_text
         from lutjax.cli.inspect import summary_of
         from lutjax.io import compress_checkpoint
 
@@ -83,44 +85,23 @@ class Quantize:
             )
         else:
             refuse_beside(self, "--text", "keep_quantized")
-            self._calibrated(self.text)
+            recipe = self._recipe()
+            compress_on_text(
+                self.model,
+                self.output,
+                self.text,
+                self.samples,
+                self.window,
+                lambda config, params, tokens: quantize_decoder(
+                    config, params, tokens, recipe, progress=True
+                ),
+            )
         summary = summary_of(str(self.output))
         print(
             f"{self.output}: {format_bytes(summary.nbytes)}, "
             f"{summary.compressed.bits_per_weight:.3f} bits a weight in "
             f"{len(summary.compressed.leaves)} compressed matrices"
         )
-
-    def _calibrated(self, text: Path) -> None:
-        import jax
-        import jax.numpy as jnp
-
-        from lutjax import is_compressed, save
-        from lutjax.calibrate import quantize_decoder
-        from lutjax.cli.models import evaluation_text
-        from lutjax.evaluate import windows
-        from lutjax.io import load_params, load_tokenizer, open_checkpoint
-        from lutjax.io.compress import stored_dtype
-        from lutjax.io.new_directory import check_destination
-        from lutjax.paths import path_string
-
-        check_destination(self.output)
-        checkpoint = open_checkpoint(self.model)
-        tokenizer = load_tokenizer(checkpoint)
-        if tokenizer is None:
-            raise ValueError(f"{self.model} has no tokenizer.json, so it cannot read text")
-        ids = tokenizer.encode(evaluation_text(text), add_special_tokens=False)
-        tokens = jnp.asarray(windows(ids, self.window, self.samples))
-        params = quantize_decoder(
-            checkpoint.config, load_params(checkpoint), tokens, self._recipe(), progress=True
-        )
-        # What stays dense is stored as it was.
-        params = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: leaf.astype(stored_dtype(checkpoint, path_string(path))),
-            params,
-            is_leaf=is_compressed,
-        )
-        save(self.output, params, checkpoint.config, tokenizer)
 
     def _recipe(self) -> Recipe:
         from lutjax import DoubleQuant, Recipe

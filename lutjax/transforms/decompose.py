@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from lutjax.arrays import (
@@ -21,13 +22,20 @@ from lutjax.arrays import (
     is_compressed,
 )
 from lutjax.paths import path_string
+from lutjax.transforms.feedback import damped, factor
 from lutjax.transforms.importance import (
     Importance,
     check_importance,
     error_weights,
     side_weights,
 )
-from lutjax.transforms.quantize import check_finite, match_rules, quantize_array, weight_view
+from lutjax.transforms.quantize import (
+    check_finite,
+    check_hessian,
+    match_rules,
+    quantize_array,
+    weight_view,
+)
 from lutjax.transforms.recipe import LutConfig, Recipe, Rule
 from lutjax.transforms.svd import SvdMethod, low_rank_factors
 
@@ -48,7 +56,8 @@ class Decomposition:
 
     Attributes:
       array: ``SumArray(LutArray, LowRankArray)``, or with a rotated array of codes.
-      error: ``float32[*batch]``, the Frobenius norm of ``sqrt(F) * (W - array)``.
+      error: ``float32[*batch]``, the Frobenius norm of ``sqrt(F) * (W - array)``, or with the
+        Hessian ``H = L L.T`` that of ``L.T (W - array)``.
       history: ``float32[*batch, rounds]``, that norm after each round, NaN after the stop.
       rounds: ``int32[*batch]``, rounds run.
     """
@@ -67,6 +76,7 @@ def decompose(
     method: Method = "lq",
     key: PRNGKeyArray,
     fisher: Mapping[str, Any] | None = None,
+    hessians: Mapping[str, Any] | None = None,
     rounds: int | None = None,
     svd: SvdMethod = "randomized",
     allow_nonfinite: bool = False,
@@ -76,8 +86,12 @@ def decompose(
 
     .. math:: \min_{Q, L_1, L_2} \| \sqrt{F} \circ (W - Q - L_1 L_2) \|_F
 
+    With the second moments of its inputs, ``H = L L.T``, the error is that of products,
+    ``|L.T (W - Q - L1 L2)|``, codes are rounded with error feedback (:func:`lutjax.quantize`), and
+    the low-rank part is the best one for that error.
+
     The methods, with SVD the best rank-r approximation (of ``D_row A D_col``, the row and column
-    means of F, if F is given):
+    means of F, or of ``L.T A``, if F or H is given):
 
     * ``"lq"``: ``L = SVD(W - Q)``, ``Q = quantize(W - L)`` from Q = 0 until the error rises, at
       most 100 rounds; the best round is kept, its low-rank part fitted once more. LQ-LoRA.
@@ -98,6 +112,8 @@ def decompose(
         from this one and its path.
       fisher: For each path, F of the weight's shape or its ``(row means, column means)``, as
         :func:`lutjax.calibrate.fisher` gives.
+      hessians: For each path ``float32[*batch, K, K]``, as :func:`lutjax.calibrate.hessians` gives;
+        instead of ``fisher``.
       rounds: Most rounds of ``"lq"``, rounds of ``"loftq"``.
       svd: ``"randomized"`` (``r + 10`` columns, 2 power iterations) or ``"dense"``.
       allow_nonfinite: Do not look for NaN and infinity in the weights.
@@ -109,12 +125,12 @@ def decompose(
       of the weight.
 
     Raises:
-      ValueError: If a rule matches nothing, the rank does not fit, a weight or its Fisher
-        information is not finite or missing; the message names the parameter path.
+      ValueError: If a rule matches nothing, the rank does not fit, a weight, its Fisher
+        information or its Hessian is not finite or missing; the message names the parameter path.
       TypeError: If a rule reaches a leaf that is no floating-point matrix.
 
     Source: LQ-LoRA (arXiv 2311.12023, section 3), LoftQ (arXiv 2310.08659), LoRC in ZeroQuant-V2
-    (arXiv 2303.08302), PiSSA (arXiv 2404.02948).
+    (arXiv 2303.08302), PiSSA (arXiv 2404.02948); with second moments CALDERA (arXiv 2405.18886).
 
     >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 32))}
     >>> decompose(params, Recipe.uniform(bits=3), rank=4, key=jax.random.key(1))["kernel"]
@@ -128,6 +144,7 @@ def decompose(
         method=method,
         key=key,
         fisher=fisher,
+        hessians=hessians,
         rounds=rounds,
         svd=svd,
         allow_nonfinite=allow_nonfinite,
@@ -144,6 +161,7 @@ def decompose_with_history(
     method: Method = "lq",
     key: PRNGKeyArray,
     fisher: Mapping[str, Any] | None = None,
+    hessians: Mapping[str, Any] | None = None,
     rounds: int | None = None,
     svd: SvdMethod = "randomized",
     allow_nonfinite: bool = False,
@@ -160,6 +178,7 @@ def decompose_with_history(
         rounds=rounds,
         svd=svd,
         fisher=fisher,
+        hessians=hessians,
     )
     results: dict[str, Decomposition] = {}
     done = []
@@ -172,6 +191,7 @@ def decompose_with_history(
                 method=method,
                 key=key,
                 fisher=None if fisher is None else fisher[path],
+                hessian=None if hessians is None else hessians[path],
                 rounds=rounds,
                 svd=svd,
                 path=path,
@@ -188,7 +208,8 @@ def check_decomposition(
     method: str,
     rounds: int | None,
     svd: str,
-    fisher: Mapping[str, Any] | None,
+    fisher: Mapping[str, Any] | None = None,
+    hessians: Mapping[str, Any] | None = None,
 ) -> None:
     """Checks all that can be known before anything is computed.
 
@@ -199,18 +220,21 @@ def check_decomposition(
       rounds: As in :func:`decompose`.
       svd: As in :func:`decompose`.
       fisher: As in :func:`decompose`.
+      hessians: As in :func:`decompose`.
 
     Raises:
       ValueError: Names what does not fit.
     """
     _check_arguments(method, rounds, svd)
+    _check_one_weighting(fisher, hessians)
     for path, (shape, rule) in weights.items():
         _check_rank(rank, shape, rule, path)
-        if fisher is not None and path not in fisher:
-            raise ValueError(
-                f"the Fisher information has nothing for {path!r}; calibrate with the same recipe, "
-                f"or exclude that path from the recipe"
-            )
+        for name, found in (("the Fisher information has", fisher), ("hessians have", hessians)):
+            if found is not None and path not in found:
+                raise ValueError(
+                    f"{name} nothing for {path!r}; calibrate with the same recipe, or exclude that "
+                    f"path from the recipe"
+                )
 
 
 def decompose_array(
@@ -221,6 +245,7 @@ def decompose_array(
     method: Method = "lq",
     key: PRNGKeyArray,
     fisher: Any = None,
+    hessian: Float[Array, "*batch k k"] | None = None,
     rounds: int | None = None,
     svd: SvdMethod = "randomized",
     path: str = "kernel",
@@ -231,17 +256,21 @@ def decompose_array(
     See :func:`decompose` for the arguments.
     """
     _check_arguments(method, rounds, svd)
+    _check_one_weighting(fisher, hessian)
     _check_rank(rank, weight.shape, rule, path)
     batch_ndim, view = weight_view(weight.shape, rule, path)
     if not allow_nonfinite:
         check_finite(weight, path)
     if fisher is not None:
         fisher = check_importance(fisher, weight.shape, batch_ndim, view, path)
+    if hessian is not None:
+        hessian = check_hessian(hessian, weight.shape, batch_ndim, view, path)
     assert rule.config is not None
     return _decompose(
         jax.random.fold_in(key, zlib.crc32(path.encode())),
         jnp.asarray(weight),
         fisher,
+        hessian,
         config=rule.config,
         rank=rank,
         method=method,
@@ -263,9 +292,17 @@ class _Steps:
 
     @classmethod
     def of(
-        cls, weight: jax.Array, fisher: Importance | None, config: LutConfig, rank: int, svd: Any
+        cls,
+        weight: jax.Array,
+        fisher: Importance | None,
+        hessian: jax.Array | None,
+        config: LutConfig,
+        rank: int,
+        svd: SvdMethod,
     ) -> _Steps:
         rule = Rule("*", config, axis=-2)
+        if hessian is not None:
+            return cls._of_products(weight, hessian, rule, rank, svd)
         rows, columns = side_weights(fisher, *weight.shape)
         weights = error_weights(fisher)
 
@@ -279,6 +316,27 @@ class _Steps:
 
         return cls(weight, error, lambda a: quantize_array(a, rule), factorize)
 
+    @classmethod
+    def _of_products(
+        cls, weight: jax.Array, hessian: jax.Array, rule: Rule, rank: int, svd: SvdMethod
+    ) -> _Steps:
+        lower = factor(damped(hessian))
+
+        def seen(a):
+            return jnp.matmul(lower.T, a, precision=jax.lax.Precision.HIGHEST)
+
+        def error(dense, left, right):
+            return jnp.linalg.norm(seen(weight - dense - left @ right))
+
+        def factorize(key, residual):
+            left, right = low_rank_factors(key, seen(residual), rank, svd)
+            return solve_triangular(lower, left, trans=1, lower=True), right
+
+        def rounded(a):
+            return quantize_array(a, rule, hessian=hessian)
+
+        return cls(weight, error, rounded, factorize)
+
 
 @functools.partial(
     jax.jit, static_argnames=("config", "rank", "method", "rounds", "svd", "batch_ndim", "view")
@@ -287,6 +345,7 @@ def _decompose(
     key: PRNGKeyArray,
     weight: jax.Array,
     fisher: Importance | None,
+    hessian: jax.Array | None,
     *,
     config: LutConfig,
     rank: int,
@@ -300,8 +359,8 @@ def _decompose(
     run = {"lq": _lq, "svd": _svd_first, "lora": _zero}.get(method, _quantized_first)
 
     def one(arguments):
-        key, matrix, fisher = arguments
-        steps = _Steps.of(matrix, fisher, config, rank, svd)
+        key, matrix, fisher, hessian = arguments
+        steps = _Steps.of(matrix, fisher, hessian, config, rank, svd)
         quantized, left, right, error, history, count = run(steps, key, rank, rounds)
         low_rank = LowRankArray.of(left.astype(weight.dtype), right.astype(weight.dtype))
         array = SumArray.of(quantized.astype(weight.dtype), low_rank)
@@ -310,11 +369,12 @@ def _decompose(
     if batch_ndim:  # a scan: a while loop under vmap would run all layers to the slowest one's end
         batch = weight.shape[:batch_ndim]
         keys = jax.random.split(key, math.prod(batch))
-        flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[batch_ndim:]), (matrix, fisher))
+        data = (matrix, fisher, hessian)
+        flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[batch_ndim:]), data)
         mapped = jax.lax.map(one, (keys, *flat))
         result = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), mapped)
     else:
-        result = one((key, matrix, fisher))
+        result = one((key, matrix, fisher, hessian))
     return dataclasses.replace(result, array=result.array.with_view(view))
 
 
@@ -407,6 +467,11 @@ def _check_arguments(method: str, rounds: int | None, svd: str) -> None:
         raise ValueError(f"rounds={rounds} has no meaning for method={method!r}; leave it out")
     if not isinstance(rounds, int) or rounds < 1:
         raise ValueError(f"rounds={rounds!r} must be at least 1")
+
+
+def _check_one_weighting(fisher: Any, hessian: Any) -> None:
+    if fisher is not None and hessian is not None:
+        raise ValueError("errors count by Fisher information or by Hessians; give one of them")
 
 
 def _check_rank(rank: int, shape: tuple[int, ...], rule: Rule, path: str) -> None:

@@ -59,10 +59,9 @@ def round_with_feedback(
     matrix = jnp.pad(matrix if offsets is None else matrix - offsets, padding)
     scales = jnp.pad(scales, padding, constant_values=1)
     rows = matrix.shape[0]
-    mean = jnp.diagonal(hessian).mean()
-    mean = jnp.where(mean > 0, mean, 1)
-    unseen = jnp.where(jnp.arange(rows) < k, DAMPING * mean, mean)
-    hessian = jnp.pad(hessian, (padding[0], padding[0])) + jnp.diag(unseen)
+    hessian = damped(hessian)
+    padded = jnp.where(jnp.arange(rows) < k, 0, jnp.diagonal(hessian).mean())
+    hessian = jnp.pad(hessian, (padding[0], padding[0])) + jnp.diag(padded)
     inputs = jnp.diagonal(hessian).reshape(-1, p).sum(axis=1)
     order = jnp.argsort(-inputs)[:, None] * p + jnp.arange(p)[None]
     order = order.reshape(-1)
@@ -77,14 +76,14 @@ def round_with_feedback(
         within = jax.lax.dynamic_slice_in_dim(change, start, _BLOCK, axis=1)
 
         def step(own: jax.Array, row: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            values, scale, factor = (
+            values, scale, fed = (
                 jax.lax.dynamic_slice_in_dim(a, row, p) for a in (own, own_scales, within)
             )
-            corner = jax.lax.dynamic_slice_in_dim(factor, row, p, axis=1)
+            corner = jax.lax.dynamic_slice_in_dim(fed, row, p, axis=1)
             metric = solve_triangular(corner, jnp.eye(p), trans=1)  # inv(corner.T)
             codes, rounded = choose(values / scale, metric)
             error = metric @ (values - rounded * scale)
-            return own - _product(factor.T, error), (codes, error)
+            return own - _product(fed.T, error), (codes, error)
 
         starts = jnp.arange(0, _BLOCK, p)
         _, (codes, errors) = jax.lax.scan(step, own, starts)
@@ -122,23 +121,44 @@ def _inverse_factor(hessian: Float[Array, "k k"]) -> Float[Array, "k k"]:
     """The upper triangular U with ``inv(H) = U.T U``.
 
     Reversed in both axes, H is ``L L.T``; L reversed is the inverse of U. So H is never inverted.
+    """
+    inverse = factor(hessian[::-1, ::-1])[::-1, ::-1]
+    return solve_triangular(inverse, jnp.eye(hessian.shape[0]))
+
+
+def damped(hessian: Float[Array, "k k"]) -> Float[Array, "k k"]:
+    """A Hessian with :data:`DAMPING` of its mean diagonal added, so that it has an inverse.
+
+    >>> damped(jnp.diag(jnp.array([200.0, 0.0]))).tolist()
+    [[201.0, 0.0], [0.0, 1.0]]
+    """
+    k = hessian.shape[0]
+    mean = jnp.diagonal(hessian).mean()
+    return hessian + DAMPING * jnp.where(mean > 0, mean, 1) * jnp.eye(k)
+
+
+def factor(hessian: Float[Array, "k k"]) -> Float[Array, "k k"]:
+    """The lower triangular L with ``H = L L.T`` of a damped Hessian.
+
     Where rounding errors of H exceed the damping, there is ten times more of it.
+
+    >>> factor(jnp.array([[4.0, 2.0], [2.0, 2.0]])).tolist()
+    [[2.0, 0.0], [1.0, 1.0]]
     """
     identity = jnp.eye(hessian.shape[0])
 
-    def factor(damping: jax.Array) -> jax.Array:
-        return jnp.linalg.cholesky((hessian + damping * identity)[::-1, ::-1])[::-1, ::-1]
+    def cholesky(damping: jax.Array) -> jax.Array:
+        return jnp.linalg.cholesky(hessian + damping * identity)
 
     def failed(state: tuple[jax.Array, jax.Array]) -> jax.Array:
         return jnp.isnan(state[1]).any() & jnp.isfinite(state[0])
 
     def more(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         damping = jnp.where(state[0] > 0, 10 * state[0], jnp.diagonal(hessian).min())
-        return damping, factor(damping)
+        return damping, cholesky(damping)
 
     none = jnp.float32(0)
-    _, inverse = jax.lax.while_loop(failed, more, (none, factor(none)))
-    return solve_triangular(inverse, identity)
+    return jax.lax.while_loop(failed, more, (none, cholesky(none)))[1]
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -79,12 +79,12 @@ def quantize(
         raise TypeError(f"give either a recipe or {', '.join(uniform)}, not both")
     hessians = {} if hessians is None else hessians
     if is_compressed(params) or jax.tree_util.all_leaves([params]):
-        _check_paths(hessians, ["array"])
+        check_hessian_paths(hessians, ["array"])
         return quantize_array(
             params, recipe.rules[0], hessian=hessians.get("array"), allow_nonfinite=allow_nonfinite
         )
     plan = match_rules(recipe, params)
-    _check_paths(hessians, [path for path, _ in named_leaves(params)])
+    check_hessian_paths(hessians, (path for path, _ in named_leaves(params)))
 
     def convert(key_path, leaf):
         path = path_string(key_path)
@@ -194,20 +194,7 @@ def quantize_array(
         check_finite(weight, path)
     batch_ndim, view = weight_view(weight.shape, rule, path)
     if hessian is not None:
-        k = math.prod(weight.shape[batch_ndim + axis] for axis in view.k_axes)
-        expected = (*weight.shape[:batch_ndim], k, k)
-        if hessian.shape != expected:
-            raise ValueError(
-                f"the Hessian of {path!r} has the shape {hessian.shape}; its weight {weight.shape} "
-                f"needs {expected}"
-            )
-        values = concrete(hessian)
-        if values is not None and not np.isfinite(values).all():
-            raise ValueError(
-                f"the Hessian of {path!r} has NaN or infinite values; calibrate again without the "
-                f"batch that makes them"
-            )
-        hessian = jnp.asarray(hessian, jnp.float32)
+        hessian = check_hessian(hessian, weight.shape, batch_ndim, view, path)
     return _quantize(jnp.asarray(weight), hessian, rule.config, batch_ndim, view)
 
 
@@ -230,6 +217,41 @@ def check_finite(weight: Any, path: str) -> None:
             f"{path!r} has {bad} NaN or infinite values; mend the checkpoint, or pass "
             f"allow_nonfinite=True to quantize it as it is"
         )
+
+
+def check_hessian(
+    hessian: Any, shape: tuple[int, ...], batch_ndim: int, view: MatrixView, path: str
+) -> Float[Array, "*batch k k"]:
+    """The second moments of what enters a weight of logical ``shape``, in float32.
+
+    Raises:
+      ValueError: If they are of another shape, or have NaN or infinity.
+    """
+    k = math.prod(shape[batch_ndim + axis] for axis in view.k_axes)
+    expected = (*shape[:batch_ndim], k, k)
+    if hessian.shape != expected:
+        raise ValueError(
+            f"the Hessian of {path!r} has the shape {hessian.shape}; its weight {shape} needs "
+            f"{expected}"
+        )
+    values = concrete(hessian)
+    if values is not None and not np.isfinite(values).all():
+        raise ValueError(
+            f"the Hessian of {path!r} has NaN or infinite values; calibrate again without the "
+            f"batch that makes them"
+        )
+    return jnp.asarray(hessian, jnp.float32)
+
+
+def check_hessian_paths(hessians: Mapping[str, Any], paths: Iterable[str]) -> None:
+    """Raises ValueError if there is a Hessian for a path that does not exist."""
+    known = list(paths)
+    for path in hessians:
+        if path not in known:
+            similar = ", ".join(near_misses(path, known))
+            raise ValueError(
+                f"there is a Hessian for {path!r}, but no such parameter; similar: {similar}"
+            )
 
 
 def fit_scales(
@@ -384,15 +406,6 @@ def _values(codes: jax.Array, table: np.ndarray, k: int) -> jax.Array:
 def _expand(groups: Float[Array, "*batch g n"], group_size: int, k: int) -> jax.Array:
     """Repeats what a group shares for each of its rows."""
     return jnp.repeat(groups, group_size, axis=-2)[..., :k, :]
-
-
-def _check_paths(hessians: Mapping[str, Any], paths: list[str]) -> None:
-    for path in hessians:
-        if path not in paths:
-            similar = ", ".join(near_misses(path, paths))
-            raise ValueError(
-                f"there is a Hessian for {path!r}, but no such parameter; similar: {similar}"
-            )
 
 
 def _not_a_matrix(leaf: Any) -> str | None:

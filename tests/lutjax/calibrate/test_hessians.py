@@ -7,7 +7,13 @@ import pytest
 
 import lutjax
 from lutjax import LutConfig, Recipe, Rule
-from lutjax.calibrate import hessians, quantize_blocks, quantize_decoder
+from lutjax.calibrate import (
+    decompose_blocks,
+    decompose_decoder,
+    hessians,
+    quantize_blocks,
+    quantize_decoder,
+)
 from lutjax.models import Decoder, DecoderConfig
 from lutjax.models.blockwise import decoder_blocks
 
@@ -126,6 +132,53 @@ def test_what_lies_outside_the_blocks_is_rounded(decoder):
     assert jax.tree.structure(small) == jax.tree.structure(rounded)
     head, expected = (p["lm_head"]["kernel"].materialize() for p in (small, rounded))
     np.testing.assert_array_equal(head, expected)
+
+
+def test_a_low_rank_part_takes_up_what_rounding_leaves(decoder):
+    model, params, tokens = decoder
+    arguments = {"recipe": Recipe.uniform(3, 32), "batch_size": 6}
+    rounded = quantize_decoder(model.config, params, tokens, **arguments)
+    key = jax.random.key(0)
+    small = decompose_decoder(model.config, params, tokens, **arguments, rank=8, key=key)
+    blind = lutjax.decompose(params, arguments["recipe"], rank=8, method="lorc", key=key)
+    assert jax.tree.structure(small) == jax.tree.structure(blind)
+    other = jnp.asarray(RNG.integers(0, 64, (4, 40)), jnp.int32)
+    error = logits_error(model, params, small, other)
+    assert error < 0.9 * logits_error(model, params, rounded, other)
+    assert error < 0.9 * logits_error(model, params, blind, other)
+
+
+def test_blocks_are_decomposed_with_the_inputs_that_those_before_give():
+    blocks = {"first": {"kernel": normal(32, 32)}, "second": {"kernel": normal(32, 32)}}
+    x, recipe, key = normal(200, 32), Recipe.uniform(2, 32), jax.random.key(0)
+
+    def fn(params, x):
+        return jnp.tanh(x @ params["kernel"])
+
+    done = decompose_blocks(fn, blocks, x, recipe, rank=4, key=key, svd="dense", batch_size=50)
+    y = lutjax.lift(fn)(done["first"], x)
+    alone = lutjax.decompose(
+        blocks["second"],
+        recipe,
+        rank=4,
+        method="lorc",
+        key=key,
+        svd="dense",
+        hessians={"kernel": y.T @ y},
+    )
+    errors = [
+        float(jnp.linalg.norm(y @ (blocks["second"]["kernel"] - d["kernel"].materialize())))
+        for d in (done["second"], alone)
+    ]
+    # Sums of products in another order may move a weight over a boundary.
+    assert errors[0] == pytest.approx(errors[1], rel=0.02)
+
+
+def test_a_rank_that_does_not_fit_is_refused_before_anything_runs(decoder):
+    model, params, tokens = decoder
+    arguments = {"rank": 65, "key": jax.random.key(0)}
+    with pytest.raises(ValueError, match="rank=65 does not fit 'layers/0/"):
+        decompose_decoder(model.config, params, tokens, Recipe.uniform(3, 32), **arguments)
 
 
 def test_bad_arguments_are_refused_before_anything_runs(decoder):

@@ -58,6 +58,23 @@ def test_allocate_decompose_eval(capsys, tmp_path, source):
     assert json.loads(result)[0]["perplexity"] > 1
 
 
+def test_products_on_a_text_may_count_instead(capsys, tmp_path, source):
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text(TEXT)
+    decompose = ("decompose", source, "-o", out, "--rank", 2, "--group-size", 16)
+    by_inputs = (*decompose, "--weighting", "inputs")
+    assert "name one with --text" in fails(capsys, *by_inputs)
+    with_text = (*by_inputs, "--text", text, "--samples", 2, "--window", 8)
+    assert "not both" in fails(capsys, *with_text, "--fisher", tmp_path / "f.safetensors")
+    assert "rank=0" in fails(capsys, *with_text, "--rank", 0)
+    assert not out.exists()
+    printed = ok(capsys, *with_text)
+    assert "14 matrices" in printed and "error" not in printed
+    _, params, _ = lutjax.load(out)
+    assert isinstance(params["layers"]["0"]["mlp"]["up_proj"]["kernel"], lutjax.SumArray)
+    assert "exists" in fails(capsys, *with_text)
+
+
 def test_allocate_higgs_and_quantize(capsys, tmp_path, source):
     text, plan = tmp_path / "text.txt", tmp_path / "plan.json"
     text.write_text(TEXT)

@@ -193,6 +193,73 @@ def test_zeros_in_the_fisher_information(zero, form):
         )
 
 
+# --- second moments ----------------------------------------------------------------------------
+
+
+def moments(k: int = 96, seed: int = 5) -> np.ndarray:
+    """Those of correlated inputs of different sizes."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(300, k)) @ rng.normal(size=(k, k)) * np.exp(rng.normal(size=k))
+    return (x.T @ x).astype(np.float32)
+
+
+def product_error(weight: jax.Array, dense: jax.Array, hessian: np.ndarray) -> float:
+    """The oracle: the root of ``tr E.T H E`` in float64, with H as it is damped for rounding."""
+    h = hessian.astype(np.float64)
+    h += 0.01 * np.trace(h) / len(h) * np.eye(len(h))
+    off = np.asarray(weight, np.float64) - np.asarray(dense, np.float64)
+    return float(np.sqrt(np.einsum("kn,kl,ln->", off, h, off)))
+
+
+@pytest.mark.parametrize("method", ROUNDS)
+def test_the_error_is_that_of_products(method):
+    weight, hessian = matrix(), moments()
+    result = decompose_array(weight, NF3, rank=4, method=method, key=KEY, hessian=hessian)
+    expected = product_error(weight, result.array.materialize(), hessian)
+    np.testing.assert_allclose(result.error, expected, rtol=1e-3)
+    if method == "lora":
+        fed_back = lutjax.quantize(
+            {"kernel": weight}, bits=3, group_size=32, hessians={"kernel": hessian}
+        )
+        assert (result.array.parts[0].words == fed_back["kernel"].words).all()
+
+
+def test_the_low_rank_part_is_the_best_one_for_products():
+    weight, hessian = matrix(), moments()
+    result = decompose_array(
+        weight, NF3, rank=4, method="lorc", key=KEY, svd="dense", hessian=hessian
+    )
+    h = hessian.astype(np.float64)
+    lower = np.linalg.cholesky(h + 0.01 * np.trace(h) / len(h) * np.eye(len(h)))
+    residual = np.asarray(weight - result.array.parts[0].materialize(), np.float64)
+    tail = np.linalg.svd(lower.T @ residual, compute_uv=False)[4:]
+    np.testing.assert_allclose(result.error, np.linalg.norm(tail), rtol=1e-3)
+
+
+@pytest.mark.parametrize("rule", [NF3, Rule("*", LutConfig.higgs(2, 32), axis=-2)])
+def test_products_err_less_than_with_errors_that_count_alike(rule):
+    weight, hessian = matrix(), moments()
+    errors = {
+        method: float(
+            decompose_array(weight, rule, rank=8, method=method, key=KEY, hessian=hessian).error
+        )
+        for method in ("lq", "lorc", "lora")
+    }
+    assert errors["lq"] < errors["lorc"] < errors["lora"]
+    blind = decompose_array(weight, rule, rank=8, key=KEY).array.materialize()
+    assert errors["lq"] < 0.6 * product_error(weight, blind, hessian)
+
+
+def test_stacked_layers_have_second_moments_of_their_own():
+    stacked = jnp.stack([matrix(seed=0), matrix(seed=1)])
+    hessians = np.stack([moments(seed=0), moments(seed=1)])
+    arguments = {"rank": 4, "method": "lorc", "key": KEY, "svd": "dense"}
+    both = decompose_array(stacked, Rule("*", LutConfig(3, 32)), hessian=hessians, **arguments)
+    for i in range(2):
+        one = decompose_array(stacked[i], NF3, hessian=hessians[i], **arguments)
+        np.testing.assert_allclose(one.error, both.error[i], rtol=1e-3)
+
+
 # --- parameters --------------------------------------------------------------------------------
 
 
@@ -371,6 +438,19 @@ def test_fisher_shapes_and_paths():
         "the shapes .*needs", refusal(fisher={"mlp/kernel": (jnp.ones(64), jnp.ones(96))})
     )
     assert re.search("nothing for 'mlp/kernel'", refusal(fisher={"mlp": jnp.ones((96, 64))}))
+
+
+def test_hessians():
+    assert re.search(
+        r"Hessian of 'mlp/kernel' has the shape \(64, 64\)",
+        refusal(hessians={"mlp/kernel": np.eye(64)}),
+    )
+    assert re.search("hessians have nothing for 'mlp/kernel'", refusal(hessians={}))
+    assert re.search(
+        "'mlp/kernel' has NaN", refusal(hessians={"mlp/kernel": np.full((96, 96), np.nan)})
+    )
+    both = {"fisher": {"mlp/kernel": fisher_diagonal()}, "hessians": {"mlp/kernel": moments()}}
+    assert re.search("give one of them", refusal(**both))
 
 
 def test_unknown_names_and_rounds():

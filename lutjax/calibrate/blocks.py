@@ -1,0 +1,118 @@
+"""Compressing block after block, each with the inputs that the compressed ones before it give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float, Int32
+
+from lutjax.arrays import is_compressed
+from lutjax.calibrate.hessians import hessians
+from lutjax.lift import lift
+from lutjax.models.blockwise import decoder_blocks
+from lutjax.models.config import DecoderConfig
+from lutjax.paths import named_leaves, path_string
+from lutjax.transforms.recipe import LutConfig, Recipe, Rule
+
+Convert = Callable[[str, Array, Rule, Float[Array, "*batch k k"] | None], Any]
+"""(path, weight, rule, second moments of its inputs) -> the compressed weight."""
+
+
+def convert_decoder(
+    config: DecoderConfig,
+    params: Mapping[str, Any],
+    tokens: Int32[Array, "b t"],
+    plan: Mapping[str, Rule],
+    convert: Convert,
+    *,
+    batch_size: int,
+    progress: bool,
+) -> dict[str, Any]:
+    """Converts the blocks of a decoder, and what the plan reaches besides without second moments.
+
+    Args:
+      config: Of the decoder, without ``scan_layers``.
+      params: Its dense parameters.
+      tokens: ``int32[B, T]``, text like that which the model is for.
+      plan: The rule of each path.
+      convert: What to do with a weight.
+      batch_size: Sequences that run together.
+      progress: Show a progress bar.
+    """
+    fn, blocks, x = decoder_blocks(config, params, tokens)
+    done = convert_blocks(fn, blocks, x, plan, convert, batch_size=batch_size, progress=progress)
+    rest = {name: leaf for name, leaf in params.items() if name != "layers"}
+    rest = _convert(rest, "", plan, lambda path, leaf, rule: convert(path, leaf, rule, None))
+    return rest | {"layers": {path.removeprefix("layers/"): done[path] for path in done}}
+
+
+def convert_blocks(
+    fn: Callable[[Any, Array], Array],
+    blocks: Mapping[str, Any],
+    x: Float[Array, "rows ..."],
+    plan: Mapping[str, Rule],
+    convert: Convert,
+    *,
+    batch_size: int,
+    progress: bool,
+) -> dict[str, Any]:
+    """Converts blocks one after the other, with the inputs that the converted ones before give.
+
+    For each block the second moments of what enters its weights are measured, its weights are
+    converted, and the block runs again for the inputs of the next one. So later blocks make up for
+    earlier ones, and the memory is that of ``x`` and of one block.
+
+    Args:
+      fn: ``fn(block_params, x) -> y``, the same function for every block; it is lifted.
+      blocks: The dense parameters of each block by path, in order.
+      x: The input of the first block; the output of one block is the input of the next.
+      plan: The rule of each full path.
+      convert: What to do with a weight.
+      batch_size: Rows of ``x`` that run together.
+      progress: Show a progress bar.
+
+    Raises:
+      ValueError: If ``batch_size`` is not from 1 to the rows of ``x``.
+    """
+    if not 1 <= batch_size <= len(x):
+        raise ValueError(f"batch_size={batch_size} must be from 1 to the {len(x)} rows of x")
+    batches = [x[start : start + batch_size] for start in range(0, len(x), batch_size)]
+    run = jax.jit(lift(fn))
+    done: dict[str, Any] = {}
+    for path, params in _bar(blocks, progress):
+        prefix = f"{path}/"
+        rules = {
+            name: plan[prefix + name] for name, _ in named_leaves(params) if prefix + name in plan
+        }
+        done[path] = params
+        if rules:
+            # Blocks are observed alike, whatever their configurations, and so compiled once.
+            alike = (Rule(n, LutConfig(), r.axis, r.batch_ndim) for n, r in rules.items())
+            found = hessians(fn, params, batches, recipe=Recipe(tuple(alike)))
+
+            def with_moments(full, leaf, rule, prefix=prefix, found=found):
+                return convert(full, leaf, rule, found[full.removeprefix(prefix)])
+
+            done[path] = _convert(params, prefix, plan, with_moments)
+        batches = [run(done[path], batch) for batch in batches]
+    return done
+
+
+def _convert(
+    params: Any, prefix: str, plan: Mapping[str, Rule], convert: Callable[[str, Array, Rule], Any]
+) -> Any:
+    def one(key_path: Any, leaf: Any) -> Any:
+        path = prefix + path_string(key_path)
+        return convert(path, leaf, plan[path]) if path in plan else leaf
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_compressed)
+
+
+def _bar(blocks: Mapping[str, Any], show: bool) -> Iterable[tuple[str, Any]]:
+    if not show:
+        return blocks.items()
+    from tqdm import tqdm
+
+    return tqdm(blocks.items(), desc="compress", unit="block")
