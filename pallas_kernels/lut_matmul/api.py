@@ -141,7 +141,7 @@ def _batched_run(spec: _Spec, x, words, scales, lut, offsets):
 
 
 def _fwd_plain(spec: _Spec, x, words, scales, lut, offsets):
-    y = _batched_run(spec, x, words, scales, lut, offsets)
+    y = _product_plain(spec, x, words, scales, lut, offsets)  # which has derivatives of its own
     wanted = tuple(_flag(a is not None) for a in (x, scales, lut, offsets))
     return y, (wanted, x, words, scales, lut, offsets)
 
@@ -151,7 +151,7 @@ def _fwd_lean(spec: _Spec, *operands):
     x, words, scales, lut, offsets = (None if a is None else a.value for a in operands)
     assert x is not None
     wanted = tuple(_flag(a is not None and a.perturbed) for i, a in enumerate(operands) if i != 1)
-    y = _batched_run(spec, x, words, scales, lut, offsets)
+    y = _product_lean(spec, x, words, scales, lut, offsets)
     kept = x if any(map(_is_on, wanted[1:])) else jnp.zeros((0,), x.dtype)
     return y, (wanted, kept, words, scales, lut, offsets)
 

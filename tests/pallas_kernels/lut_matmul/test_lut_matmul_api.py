@@ -44,6 +44,25 @@ def test_gradients_match_the_dense_product(transpose, tables, p):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4 * float(jnp.abs(b).max()))
 
 
+@pytest.mark.parametrize("implementation", [None, "xla", "reference"])
+def test_gradients_have_gradients(args, implementation):
+    x, words, scales, *rest = args
+
+    def penalty(function):
+        def loss(x, scales):
+            return jnp.sum(jnp.tanh(function(x, words, scales, *rest)))
+
+        def squares(x, scales):
+            found = jax.grad(loss, argnums=(0, 1))(x, scales)
+            return sum(jnp.square(g).sum() for g in found)
+
+        return jax.jit(jax.grad(squares, argnums=(0, 1)))(x, scales)
+
+    fused = penalty(lambda *a: lut_matmul(*a, **KEYWORDS, implementation=implementation))
+    for a, b in zip(fused, penalty(dense), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4 * float(jnp.abs(b).max()))
+
+
 def test_gradients_not_asked_for_are_not_computed(args):
     x, *weight = args
 
