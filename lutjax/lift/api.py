@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from lutjax.arrays import CompressedArray, format_bytes, is_compressed
 from lutjax.lift.evaluate import Evaluator
@@ -127,7 +129,7 @@ def _run(fn: Callable, args: tuple, kwargs: dict, recorder: Recorder) -> Any:
         return [leaf for leaf in out_leaves if _is_array(leaf)]
 
     values = [
-        Weight(leaf, path) if is_compressed(leaf) else leaf
+        Weight(leaf, path) if is_compressed(leaf) else _canonical(leaf)
         for t, (path, leaf) in zip(traced, named, strict=True)
         if t
     ]
@@ -169,6 +171,11 @@ def _named(tree: Any) -> list[tuple[str, Any]]:
         (path_string(key[1:]) if count[path] > 1 else path, leaf)
         for path, (key, leaf) in zip(paths, leaves, strict=True)
     ]
+
+
+def _canonical(leaf: Any) -> Any:
+    """NumPy arrays in the dtype that JAX traces them with: float64 is float32 without x64."""
+    return jnp.asarray(leaf) if isinstance(leaf, np.ndarray | np.generic) else leaf
 
 
 def _is_array(leaf: Any) -> bool:

@@ -41,6 +41,13 @@ def test_an_argument_that_is_returned_stays_compressed():
     np.testing.assert_array_equal(x, X)
 
 
+def test_numpy_arrays_have_the_dtype_that_they_are_traced_with():
+    x = np.asarray(X, np.float64)
+    y = lutjax.lift(lambda w, x: x @ w, strict=True)(W, x)
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, X @ W.materialize(), rtol=1e-5, atol=1e-5)
+
+
 def test_without_compressed_arguments_it_is_the_function():
     np.testing.assert_allclose(lutjax.lift(jnp.matmul, strict=True)(X, X.T), X @ X.T, rtol=1e-6)
 
