@@ -75,8 +75,9 @@ def compress_checkpoint(
         value = checkpoint.read(path).astype(dense[path].dtype, copy=False)
         if path not in plan:
             return value
-        # `read` looked for NaN already.
-        return quantize_array(jnp.asarray(value), plan[path], path=path, allow_nonfinite=True)
+        return quantize_array(
+            jnp.asarray(value), plan[path], path=path, allow_nonfinite=not check_finite
+        )
 
     def spec(path: str) -> Any:
         if path in kept:

@@ -25,7 +25,7 @@ from lutjax.packing import BLOCK, pack
 from lutjax.paths import named_leaves, near_misses, path_string
 from lutjax.rotation import rotate
 from lutjax.transforms.feedback import DAMPING, round_with_feedback
-from lutjax.transforms.recipe import COLUMN, LutConfig, Recipe, Rule
+from lutjax.transforms.recipe import COLUMN, MIN_GROUP_SIZE, LutConfig, Recipe, Rule
 
 
 def quantize(
@@ -77,6 +77,7 @@ def quantize(
         recipe = Recipe.uniform(**uniform)
     elif uniform:
         raise TypeError(f"give either a recipe or {', '.join(uniform)}, not both")
+    _check_recipe(recipe)
     hessians = {} if hessians is None else hessians
     if is_compressed(params) or jax.tree_util.all_leaves([params]):
         check_hessian_paths(hessians, ["array"])
@@ -105,8 +106,10 @@ def match_rules(recipe: Recipe, params: Any) -> dict[str, Rule]:
 
     Raises:
       ValueError: If a rule matches nothing, or a configuration does not fit a weight.
-      TypeError: If a path that is named in full is not a floating-point matrix.
+      TypeError: If ``recipe`` is none, a path that is named in full is not a floating-point matrix,
+        or a weight is compressed already.
     """
+    _check_recipe(recipe)
     leaves = named_leaves(params)
     recipe.check_matches(path for path, _ in leaves)
     plan = {}
@@ -118,7 +121,7 @@ def match_rules(recipe: Recipe, params: Any) -> dict[str, Rule]:
         if problem is None:
             plan[path] = rule
             check_fit(leaf.shape, rule, path)
-        elif rule.pattern == path:
+        elif rule.pattern == path or is_compressed(leaf):
             raise TypeError(f"cannot quantize {path!r}: {problem}")
     return plan
 
@@ -132,6 +135,15 @@ def check_fit(shape: tuple[int, ...], rule: Rule, path: str) -> None:
     assert rule.config is not None
     batch_ndim, view = weight_view(shape, rule, path)
     k = int(np.prod([shape[batch_ndim + axis] for axis in view.k_axes]))
+    if 0 in shape:
+        raise ValueError(f"{path!r} of shape {shape} has no weights; leave it out of the recipe")
+    if batch_ndim and rule.batch_ndim is None and rule.axis is None and k < MIN_GROUP_SIZE:
+        # As it is read, each of many tiny matrices has a table; heads are what it will be.
+        raise ValueError(
+            f"{path!r} of shape {shape} would be stacked matrices of {k} rows; if these are heads, "
+            f"say with axis= in a rule which axes are summed over (a Flax DenseGeneral to heads: "
+            f"axis=-3, from heads: axis=(-3, -2)), else give batch_ndim={batch_ndim}"
+        )
     group_size = rule.config.group_size
     if isinstance(group_size, int) and group_size > k:
         raise ValueError(
@@ -195,7 +207,10 @@ def quantize_array(
     batch_ndim, view = weight_view(weight.shape, rule, path)
     if hessian is not None:
         hessian = check_hessian(hessian, weight.shape, batch_ndim, view, path)
-    return _quantize(jnp.asarray(weight), hessian, rule.config, batch_ndim, view)
+    array = _quantize(jnp.asarray(weight), hessian, rule.config, batch_ndim, view)
+    if not allow_nonfinite:
+        _check_scales(array, rule.config, path)
+    return array
 
 
 def concrete(array: Any) -> np.ndarray | None:
@@ -406,6 +421,28 @@ def _values(codes: jax.Array, table: np.ndarray, k: int) -> jax.Array:
 def _expand(groups: Float[Array, "*batch g n"], group_size: int, k: int) -> jax.Array:
     """Repeats what a group shares for each of its rows."""
     return jnp.repeat(groups, group_size, axis=-2)[..., :k, :]
+
+
+def _check_recipe(recipe: Any) -> None:
+    if not isinstance(recipe, Recipe):
+        raise TypeError(
+            f"the recipe is a {type(recipe).__name__}; give a Recipe, such as "
+            f"Recipe.uniform(bits=4), or bits=4"
+        )
+    if not recipe.rules:
+        raise ValueError("the recipe has no rules; give at least one")
+
+
+def _check_scales(array: LutArray | RotatedArray, config: LutConfig, path: str) -> None:
+    """Raises if finite weights have scales that their dtype cannot hold."""
+    codes = array.base if isinstance(array, RotatedArray) else array
+    assert isinstance(codes, LutArray)
+    for values in jax.tree.leaves((codes.scales, codes.offsets)):
+        found = concrete(values)
+        if found is not None and not np.isfinite(found.astype(np.float32)).all():
+            raise ValueError(
+                f"a scale of {path!r} overflows {config.scale_dtype}; use scale_dtype='float32'"
+            )
 
 
 def _not_a_matrix(leaf: Any) -> str | None:

@@ -85,6 +85,10 @@ class LutConfig:
         )
 
     def __post_init__(self):
+        for name in ("bits", "group_size"):
+            value = getattr(self, name)
+            if isinstance(value, np.integer):
+                object.__setattr__(self, name, int(value))
         if not isinstance(self.bits, int) or not 1 <= self.bits <= MAX_BITS:
             raise ValueError(f"bits={self.bits!r} is not supported; use 1 to {MAX_BITS}")
         if self.group_size != COLUMN and (
@@ -167,6 +171,14 @@ class Rule:
     config: LutConfig | None
     axis: int | tuple[int, ...] | None = None
     batch_ndim: int | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.pattern, str):
+            raise TypeError(f"the pattern of a rule is {self.pattern!r}; give a path or a glob")
+        if self.config is not None and not isinstance(self.config, LutConfig):
+            raise TypeError(
+                f"the rule {self.pattern!r} has config={self.config!r}; give a LutConfig or None"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,6 +265,8 @@ class Recipe:
             # An allocation plan is a recipe with an account of what it takes.
             fields = _known(Recipe, {key: data[key] for key in data if key != "plan"})
             rules = tuple(_rule(rule) for rule in fields.pop("rules"))
+            if not rules:
+                raise TypeError("it has no rules")
             if "dense" in fields:
                 fields["dense"] = tuple(fields["dense"])
             return cls(rules, **fields)
@@ -264,8 +278,16 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Recipe:
-        """Reads a recipe from a JSON file."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        """Reads a recipe from a JSON file.
+
+        Raises:
+          FileNotFoundError: If there is no such file.
+          ValueError: If it is no recipe; the message names the file.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def _rule(data: dict) -> Rule:

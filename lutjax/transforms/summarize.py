@@ -98,14 +98,22 @@ def summarize(params: Any) -> Summary:
     """Lists every parameter with its shape, bits a weight and bytes.
 
     Args:
-      params: A pytree of arrays, compressed arrays or ``jax.ShapeDtypeStruct``.
+      params: A pytree of arrays, compressed arrays or ``jax.ShapeDtypeStruct``. Random keys,
+        functions and the None of :func:`lutjax.partition` are left out.
 
     >>> import jax.numpy as jnp, lutjax
     >>> params = lutjax.quantize({"kernel": jnp.eye(32)}, bits=4, group_size=32)
     >>> summarize(params).nbytes
     640
     """
-    return Summary(tuple(_leaf(path, leaf) for path, leaf in named_leaves(params)))
+    return Summary(tuple(_leaf(p, leaf) for p, leaf in named_leaves(params) if _counts(leaf)))
+
+
+def _counts(leaf: Any) -> bool:
+    """Whether it is an array; modules also hold functions, and states hold keys."""
+    if is_compressed(leaf) or isinstance(leaf, bool | int | float | complex):
+        return True
+    return hasattr(leaf, "shape") and isinstance(getattr(leaf, "dtype", None), np.dtype)
 
 
 def _leaf(path: str, leaf: Any) -> LeafSummary:

@@ -314,6 +314,31 @@ NAN = {"mlp": {"kernel": jnp.full((32, 16), jnp.nan)}}
             ValueError,
             "leaves 'array' dense",
         ),
+        (lambda: lutjax.quantize(PARAMS, 4), TypeError, "the recipe is a int; give a Recipe"),
+        (lambda: lutjax.quantize(jnp.ones((64, 8)), Recipe(())), ValueError, "has no rules"),
+        (lambda: Rule("w", 4), TypeError, "'w' has config=4; give a LutConfig"),
+        (lambda: Rule(5, C), TypeError, "the pattern of a rule is 5"),
+        (
+            lambda: lutjax.quantize({"w": lutjax.quantize(jnp.ones((64, 8)))}, bits=2),
+            TypeError,
+            "cannot quantize 'w': it is compressed already",
+        ),
+        (
+            lambda: lutjax.quantize({"w": jnp.ones((64, 0))}),
+            ValueError,
+            r"'w' of shape \(64, 0\) has no weights",
+        ),
+        (
+            lambda: lutjax.quantize({"w": jnp.full((64, 8), 1e6)}, scale_dtype="float16"),
+            ValueError,
+            "a scale of 'w' overflows float16",
+        ),
+        (
+            lambda: lutjax.quantize({"kernel": jnp.ones((64, 8, 16))}, group_size="column"),
+            ValueError,
+            r"'kernel' of shape \(64, 8, 16\) would be stacked matrices of 8 rows.*axis=-3",
+        ),
+        (lambda: Recipe.from_json('{"rules": []}'), ValueError, "it has no rules"),
         (lambda: Recipe.from_json("{}"), ValueError, "not a recipe: 'rules'"),
         (lambda: Recipe.from_json('{"rule": []}'), ValueError, "unknown key 'rule'"),
         (
@@ -326,6 +351,16 @@ NAN = {"mlp": {"kernel": jnp.full((32, 16), jnp.nan)}}
 def test_errors_name_the_argument_and_the_fix(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_integers_of_numpy_are_integers():
+    assert LutConfig(np.int64(3), np.int32(32)) == LutConfig(3, 32)
+
+
+def test_what_is_no_array_is_left_out_of_a_summary():
+    trained, _ = lutjax.partition({"kernel": jnp.ones((4, 4)), "steps": jnp.ones(3, jnp.int32)})
+    module = {"layer": trained, "key": jax.random.key(0), "activation": jax.nn.relu, "rate": 0.1}
+    assert [leaf.path for leaf in lutjax.summarize(module).leaves] == ["layer/kernel", "rate"]
 
 
 def test_nonfinite_weights_may_be_let_through():
