@@ -50,7 +50,10 @@ def read_records(source: str) -> list[dict[str, Any]]:
     path = Path(source)
     name, config, split = (*source.split(":"), "", "train")[:3]
     if path.is_file() and path.suffix not in _FORMATS:
-        return [{"text": path.read_text(encoding="utf-8")}]
+        try:
+            return [{"text": path.read_text(encoding="utf-8")}]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{source} is not UTF-8 text: {error}") from error
     is_local = path.suffix in (*_FORMATS, ".txt", ".md") or source.startswith(".")
     if is_local and not path.is_file() and not Path(name).is_dir():
         raise FileNotFoundError(f"{source} does not exist")

@@ -102,6 +102,15 @@ class FinetuneConfig:
             raise ValueError(f"task={self.task!r} is unknown; use language or classification")
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is unknown; use one of {', '.join(METHODS)}")
+        if self.method == "lora":
+            for field in dataclasses.fields(self):
+                name = field.name
+                unused = name in ("bits", "group_size", "rounds", "recipe")
+                if unused and getattr(self, name) != field.default:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} has no meaning with method='lora', which "
+                        f"takes the base as it is; use qlora, lq-lora or loftq"
+                    )
         if not self.clip > 0:
             raise ValueError(
                 f"clip={self.clip} would make every update zero; it must be above 0 (inf: no limit)"

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialized
 
 from lutjax.arrays import MatrixView, is_compressed
 from lutjax.calibrate.hashing import content_hash
@@ -268,7 +268,9 @@ def _write(path: str | os.PathLike, values: dict[str, Any], metadata: dict[str, 
         for part, array in parts.items():
             tensors[f"{name}{_SEPARATOR}{part}"] = np.ascontiguousarray(array)
     temporary = Path(f"{path}.tmp{os.getpid()}")
-    save_file(tensors, temporary, metadata)
+    temporary.write_bytes(
+        serialized(tensors, metadata)
+    )  # save_file would keep others from reading it
     temporary.replace(path)
 
 

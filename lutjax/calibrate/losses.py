@@ -1,4 +1,4 @@
-"""Losses of one sample, for calibration."""
+"""Losses for calibration."""
 
 from __future__ import annotations
 
@@ -12,23 +12,28 @@ from jaxtyping import Array, Float, Int
 
 def next_token_loss(
     apply_fn: Callable[..., Any],
-) -> Callable[[Any, Int[Array, " t"]], Float[Array, ""]]:
-    """The mean negative log-likelihood, in nats, of the tokens after the first of one sequence.
+) -> Callable[[Any, Int[Array, "*b t"]], Float[Array, ""]]:
+    """The mean negative log-likelihood, in nats, of the tokens after the first of each sequence.
 
     Args:
       apply_fn: ``Decoder.apply`` or a function with its signature, lifted for compressed params.
 
     Returns:
-      A function of parameters and token ids ``int[T]``.
+      A function of parameters and token ids, ``int[T]`` of one sequence or ``int[B, T]``.
 
     >>> uniform = lambda variables, tokens: jnp.zeros((*tokens.shape, 8))
     >>> round(float(next_token_loss(uniform)({}, jnp.arange(4))), 3)
     2.079
     """
 
-    def loss(params: Any, tokens: Int[Array, " t"]) -> Float[Array, ""]:
-        logits = apply_fn({"params": params}, tokens[None])[0, :-1].astype(jnp.float32)
-        chosen = jnp.take_along_axis(logits, tokens[1:, None], axis=-1)[:, 0]
+    def loss(params: Any, tokens: Int[Array, "*b t"]) -> Float[Array, ""]:
+        if tokens.ndim == 0:
+            raise ValueError(
+                "tokens is a single number, not a sequence; a batch of samples is int[B, T]"
+            )
+        tokens = tokens.reshape(-1, tokens.shape[-1])
+        logits = apply_fn({"params": params}, tokens)[:, :-1].astype(jnp.float32)
+        chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
         return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
 
     return loss

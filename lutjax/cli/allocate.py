@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from lutjax.cli.decompose import single_threaded_lapack
-from lutjax.cli.options import refuse_beside
+from lutjax.cli.options import refuse_beside, refuse_without
 
 if TYPE_CHECKING:
     from lutjax import LutConfig
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lutjax.models import Decoder
 
 _LOW_RANK = ("rank", "rounds", "candidates", "fisher", "cache", "workers", "count_adapters")
+_MEASURED = ("rounds", "candidates", "fisher", "text", "samples", "window", "cache", "workers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +93,10 @@ class Allocate:
             raise ValueError("name either a MODEL or --shapes")
         if (self.budget is None) == (self.budget_mb is None):
             raise ValueError("give either --budget or --budget-mb")
+        if self.shapes is not None:
+            refuse_beside(self, "--shapes", *_MEASURED)
+        if self.text is None:
+            refuse_without(self, "--text", "samples", "window")
         if self.higgs:
             refuse_beside(self, "--higgs", *_LOW_RANK)
             if self.model is not None and self.text is None:
@@ -237,11 +242,10 @@ def _read_shapes(name: str) -> ModelShapes:
 
     if not name.endswith(".json"):
         return model_shapes(name)
-    import json
-
     from lutjax.io.configs import config_from_hf
+    from lutjax.io.safetensors import read_json
 
-    config = config_from_hf(json.loads(Path(name).read_text(encoding="utf-8")), name)
+    config = config_from_hf(read_json(Path(name)), name)
     return ModelShapes(
         config.hidden_size,
         config.intermediate_size,

@@ -30,7 +30,7 @@ def fisher_for(
       FileNotFoundError: if the file is missing and there is no text to make it from.
     """
     from lutjax.calibrate import Fisher, fisher, next_token_loss
-    from lutjax.cli.models import evaluation_text, load_model
+    from lutjax.cli.models import check_window, evaluation_text, load_model
     from lutjax.evaluate import windows
 
     if file is None and text is None:
@@ -40,6 +40,7 @@ def fisher_for(
     if text is None:
         raise FileNotFoundError(f"{file} does not exist; name a text with --text to make it from")
     loaded = load_model(model)
+    check_window(window, loaded.config, model)
     ids = loaded.tokenizer.encode(evaluation_text(text), add_special_tokens=False)
     batches = [row[None] for row in windows(ids, window, samples)]
     running = None if file is None else file.with_name(file.name + ".running")
@@ -77,7 +78,7 @@ def compress_on_text(
     import jax.numpy as jnp
 
     from lutjax import is_compressed, save
-    from lutjax.cli.models import evaluation_text
+    from lutjax.cli.models import check_window, evaluation_text
     from lutjax.evaluate import windows
     from lutjax.io import load_params, load_tokenizer, open_checkpoint
     from lutjax.io.compress import stored_dtype
@@ -90,6 +91,7 @@ def compress_on_text(
     if tokenizer is None:
         raise ValueError(f"{model} has no tokenizer.json, so it cannot read text")
     ids = tokenizer.encode(evaluation_text(text), add_special_tokens=False)
+    check_window(window, checkpoint.config, model)
     tokens = jnp.asarray(windows(ids, window, samples))
     params = compress(checkpoint.config, load_params(checkpoint), tokens)
     # What stays dense is stored as it was.

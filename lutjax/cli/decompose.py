@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from lutjax.cli.options import refuse_beside
+from lutjax.cli.options import refuse_beside, refuse_without
 
 if TYPE_CHECKING:
     from lutjax import Recipe
@@ -74,15 +74,18 @@ class Decompose:
         """Decomposes, and prints the result's size and error."""
         single_threaded_lapack()
         from lutjax.arrays import format_bytes
-        from lutjax.cli.inspect import summary_of
+        from lutjax.cli.inspect import left_dense, summary_of
 
         recipe = self._recipe()
+        if self.text is None:
+            refuse_without(self, "--text", "samples", "window")
         error = self._by_inputs(recipe) if self.weighting == "inputs" else self._by_fisher(recipe)
         summary = summary_of(str(self.output))
         print(
             f"{self.output}: {format_bytes(summary.nbytes)}, "
             f"{summary.compressed.bits_per_weight:.3f} bits a weight with the low-rank parts in "
-            f"{len(summary.compressed.leaves)} matrices{error}"
+            f"{len(summary.compressed.leaves)} matrices{error}\n{left_dense(summary)}",
+            end="",
         )
 
     def _by_fisher(self, recipe: Recipe) -> str:
@@ -145,10 +148,7 @@ class Decompose:
             second = DoubleQuant() if self.double_quant else None
             return Recipe.uniform(self.bits, self.group_size, self.codebook, double_quant=second)
         refuse_beside(self, "--plan", "bits", "group_size", "codebook", "double_quant")
-        try:
-            return Recipe.load(self.plan)
-        except ValueError as error:
-            raise ValueError(f"{self.plan}: {error}") from error
+        return Recipe.load(self.plan)
 
 
 def single_threaded_lapack() -> None:

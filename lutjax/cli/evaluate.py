@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
+
+if TYPE_CHECKING:
+    from lutjax.transforms import Summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +47,17 @@ class Eval:
 
     def run(self) -> None:
         """Measures each model and prints the results."""
+        from lutjax.cli.inspect import summary_of
         from lutjax.cli.models import evaluation_text
 
         if not self.models:
             raise ValueError("name at least one model")
         text = evaluation_text(self.text)
-        results = [self._measure(model, text) for model in self.models]
+        # From the headers of all of them, before the first one runs.
+        sizes = [summary_of(model, keep_quantized=self.keep_quantized) for model in self.models]
+        results = [
+            self._measure(model, text, size) for model, size in zip(self.models, sizes, strict=True)
+        ]
         if self.json:
             print(json.dumps(results, indent=2))
             return
@@ -61,21 +69,20 @@ class Eval:
                 f"{r['megabytes']:>8.1f}  {r['tokens']}"
             )
 
-    def _measure(self, path: str, text: str) -> dict[str, Any]:
-        from lutjax.cli.models import load_model
+    def _measure(self, path: str, text: str, summary: Summary) -> dict[str, Any]:
+        from lutjax.cli.models import check_window, load_model
         from lutjax.evaluate import perplexity, windows
-        from lutjax.transforms import summarize
 
         model = load_model(path, keep_quantized=self.keep_quantized)
         if self.sparsity is not None:
             from lutjax.cli.sparsify import apply_plan
 
             model = apply_plan(model, self.sparsity, decode_only=False)
+        check_window(self.window, model.config, path)
         ids = model.tokenizer.encode(text, add_special_tokens=False)
         result = perplexity(
             model.apply_fn, model.params, windows(ids, self.window, self.chunks), progress=True
         )
-        summary = summarize(model.params)
         matrices = summary.compressed if summary.compressed.leaves else summary
         return {
             "model": path,

@@ -59,6 +59,19 @@ def summary_of(path: str, *, keep_quantized: bool = False) -> Summary:
     return summarize(nest(specs))
 
 
+def left_dense(summary: Summary) -> str:
+    """A line about matrices that a default recipe would compress and that are dense; or nothing."""
+    from lutjax import Recipe
+
+    default = Recipe.uniform()
+    paths = [
+        leaf.path
+        for leaf in summary.leaves
+        if not leaf.compressed and len(leaf.shape) > 1 and default.rule_for(leaf.path)
+    ]
+    return f"{len(paths)} matrices stay dense, such as {paths[0]}\n" if paths else ""
+
+
 def _dense_specs(path: str, keep_quantized: bool) -> dict[str, Any]:
     import jax
 

@@ -52,6 +52,19 @@ def lifted_if_needed(apply_fn: Callable[..., Any], params: Any) -> Callable[...,
     return lift(apply_fn) if has_compressed(params) else apply_fn
 
 
+def check_window(window: int, config: DecoderConfig, model: str) -> None:
+    """Raises if windows of a text are longer than what a model was made for.
+
+    Raises:
+      ValueError: names the window, the model and its context.
+    """
+    if window > config.max_position_embeddings:
+        raise ValueError(
+            f"--window {window} is more than the {config.max_position_embeddings} tokens of "
+            f"context of {model}; use a smaller one"
+        )
+
+
 def evaluation_text(path: Path | None = None) -> str:
     """The text of a UTF-8 file; by default Python's own help topics, about 465,000 characters.
 

@@ -71,7 +71,7 @@ class Quantize:
         from lutjax.arrays import format_bytes
         from lutjax.calibrate import quantize_decoder
         from lutjax.cli.calibration import compress_on_text
-        from lutjax.cli.inspect import summary_of
+        from lutjax.cli.inspect import left_dense, summary_of
         from lutjax.io import compress_checkpoint
 
         if self.text is None:
@@ -100,7 +100,8 @@ class Quantize:
         print(
             f"{self.output}: {format_bytes(summary.nbytes)}, "
             f"{summary.compressed.bits_per_weight:.3f} bits a weight in "
-            f"{len(summary.compressed.leaves)} compressed matrices"
+            f"{len(summary.compressed.leaves)} compressed matrices\n{left_dense(summary)}",
+            end="",
         )
 
     def _recipe(self) -> Recipe:
@@ -108,10 +109,7 @@ class Quantize:
 
         if self.recipe is not None:
             refuse_beside(self, "--recipe", "bits", "group_size", "higgs", *_CODES)
-            try:
-                return Recipe.load(self.recipe)
-            except ValueError as error:
-                raise ValueError(f"{self.recipe}: {error}") from error
+            return Recipe.load(self.recipe)
         # what is out of range, the recipe says
         bits: Any = int(self.bits) if float(self.bits).is_integer() else self.bits
         group: dict[str, Any] = {} if self.group_size is None else {"group_size": self.group_size}

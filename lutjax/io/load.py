@@ -83,7 +83,10 @@ def open_checkpoint(path: str | Path, *, check_finite: bool = True) -> Checkpoin
     if directory is None:
         return open_gguf(path, check_finite=check_finite)
     if is_compressed_directory(directory):
-        raise ValueError(f"{path} holds compressed weights already; a dense checkpoint is needed")
+        raise ValueError(
+            f"{path} is in lutjax's own format, in which weights may be compressed already; a "
+            "checkpoint of another kind is needed (lutjax.load and lutjax.quantize take this one)"
+        )
     return open_directory(directory, check_finite=check_finite)
 
 

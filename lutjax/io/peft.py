@@ -102,7 +102,9 @@ def save_peft(
     }
     with new_directory(directory) as temporary:
         metadata = {"format": "pt"}
-        safetensors.numpy.save_file(tensors, temporary / TENSORS_NAME, metadata=metadata)
+        # save_file would keep others from reading it.
+        content = safetensors.numpy.save(tensors, metadata=metadata)
+        (temporary / TENSORS_NAME).write_bytes(content)
         text = json.dumps(config, indent=2) + "\n"
         (temporary / CONFIG_NAME).write_text(text, encoding="utf-8")
 

@@ -460,6 +460,7 @@ def test_resuming_another_configuration_is_refused(qlora_run):
         ({"task": "regression"}, "task='regression' is unknown; use language or classification"),
         ({"method": "dora"}, "method='dora' is unknown; use one of lora, qlora"),
         ({"eval_fraction": 1.0}, "eval_fraction=1.0"),
+        ({"method": "lora", "bits": 3}, "bits=3 has no meaning with method='lora'"),
         ({"checkpoint_every": 0}, "checkpoint_every=0"),
         ({"clip": 0.0}, r"clip=0.0 would make every update zero; it must be above 0 \(inf"),
     ],

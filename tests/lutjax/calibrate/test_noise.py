@@ -6,10 +6,20 @@ import numpy as np
 import pytest
 
 from lutjax import Recipe, Rule
-from lutjax.calibrate import noise_sensitivities
+from lutjax.calibrate import next_token_loss, noise_sensitivities
 from lutjax.transforms.recipe import LutConfig
 
 KEY = jax.random.key(0)
+
+
+def test_the_next_token_loss_takes_a_sequence_or_several():
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(8, 8)), jnp.float32)
+    loss = next_token_loss(lambda variables, tokens: variables["params"][tokens])
+    tokens = jnp.array([[1, 2, 3], [4, 5, 6]])
+    one, other = (float(loss(table, row)) for row in tokens)
+    assert float(loss(table, tokens)) == pytest.approx((one + other) / 2, rel=1e-6)
+    with pytest.raises(ValueError, match=r"int\[B, T\]"):
+        loss(table, tokens[0, 0])
 
 
 def quadratic(params, batch):

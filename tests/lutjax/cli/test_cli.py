@@ -138,7 +138,8 @@ def test_recipe_file(capsys, tmp_path, source):
         {"pattern": "embed_tokens/embedding", "config": {"bits": 8, "group_size": "column"}},
     ]
     recipe.write_text(json.dumps({"rules": rules}))
-    ok(capsys, "quantize", source, "-o", tmp_path / "out", "--recipe", recipe)
+    printed = ok(capsys, "quantize", source, "-o", tmp_path / "out", "--recipe", recipe)
+    assert "8 matrices stay dense, such as layers/0/self_attn/k_proj/kernel" in printed
     _, params, _ = lutjax.load(tmp_path / "out")
     assert params["layers"]["0"]["mlp"]["up_proj"]["kernel"].bits == 2
     assert params["embed_tokens"]["embedding"].bits == 8
@@ -185,6 +186,7 @@ def test_double_quantisation_and_dtype(capsys, tmp_path, source):
         (("--scale-dtype", "int8"), "int8"),
         (("--codebook", "affine", "--double-quant"), "double_quant"),
         (("--recipe", "nothing.json"), "nothing.json"),
+        (("--text", "t", "--window", 10**6), "--window 1000000 is more than the"),
         (("--keep-quantized",), "keep_quantized"),
         (("--samples", 3), "--samples needs --text"),
         (("--text", "t", "--keep-quantized"), "either --text or --keep-quantized"),
