@@ -128,9 +128,9 @@ class Study:
         quantiles = self.quantiles("wina" if method == "wina" else "magnitude")
         if method == "greedy":
             tokens = jnp.asarray(self.calibration[:1, : self.args.search_tokens])
-            fn, blocks, x = decoder_blocks(self.model.config, self.params, tokens)
+            fns, blocks, x = decoder_blocks(self.model.config, self.params, tokens)
             search = greedy_search(
-                fn,
+                fns,
                 blocks,
                 x,
                 quantiles,

@@ -241,7 +241,8 @@ def main() -> None:
     calibration = windows(encode(calibration_text()), WINDOW, CALIBRATION)
     evaluation = windows(encode(evaluation_text()), WINDOW, args.windows)
     tokens = jnp.asarray(np.concatenate([calibration, evaluation]))
-    fn, blocks, x = decoder_blocks(model.config, params, tokens)
+    fns, blocks, x = decoder_blocks(model.config, params, tokens)
+    (fn,) = set(fns.values())
 
     @jax.jit
     def window_nll(x: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -266,8 +267,7 @@ def main() -> None:
         temporary.replace(file)
 
     if "products" not in found:
-        one = decoder_blocks(model.config, params, tokens[:1])
-        found["products"] = products(*one, args.target)
+        found["products"] = products(fn, blocks, x[:1], args.target)
         save()
     for name, variant in VARIANTS.items():
         if name not in found["runs"]:

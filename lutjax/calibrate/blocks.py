@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int32
 from lutjax.arrays import is_compressed
 from lutjax.calibrate.hessians import hessians
 from lutjax.lift import lift
-from lutjax.models.blockwise import decoder_blocks
+from lutjax.models.blockwise import BlockFn, decoder_blocks, functions_by_block
 from lutjax.models.config import DecoderConfig
 from lutjax.paths import named_leaves, path_string
 from lutjax.transforms.recipe import LutConfig, Recipe, Rule
@@ -41,15 +41,15 @@ def convert_decoder(
       batch_size: Sequences that run together.
       progress: Show a progress bar.
     """
-    fn, blocks, x = decoder_blocks(config, params, tokens)
-    done = convert_blocks(fn, blocks, x, plan, convert, batch_size=batch_size, progress=progress)
+    fns, blocks, x = decoder_blocks(config, params, tokens)
+    done = convert_blocks(fns, blocks, x, plan, convert, batch_size=batch_size, progress=progress)
     rest = {name: leaf for name, leaf in params.items() if name != "layers"}
     rest = _convert(rest, "", plan, lambda path, leaf, rule: convert(path, leaf, rule, None))
     return rest | {"layers": {path.removeprefix("layers/"): done[path] for path in done}}
 
 
 def convert_blocks(
-    fn: Callable[[Any, Array], Array],
+    fn: BlockFn | Mapping[str, BlockFn],
     blocks: Mapping[str, Any],
     x: Float[Array, "rows ..."],
     plan: Mapping[str, Rule],
@@ -65,7 +65,7 @@ def convert_blocks(
     earlier ones, and the memory is that of ``x`` and of one block.
 
     Args:
-      fn: ``fn(block_params, x) -> y``, the same function for every block; it is lifted.
+      fn: ``fn(block_params, x) -> y`` for every block, or one for each by path; it is lifted.
       blocks: The dense parameters of each block by path, in order.
       x: The input of the first block; the output of one block is the input of the next.
       plan: The rule of each full path.
@@ -79,7 +79,8 @@ def convert_blocks(
     if not 1 <= batch_size <= len(x):
         raise ValueError(f"batch_size={batch_size} must be from 1 to the {len(x)} rows of x")
     batches = [x[start : start + batch_size] for start in range(0, len(x), batch_size)]
-    run = jax.jit(lift(fn))
+    fns = functions_by_block(fn, blocks)
+    runs = {each: jax.jit(lift(each)) for each in set(fns.values())}
     done: dict[str, Any] = {}
     for path, params in _bar(blocks, progress):
         prefix = f"{path}/"
@@ -90,13 +91,13 @@ def convert_blocks(
         if rules:
             # Blocks are observed alike, whatever their configurations, and so compiled once.
             alike = (Rule(n, LutConfig(), r.axis, r.batch_ndim) for n, r in rules.items())
-            found = hessians(fn, params, batches, recipe=Recipe(tuple(alike)))
+            found = hessians(fns[path], params, batches, recipe=Recipe(tuple(alike)))
 
             def with_moments(full, leaf, rule, prefix=prefix, found=found):
                 return convert(full, leaf, rule, found[full.removeprefix(prefix)])
 
             done[path] = _convert(params, prefix, plan, with_moments)
-        batches = [run(done[path], batch) for batch in batches]
+        batches = [runs[fns[path]](done[path], batch) for batch in batches]
     return done
 
 

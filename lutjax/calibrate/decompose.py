@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from lutjax.calibrate.blocks import Convert, convert_blocks, convert_decoder
+from lutjax.models.blockwise import BlockFn
 from lutjax.models.config import DecoderConfig
 from lutjax.paths import named_leaves
 from lutjax.transforms.decompose import Method, check_decomposition, decompose_array
@@ -78,7 +79,7 @@ def decompose_decoder(
 
 
 def decompose_blocks(
-    fn: Callable[[Any, Array], Array],
+    fn: BlockFn | Mapping[str, BlockFn],
     blocks: Mapping[str, Any],
     x: Float[Array, "rows ..."],
     recipe: Recipe,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jaxtyping import Array, Float, Int32
 
 from lutjax.calibrate.blocks import convert_blocks, convert_decoder
+from lutjax.models.blockwise import BlockFn
 from lutjax.models.config import DecoderConfig
 from lutjax.transforms.quantize import match_rules, quantize_array
 from lutjax.transforms.recipe import Recipe, Rule
@@ -63,7 +64,7 @@ def quantize_decoder(
 
 
 def quantize_blocks(
-    fn: Callable[[Any, Array], Array],
+    fn: BlockFn | Mapping[str, BlockFn],
     blocks: Mapping[str, Any],
     x: Float[Array, "rows ..."],
     recipe: Recipe | None = None,
@@ -79,8 +80,8 @@ def quantize_blocks(
     and the memory is that of ``x`` and of one block.
 
     Args:
-      fn: ``fn(block_params, x) -> y``, the same function for every block; it is lifted. See
-        :func:`lutjax.models.blockwise.decoder_blocks`.
+      fn: ``fn(block_params, x) -> y`` for every block, or one function for each by path; they are
+        lifted. See :func:`lutjax.models.blockwise.decoder_blocks`.
       blocks: The dense parameters of each block by path, in order.
       x: The input of the first block; the output of one block is the input of the next.
       recipe: What to do with which weight, by full path; 4-bit NormalFloat by default.

@@ -81,9 +81,9 @@ class Sparsify:
         quantiles = activation_quantiles(logits, model.params, batches, score=score, progress=True)
         if self.method == "greedy" and self.target > 0:
             tokens = jnp.asarray(batches[0][:, : self.search_tokens])
-            fn, blocks, x = decoder_blocks(model.config, model.params, tokens)
+            fns, blocks, x = decoder_blocks(model.config, model.params, tokens)
             search = greedy_search(
-                fn, blocks, x, quantiles, limit=self.target, step=self.step, progress=True
+                fns, blocks, x, quantiles, limit=self.target, step=self.step, progress=True
             )
             plan = plan_greedy(model.params, quantiles, search, self.target)
         else:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from lutjax.models.config import DecoderConfig
-from lutjax.models.decoder import AttentionContext, Block, _attention_mask
-from lutjax.models.rope import rope_frequencies, rope_tables
+from lutjax.models.decoder import Block, attention_contexts, causal_mask, embed
+
+BlockFn = Callable[[Any, Array], Array]
+"""`fn(block_params, x) -> y`, for any number of sequences."""
 
 
 def decoder_blocks(
     config: DecoderConfig, params: Any, tokens: Int32[Array, "b t"]
-) -> tuple[Callable[[Any, Array], Array], dict[str, Any], Float[Array, "b t d"]]:
+) -> tuple[dict[str, BlockFn], dict[str, Any], Float[Array, "b t d"]]:
     """The blocks of an unrolled decoder.
 
     Args:
@@ -24,9 +27,9 @@ def decoder_blocks(
       tokens: int32 `[B, T]`, without padding.
 
     Returns:
-      `fn(block_params, x) -> y`, the same for every block and any number of sequences; the
-      parameters of each block by path, in order; and the input of the first block. `y` of one
-      block is `x` of the next.
+      The function of each block by path, the same object for all blocks that compute alike (those
+      with a sliding window, and those without); the parameters of each block by path, in order;
+      and the input of the first block. `y` of one block is `x` of the next.
 
     Raises:
       ValueError: if the layers are stacked.
@@ -35,15 +38,32 @@ def decoder_blocks(
         raise ValueError("the layers are stacked; use unstack_layers and scan_layers=False")
     block = Block(config)
 
-    def fn(block_params: Any, x: Array) -> Array:
+    def run(windowed: bool, block_params: Any, x: Array) -> Array:
         positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-        context = AttentionContext(
-            *rope_tables(positions, rope_frequencies(config)),
-            mask=_attention_mask(positions, positions, config.sliding_window),
-            slot=None,
-        )
-        return block.apply({"params": block_params}, x, None, context)[0]
+        seen = causal_mask(positions, positions)
+        contexts = attention_contexts(config, positions, positions, seen)
+        return block.apply({"params": block_params}, x, None, contexts[windowed])[0]
 
-    blocks = {f"layers/{i}": params["layers"][str(i)] for i in range(config.num_layers)}
-    x = jnp.take(params["embed_tokens"]["embedding"], tokens, axis=0).astype(config.dtype)
-    return fn, blocks, x
+    kinds = {windowed: functools.partial(run, windowed) for windowed in set(config.windowed)}
+    fns: dict[str, BlockFn] = {
+        f"layers/{i}": kinds[windowed] for i, windowed in enumerate(config.windowed)
+    }
+    blocks = {path: params["layers"][path.removeprefix("layers/")] for path in fns}
+    x = embed(config, jnp.take(params["embed_tokens"]["embedding"], tokens, axis=0))
+    return fns, blocks, x
+
+
+def functions_by_block(
+    fn: BlockFn | Mapping[str, BlockFn], blocks: Mapping[str, Any]
+) -> Mapping[str, BlockFn]:
+    """The function of each block, where `fn` may be one for all of them.
+
+    Raises:
+      ValueError: if a block has none.
+    """
+    if not isinstance(fn, Mapping):
+        return dict.fromkeys(blocks, fn)
+    missing = [path for path in blocks if path not in fn]
+    if missing:
+        raise ValueError(f"fn has no function for the block {missing[0]!r}")
+    return fn

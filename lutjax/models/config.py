@@ -1,4 +1,4 @@
-"""Configuration of the decoder family: Llama, SmolLM2, Mistral, Qwen2 and Qwen3."""
+"""Configuration of the decoder family: Llama, SmolLM2, Mistral, Qwen2, Qwen3 and Gemma 1 to 3."""
 
 from __future__ import annotations
 
@@ -46,13 +46,28 @@ class DecoderConfig:
       head_dim: width of one head, independent of `hidden_size`.
       max_position_embeddings: the longest context, in tokens.
       rms_norm_eps: added to the mean square in RMS normalisation.
+      norm_offset: added to the scale of every norm; 1 in Gemma, whose scales are stored as
+        distances from 1.
+      post_norms: whether what attention and the MLP give is normalised before it is added to the
+        residual stream (Gemma 2 and 3).
+      activation: what the gate of the MLP goes through; `"gelu_tanh"` (Gemma) is GELU's
+        approximation by tanh.
+      scale_embeddings: whether embeddings are multiplied by sqrt(hidden_size), which is rounded to
+        `dtype` before (Gemma).
       rope_theta: base of the rotary frequencies.
       rope_scaling: how these are stretched, or None.
       tie_embeddings: whether the output head is the embedding table.
       qkv_bias: whether the q, k and v projections have biases (Qwen2).
-      qk_norm: whether each head's queries and keys are RMS-normalised (Qwen3).
+      qk_norm: whether each head's queries and keys are RMS-normalised (Qwen3, Gemma 3).
+      query_pre_attn_scalar: attention scores are divided by its square root; `head_dim` if None.
+      attn_logit_softcapping: attention scores s become c · tanh(s / c) for this c (Gemma 2).
+      final_logit_softcapping: likewise the logits.
       sliding_window: a token attends to itself and the `sliding_window - 1` tokens before it, or
         to all before it if None.
+      sliding_layers: for each layer, whether `sliding_window` holds there; in all if None (Gemma 2
+        and 3 alternate).
+      sliding_rope_theta: base of the rotary frequencies in layers with the window, where these are
+        not stretched; as in the others if None (Gemma 3).
       model_type: the family's Hugging Face name; it decides nothing about the computation.
       scan_layers: whether the blocks are one `scan` over parameters stacked on axis 0.
       remat: whether the backward pass recomputes each block's activations.
@@ -75,12 +90,21 @@ class DecoderConfig:
     head_dim: int
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-5
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    scale_embeddings: bool = False
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
+    query_pre_attn_scalar: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
     sliding_window: int | None = None
+    sliding_layers: tuple[bool, ...] | None = None
+    sliding_rope_theta: float | None = None
     model_type: str = "llama"
     scan_layers: bool = False
     remat: bool = False
@@ -108,6 +132,20 @@ class DecoderConfig:
             raise ValueError(f"head_dim={self.head_dim} must be even for rotary embeddings")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window={self.sliding_window} must be positive or None")
+        if self.activation not in ("silu", "gelu_tanh"):
+            raise ValueError(f"activation={self.activation!r} must be 'silu' or 'gelu_tanh'")
+        for field in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
+            value = getattr(self, field)
+            if value is not None and not value > 0:
+                raise ValueError(f"{field}={value} must be positive or None")
+        if self.sliding_layers is not None and len(self.sliding_layers) != self.num_layers:
+            raise ValueError(
+                f"sliding_layers has {len(self.sliding_layers)} entries; num_layers="
+                f"{self.num_layers} needs as many"
+            )
+        for field in ("sliding_layers", "sliding_rope_theta"):
+            if getattr(self, field) is not None and self.sliding_window is None:
+                raise ValueError(f"{field} needs a sliding_window")
         scaling = self.rope_scaling
         if (
             scaling is not None
@@ -118,3 +156,10 @@ class DecoderConfig:
                 f"rope_scaling has {len(scaling.factors)} factors; head_dim={self.head_dim} needs "
                 f"{self.head_dim // 2}"
             )
+
+    @property
+    def windowed(self) -> tuple[bool, ...]:
+        """For each layer, whether its attention is limited to `sliding_window` tokens."""
+        if self.sliding_layers is not None:
+            return self.sliding_layers
+        return (self.sliding_window is not None,) * self.num_layers

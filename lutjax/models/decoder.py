@@ -1,7 +1,9 @@
-"""A plain Flax decoder: Llama, SmolLM2, Mistral, Qwen2 and Qwen3 by configuration."""
+"""A plain Flax decoder: Llama, SmolLM2, Mistral, Qwen2, Qwen3 and Gemma by configuration."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,7 +21,7 @@ _MASKED = -1e30
 
 
 class AttentionContext(NamedTuple):
-    """What all blocks share: rotary tables, the mask, and where the cache is written."""
+    """What blocks share: rotary tables, the mask, and where the cache is written."""
 
     cos: Float32[Array, "b t h"]
     sin: Float32[Array, "b t h"]
@@ -50,17 +52,22 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x²) + ε) · scale over the last axis, computed in float32."""
+    """y = x / sqrt(mean(x²) + ε) · (offset + scale) over the last axis, computed in float32."""
 
     eps: float
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         """Normalises `x` over its last axis; the result has the dtype of `x`."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        init = nn.initializers.constant(1.0 - self.offset)
+        scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
         x32 = x.astype(jnp.float32)
         inverse = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        scale = lax.expand_dims(scale.astype(jnp.float32), range(x.ndim - 1))
+        scale = scale.astype(jnp.float32)
+        if self.offset:
+            scale = scale + jnp.float32(self.offset)
+        scale = lax.expand_dims(scale, range(x.ndim - 1))
         return (x32 * inverse * scale).astype(x.dtype)
 
 
@@ -88,8 +95,8 @@ class Attention(nn.Module):
         k = project("k_proj", kv_heads)
         v = project("v_proj", kv_heads)
         if config.qk_norm:
-            q = RMSNorm(config.rms_norm_eps, name="q_norm")(q)
-            k = RMSNorm(config.rms_norm_eps, name="k_norm")(k)
+            q = _norm(config, "q_norm")(q)
+            k = _norm(config, "k_norm")(k)
         q = apply_rope(q, context.cos, context.sin)
         k = apply_rope(k, context.cos, context.sin)
         keys, values = _merge_heads(k), _merge_heads(v)
@@ -100,7 +107,7 @@ class Attention(nn.Module):
                 cache.values, values.astype(cache.values.dtype), start
             )
             cache = LayerCache(keys, values)
-        mixed = _attend(q, keys, values, context.mask).astype(config.dtype)
+        mixed = _attend(config, q, keys, values, context.mask).astype(config.dtype)
         mixed = mixed.reshape(batch, time, heads * head_dim)
         out = nn.Dense(config.hidden_size, use_bias=False, dtype=config.dtype, name="o_proj")
         return out(mixed), cache
@@ -113,20 +120,23 @@ def _merge_heads(x: Float[Array, "b t n h"]) -> Float[Array, "bn t h"]:
 
 
 def _attend(
+    config: DecoderConfig,
     q: Float[Array, "b t n h"],
     keys: Float[Array, "bk s h"],
     values: Float[Array, "bk s h"],
     mask: Bool[Array, "b t s"],
 ) -> Float32[Array, "b t n h"]:
-    """softmax(q·kᵀ/√h)·v with the query heads grouped, so that keys are never repeated."""
+    """softmax(cap(q·kᵀ/√s))·v with the query heads grouped, so that keys are never repeated."""
     batch, time, heads, head_dim = q.shape
     kv_heads, slots = keys.shape[0] // batch, keys.shape[1]
     # Scaling the queries is cheaper than scaling the scores.
-    q = _merge_heads(q * jnp.asarray(head_dim**-0.5, q.dtype)).astype(keys.dtype)
+    scale = (config.query_pre_attn_scalar or head_dim) ** -0.5
+    q = _merge_heads(q * jnp.asarray(scale, q.dtype)).astype(keys.dtype)
     q = q.reshape(batch * kv_heads, heads // kv_heads * time, head_dim)
     scores = lax.dot_general(
         q, keys, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.float32
     )
+    scores = _softcap(scores, config.attn_logit_softcapping)
     scores = jnp.where(
         mask[:, None], scores.reshape(batch, heads, time, slots), jnp.float32(_MASKED)
     )
@@ -140,8 +150,19 @@ def _attend(
     return mixed.reshape(batch, heads, time, head_dim).swapaxes(1, 2)
 
 
+def _softcap(x: Float32[Array, "..."], cap: float | None) -> Float32[Array, "..."]:
+    """Bounds `x` by ±cap: cap · tanh(x / cap), or `x` itself (arXiv 2408.00118, section 2)."""
+    return x if cap is None else jnp.tanh(x / jnp.float32(cap)) * jnp.float32(cap)
+
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
 class MLP(nn.Module):
-    """The gated MLP down(silu(gate(x)) · up(x)) (arXiv 2002.05202)."""
+    """The gated MLP down(activation(gate(x)) · up(x)) (arXiv 2002.05202)."""
 
     config: DecoderConfig
 
@@ -155,11 +176,15 @@ class MLP(nn.Module):
 
         gate = dense("gate_proj", config.intermediate_size)(x)
         up = dense("up_proj", config.intermediate_size)(x)
-        return dense("down_proj", config.hidden_size)(jax.nn.silu(gate) * up)
+        return dense("down_proj", config.hidden_size)(_ACTIVATIONS[config.activation](gate) * up)
+
+
+def _norm(config: DecoderConfig, name: str) -> RMSNorm:
+    return RMSNorm(config.rms_norm_eps, config.norm_offset, name=name)
 
 
 class Block(nn.Module):
-    """One pre-normalised transformer block."""
+    """One transformer block: normalised inputs and, with `post_norms`, normalised outputs."""
 
     config: DecoderConfig
 
@@ -168,12 +193,18 @@ class Block(nn.Module):
         self, x: Float[Array, "b t d"], cache: LayerCache | None, context: AttentionContext
     ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
         """Returns the residual stream after this block, and this block's new cache."""
-        eps = self.config.rms_norm_eps
-        normed = RMSNorm(eps, name="input_layernorm")(x)
-        mixed, cache = Attention(self.config, name="self_attn")(normed, cache, context)
+        config = self.config
+        normed = _norm(config, "input_layernorm")(x)
+        mixed, cache = Attention(config, name="self_attn")(normed, cache, context)
+        # The names are Hugging Face's: one of them means different norms.
+        if config.post_norms:
+            x = x + _norm(config, "post_attention_layernorm")(mixed)
+            normed = _norm(config, "pre_feedforward_layernorm")(x)
+            mixed = MLP(config, name="mlp")(normed)
+            return x + _norm(config, "post_feedforward_layernorm")(mixed), cache
         x = x + mixed
-        normed = RMSNorm(eps, name="post_attention_layernorm")(x)
-        return x + MLP(self.config, name="mlp")(normed), cache
+        normed = _norm(config, "post_attention_layernorm")(x)
+        return x + MLP(config, name="mlp")(normed), cache
 
 
 class UnrolledLayers(nn.Module):
@@ -183,31 +214,85 @@ class UnrolledLayers(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b t d"], caches: Any, context: AttentionContext
+        self, x: Float[Array, "b t d"], caches: Any, contexts: Mapping[bool, AttentionContext]
     ) -> tuple[Float[Array, "b t d"], Any]:
         """Runs all blocks; `caches` is a tuple of one `LayerCache` per block, or None."""
         block = nn.remat(Block) if self.config.remat else Block
         new = []
-        for i in range(self.config.num_layers):
+        for i, windowed in enumerate(self.config.windowed):
             cache = None if caches is None else caches[i]
-            x, cache = block(self.config, name=str(i))(x, cache, context)
+            x, cache = block(self.config, name=str(i))(x, cache, contexts[windowed])
             new.append(cache)
         return x, None if caches is None else tuple(new)
 
 
-def _scanned_layers(config: DecoderConfig) -> nn.Module:
+def _scan_layers(
+    config: DecoderConfig,
+    x: Float[Array, "b t d"],
+    caches: LayerCache | None,
+    contexts: Mapping[bool, AttentionContext],
+) -> tuple[Float[Array, "b t d"], LayerCache | None]:
     """The blocks as one scan, with parameters `layers/…` stacked on axis 0."""
     # A scan body is compiled apart from its backward pass, so CSE cannot undo the remat.
     block = nn.remat(Block, prevent_cse=False) if config.remat else Block
+    alike = len(contexts) == 1
+
+    def step(block: Block, x: Array, layer: Any, contexts: Mapping[bool, Any]) -> Any:
+        cache, windowed = layer
+        if alike:
+            (context,) = contexts.values()
+        else:
+            choose = functools.partial(jnp.where, windowed)
+            context = jax.tree.map(choose, contexts[True], contexts[False])
+        return block(x, cache, context)
+
     scanned = nn.scan(
-        block,
+        step,
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=(0, nn.broadcast),
         out_axes=0,
         length=config.num_layers,
     )
-    return scanned(config, name="layers")
+    layers = (caches, None if alike else jnp.array(config.windowed))
+    return scanned(block(config, name="layers"), x, layers, contexts)
+
+
+def embed(config: DecoderConfig, rows: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    """The input of the first block: the tokens' rows of the embedding table, cast and scaled."""
+    x = rows.astype(config.dtype)
+    if config.scale_embeddings:
+        x = x * jnp.asarray(config.hidden_size**0.5, config.dtype)
+    return x
+
+
+def attention_contexts(
+    config: DecoderConfig,
+    positions: Int32[Array, "b t"],
+    stored: Int32[Array, "b s"],
+    seen: Bool[Array, "b t s"],
+    slot: Int32[Array, ""] | None = None,
+) -> dict[bool, AttentionContext]:
+    """The context of the layers with a sliding window (True), and of those without (False).
+
+    Args:
+      config: the decoder's configuration.
+      positions: int32 `[B, T]`, of the tokens.
+      stored: int32 `[B, S]`, of the keys.
+      seen: bool `[B, T, S]`, which keys a token may attend to, whatever their distance.
+      slot: where the cache is written.
+
+    Returns:
+      One context for each of the two kinds that the decoder has.
+    """
+    contexts = {}
+    for windowed in sorted(set(config.windowed)):
+        mask = seen
+        if windowed and config.sliding_window is not None:
+            mask = seen & (positions[:, :, None] - stored[:, None, :] < config.sliding_window)
+        tables = rope_tables(positions, rope_frequencies(config, windowed=windowed))
+        contexts[windowed] = AttentionContext(*tables, mask=mask, slot=slot)
+    return contexts
 
 
 class Decoder(nn.Module):
@@ -274,27 +359,28 @@ class Decoder(nn.Module):
         if segments is not None:
             positions = _positions_within(segments)
             stored = jnp.where(segments > 0, positions, -1)
-        seen = _attention_mask(positions, stored, config.sliding_window)
+        seen = causal_mask(positions, stored)
         if segments is not None:
             seen &= segments[:, :, None] == segments[:, None, :]
-        context = AttentionContext(
-            *rope_tables(positions, rope_frequencies(config)), mask=seen, slot=slot
-        )
+        contexts = attention_contexts(config, positions, stored, seen, slot)
 
         table = Embedding(config.vocab_size, config.hidden_size, name="embed_tokens")
-        x = table(tokens).astype(config.dtype)
-        layers = (
-            _scanned_layers(config) if config.scan_layers else UnrolledLayers(config, name="layers")
-        )
-        x, new_layers = layers(x, None if cache is None else cache.layers, context)
+        x = embed(config, table(tokens))
+        caches: Any = None if cache is None else cache.layers
+        new_layers: Any
+        if config.scan_layers:
+            x, new_layers = _scan_layers(config, x, caches, contexts)
+        else:
+            x, new_layers = UnrolledLayers(config, name="layers")(x, caches, contexts)
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[:, :, None], axis=1)
-        x = RMSNorm(config.rms_norm_eps, name="norm")(x)
+        x = _norm(config, "norm")(x)
         if config.tie_embeddings:
             logits = table.attend(x)
         else:
             head = nn.Dense(config.vocab_size, use_bias=False, dtype=config.dtype, name="lm_head")
             logits = head(x).astype(jnp.float32)
+        logits = _softcap(logits, config.final_logit_softcapping)
         if cache is None:
             return logits
         return logits, KVCache(new_layers, stored, cache.next_slot + tokens.shape[1])
@@ -307,10 +393,9 @@ def _positions_within(segments: Int32[Array, "b t"]) -> Int32[Array, "b t"]:
     return index - lax.cummax(jnp.where(first, index, 0), axis=1)
 
 
-def _attention_mask(
-    positions: Int32[Array, "b t"], stored: Int32[Array, "b s"], window: int | None
+def causal_mask(
+    positions: Int32[Array, "b t"], stored: Int32[Array, "b s"]
 ) -> Bool[Array, "b t s"]:
-    """Which stored tokens each token sees: real ones, not later, and within the window."""
+    """Which stored tokens each token sees: real ones that are not later."""
     query, key = positions[:, :, None], stored[:, None, :]
-    seen = (key >= 0) & (key <= query)
-    return seen if window is None else seen & (query - key < window)
+    return (key >= 0) & (key <= query)

@@ -11,8 +11,12 @@ from jaxtyping import Array, Float, Float32, Int
 from lutjax.models.config import DecoderConfig, RopeScaling
 
 
-def rope_frequencies(config: DecoderConfig) -> np.ndarray:
+def rope_frequencies(config: DecoderConfig, *, windowed: bool = False) -> np.ndarray:
     """The rotary frequencies θ^(−2i/head_dim), divided as `config.rope_scaling` says.
+
+    Args:
+      config: the decoder's configuration.
+      windowed: whether they are those of the layers with a sliding window.
 
     Returns:
       float32 `[head_dim / 2]`, in radians per token.
@@ -23,9 +27,12 @@ def rope_frequencies(config: DecoderConfig) -> np.ndarray:
     [1.0, 0.10000000149011612]
     """
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
-    frequencies = config.rope_theta**-exponents
-    if config.rope_scaling is not None:
-        frequencies = frequencies / _divisors(frequencies, config.rope_scaling)
+    theta, scaling = config.rope_theta, config.rope_scaling
+    if windowed and config.sliding_rope_theta is not None:
+        theta, scaling = config.sliding_rope_theta, None
+    frequencies = theta**-exponents
+    if scaling is not None:
+        frequencies = frequencies / _divisors(frequencies, scaling)
     return frequencies.astype(np.float32)
 
 

@@ -19,6 +19,7 @@ from lutjax.arrays import CompressedArray, GatedArray, is_compressed
 from lutjax.calibrate.activations import ActivationQuantiles, projections, row_norms
 from lutjax.calibrate.hashing import content_hash
 from lutjax.lift import lift
+from lutjax.models.blockwise import BlockFn, functions_by_block
 from lutjax.paths import named_leaves, path_string
 
 _FORMAT = "lutjax greedy sparsity search 2"
@@ -111,7 +112,7 @@ class GreedySearch:
 
 
 def greedy_search(
-    fn: Callable[[Any, jax.Array], jax.Array],
+    fn: BlockFn | Mapping[str, BlockFn],
     blocks: Mapping[str, Any],
     x: jax.Array,
     quantiles: ActivationQuantiles,
@@ -134,7 +135,8 @@ def greedy_search(
     small projections badly, since ``step / share`` is large for them.
 
     Args:
-      fn: ``fn(block_params, x) -> y``, the same function for every block; it is lifted.
+      fn: ``fn(block_params, x) -> y`` for every block, or one function for each by path; they are
+        lifted. See :func:`lutjax.models.blockwise.decoder_blocks`.
       blocks: The parameters of each block by path, in order.
       x: The input of the first block; the output of one block is the input of the next.
       quantiles: Histograms for every projection, by full path.
@@ -171,11 +173,12 @@ def greedy_search(
             )
         done = dict(before.blocks)
     steps = math.ceil(limit / step - 1e-9)
-    run = jax.jit(lift(fn))
+    fns = functions_by_block(fn, blocks)
+    runs = {each: jax.jit(lift(each)) for each in set(fns.values())}
     for path, params in _bar(blocks, progress):
-        y = run(params, x)
+        y = runs[fns[path]](params, x)
         if len(getattr(done.get(path), "raised", ())) < steps:
-            done[path] = _search_block(fn, path, params, x, y, quantiles, step, steps)
+            done[path] = _search_block(fns[path], path, params, x, y, quantiles, step, steps)
             if save is not None:
                 GreedySearch(step, inputs, done).save(save)
         x = y

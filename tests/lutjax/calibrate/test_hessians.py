@@ -1,5 +1,7 @@
 """Second moments of inputs, and blocks quantised one after the other."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ from lutjax.calibrate import (
 )
 from lutjax.models import Decoder, DecoderConfig
 from lutjax.models.blockwise import decoder_blocks
+from lutjax.models.decoder import RMSNorm
 
 RNG = np.random.default_rng(0)
 
@@ -92,6 +95,31 @@ def test_a_decoder_changes_less_than_by_rounding_alone(decoder):
     assert error < 0.85 * logits_error(model, params, rounded, other)
 
 
+def test_blocks_that_alternate_make_up_the_decoder(decoder):
+    _, params, tokens = decoder
+    config = dataclasses.replace(
+        decoder[0].config,
+        sliding_window=8,
+        sliding_layers=(True, False),
+        sliding_rope_theta=100.0,
+        scale_embeddings=True,
+    )
+    fns, blocks, x = decoder_blocks(config, params, tokens)
+    assert fns["layers/0"] is not fns["layers/1"]
+    for path, block in blocks.items():
+        x = fns[path](block, x)
+    x = RMSNorm(config.rms_norm_eps).apply({"params": params["norm"]}, x)
+    expected = Decoder(config).apply({"params": params}, tokens)
+    # The same products of float32, compiled on their own.
+    np.testing.assert_allclose(x @ params["lm_head"]["kernel"], expected, rtol=1e-4, atol=1e-5)
+    recipe = Recipe.uniform(3, 32)
+    small = quantize_decoder(config, params, tokens, recipe, batch_size=6)
+    error = logits_error(Decoder(config), params, small, tokens)
+    assert error < 0.85 * logits_error(
+        Decoder(config), params, lutjax.quantize(params, recipe), tokens
+    )
+
+
 def test_later_blocks_see_what_the_quantised_ones_before_give():
     blocks = {"first": {"kernel": normal(32, 32)}, "second": {"kernel": normal(32, 32)}}
     x = normal(200, 32)
@@ -113,12 +141,12 @@ def test_later_blocks_see_what_the_quantised_ones_before_give():
 
 def test_rules_are_those_of_full_paths(decoder):
     model, params, tokens = decoder
-    fn, blocks, x = decoder_blocks(model.config, params, tokens)
+    fns, blocks, x = decoder_blocks(model.config, params, tokens)
     rules = (
         Rule("layers/0/*/down_proj/kernel", LutConfig(8, 32)),
         Rule("layers/1/*", LutConfig.higgs(2, 32)),
     )
-    done = quantize_blocks(fn, blocks, x, Recipe(rules), batch_size=6)
+    done = quantize_blocks(fns, blocks, x, Recipe(rules), batch_size=6)
     assert done["layers/0"]["mlp"]["down_proj"]["kernel"].bits == 8
     assert isinstance(done["layers/0"]["mlp"]["up_proj"]["kernel"], jax.Array)
     assert type(done["layers/1"]["self_attn"]["q_proj"]["kernel"]).__name__ == "RotatedArray"
@@ -183,11 +211,13 @@ def test_a_rank_that_does_not_fit_is_refused_before_anything_runs(decoder):
 
 def test_bad_arguments_are_refused_before_anything_runs(decoder):
     model, params, tokens = decoder
-    fn, blocks, x = decoder_blocks(model.config, params, tokens)
+    fns, blocks, x = decoder_blocks(model.config, params, tokens)
     with pytest.raises(ValueError, match="'layers/7/\\*' matches no parameter"):
-        quantize_blocks(fn, blocks, x, Recipe((Rule("layers/7/*", LutConfig()),)))
+        quantize_blocks(fns, blocks, x, Recipe((Rule("layers/7/*", LutConfig()),)))
+    with pytest.raises(ValueError, match="no function for the block 'layers/1'"):
+        quantize_blocks({"layers/0": fns["layers/0"]}, blocks, x)
     for size in (0, 7):
         with pytest.raises(ValueError, match=f"batch_size={size} must be from 1 to the 6 rows"):
-            quantize_blocks(fn, blocks, x, batch_size=size)
+            quantize_blocks(fns, blocks, x, batch_size=size)
     with pytest.raises(ValueError, match="NaN"):
-        quantize_blocks(fn, blocks, x.at[0, 0, 0].set(jnp.nan))
+        quantize_blocks(fns, blocks, x.at[0, 0, 0].set(jnp.nan))

@@ -29,10 +29,24 @@ EVERYTHING = Recipe(
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 40, (2, 5)), jnp.int32)
 
 
+GEMMA = {
+    "tie_embeddings": True,
+    "norm_offset": 1.0,
+    "post_norms": True,
+    "activation": "gelu_tanh",
+    "scale_embeddings": True,
+    "attn_logit_softcapping": 5.0,
+    "sliding_window": 3,
+    "sliding_layers": (True, False),
+}
+
+
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
-@pytest.mark.parametrize("tied", [False, True], ids=["head", "tied"])
-def test_prefill_decode_and_gradients(scan, tied):
-    config = dataclasses.replace(CONFIG, scan_layers=scan, remat=scan, tie_embeddings=tied)
+@pytest.mark.parametrize(
+    "change", [{}, {"tie_embeddings": True}, GEMMA], ids=["head", "tied", "gemma"]
+)
+def test_prefill_decode_and_gradients(scan, change):
+    config = dataclasses.replace(CONFIG, scan_layers=scan, remat=scan, **change)
     model = Decoder(config)
     params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
     params = jax.jit(lambda p: lutjax.quantize(p, EVERYTHING))(params)

@@ -16,7 +16,32 @@ from lutjax.models import (
     init_cache,
     stack_layers,
 )
+from lutjax.models.decoder import embed
 
+GEMMA = {
+    "norm_offset": 1.0,
+    "activation": "gelu_tanh",
+    "scale_embeddings": True,
+    "tie_embeddings": True,
+}
+GEMMA2 = GEMMA | {
+    "post_norms": True,
+    "query_pre_attn_scalar": 10,
+    "attn_logit_softcapping": 1.5,
+    "final_logit_softcapping": 2.0,
+    "sliding_window": 3,
+    "sliding_layers": (True, False),
+}
+GEMMA3 = GEMMA | {
+    "post_norms": True,
+    "qk_norm": True,
+    "rms_norm_eps": 1e-2,
+    "rope_theta": 500.0,
+    "rope_scaling": RopeScaling("linear", factor=4.0),
+    "sliding_window": 3,
+    "sliding_layers": (True, False),
+    "sliding_rope_theta": 50.0,
+}
 LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, original_max_position_embeddings=32)
 VARIANTS = {
     "llama": {},
@@ -27,6 +52,9 @@ VARIANTS = {
     "llama3": {"rope_scaling": LLAMA3, "rope_theta": 500.0},
     "linear": {"rope_scaling": RopeScaling("linear", factor=4.0)},
     "factors": {"rope_scaling": RopeScaling("factors", factors=(1.0, 3.0, 8.0))},
+    "gemma": GEMMA,
+    "gemma2": GEMMA2,
+    "gemma3": GEMMA3,
     "multi-head": {"num_kv_heads": 4},
     "multi-query": {"num_kv_heads": 1},
 }
@@ -50,9 +78,8 @@ def run(config: DecoderConfig, params, tokens, **arguments):
     return jax.jit(Decoder(config).apply)({"params": params}, tokens, **arguments)
 
 
-def oracle_divisors(config: DecoderConfig, frequencies: np.ndarray) -> np.ndarray:
+def oracle_divisors(scaling: RopeScaling | None, frequencies: np.ndarray) -> np.ndarray:
     """As transformers' `modeling_rope_utils.py` writes them, one frequency at a time."""
-    scaling = config.rope_scaling
     if scaling is None:
         return np.ones_like(frequencies)
     if scaling.kind == "linear":
@@ -82,18 +109,36 @@ def oracle(config: DecoderConfig, params, tokens: list[int]) -> np.ndarray:
     h, d = config.head_dim, config.num_heads // config.num_kv_heads
 
     def norm(x, scale):
+        scale = config.norm_offset + scale
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.rms_norm_eps) * scale
 
-    frequencies = config.rope_theta ** (-np.arange(h // 2) * 2 / h)
-    frequencies = frequencies / oracle_divisors(config, frequencies)
-    turn = np.exp(1j * np.arange(len(tokens))[:, None] * frequencies)
+    def cap(x, bound):
+        return x if bound is None else bound * np.tanh(x / bound)
 
-    def rotate(x):  # [T, h]: pair i is the complex number x[i] + 1j x[i + h/2]
-        z = (x[:, : h // 2] + 1j * x[:, h // 2 :]) * turn
-        return np.concatenate([z.real, z.imag], axis=-1)
+    def activation(x):
+        if config.activation == "gelu_tanh":
+            return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+        return x / (1 + np.exp(-x))
+
+    def turns(theta, scaling):
+        frequencies = theta ** (-np.arange(h // 2) * 2 / h)
+        frequencies = frequencies / oracle_divisors(scaling, frequencies)
+        return np.exp(1j * np.arange(len(tokens))[:, None] * frequencies)
 
     x = p["embed_tokens"]["embedding"][tokens]
+    if config.scale_embeddings:
+        x = x * math.sqrt(config.hidden_size)
     for i in range(config.num_layers):
+        window, turn = config.sliding_window, turns(config.rope_theta, config.rope_scaling)
+        if config.sliding_layers is not None and not config.sliding_layers[i]:
+            window = None
+        elif config.sliding_rope_theta is not None:
+            turn = turns(config.sliding_rope_theta, None)
+
+        def rotate(x, turn=turn):  # [T, h]: pair i is the complex number x[i] + 1j x[i + h/2]
+            z = (x[:, : h // 2] + 1j * x[:, h // 2 :]) * turn
+            return np.concatenate([z.real, z.imag], axis=-1)
+
         layer = p["layers"][str(i)]
         attention, mlp = layer["self_attn"], layer["mlp"]
         y = norm(x, layer["input_layernorm"]["scale"])
@@ -113,28 +158,34 @@ def oracle(config: DecoderConfig, params, tokens: list[int]) -> np.ndarray:
             q, k = rotate(q), rotate(k)
             rows = []
             for t in range(len(tokens)):
-                first = (
-                    0 if config.sliding_window is None else max(0, t + 1 - config.sliding_window)
-                )
-                scores = k[first : t + 1] @ q[t] / math.sqrt(h)
+                first = 0 if window is None else max(0, t + 1 - window)
+                scores = k[first : t + 1] @ q[t] / math.sqrt(config.query_pre_attn_scalar or h)
+                scores = cap(scores, config.attn_logit_softcapping)
                 weights = np.exp(scores - scores.max())
                 rows.append(weights @ v[first : t + 1] / weights.sum())
             mixed.append(np.stack(rows))
-        x = x + np.concatenate(mixed, axis=-1) @ attention["o_proj"]["kernel"]
-        y = norm(x, layer["post_attention_layernorm"]["scale"])
-        gate = y @ mlp["gate_proj"]["kernel"]
-        hidden = gate / (1 + np.exp(-gate)) * (y @ mlp["up_proj"]["kernel"])
-        x = x + hidden @ mlp["down_proj"]["kernel"]
+        out = np.concatenate(mixed, axis=-1) @ attention["o_proj"]["kernel"]
+        before_mlp = "post_attention_layernorm"
+        if config.post_norms:
+            out = norm(out, layer["post_attention_layernorm"]["scale"])
+            before_mlp = "pre_feedforward_layernorm"
+        x = x + out
+        y = norm(x, layer[before_mlp]["scale"])
+        hidden = activation(y @ mlp["gate_proj"]["kernel"]) * (y @ mlp["up_proj"]["kernel"])
+        out = hidden @ mlp["down_proj"]["kernel"]
+        x = x + (
+            norm(out, layer["post_feedforward_layernorm"]["scale"]) if config.post_norms else out
+        )
     x = norm(x, p["norm"]["scale"])
-    return x @ (
-        p["embed_tokens"]["embedding"].T if config.tie_embeddings else p["lm_head"]["kernel"]
-    )
+    table = p["embed_tokens"]["embedding"].T if config.tie_embeddings else p["lm_head"]["kernel"]
+    return cap(x @ table, config.final_logit_softcapping)
 
 
 # Every feature at least once, for the tests in which features could meet.
 COMBINATIONS = {
     "plain": {},
     "tied, biases, Llama-3 RoPE": VARIANTS["qwen2"] | VARIANTS["llama3"],
+    "alternating layers": GEMMA3 | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0},
     "norms, window, multi-query": VARIANTS["qwen3"] | VARIANTS["mistral"] | {"num_kv_heads": 1},
 }
 
@@ -262,6 +313,14 @@ def test_bfloat16_activations_give_float32_logits(tiny_config):
     assert 1e-4 < float(error) < 0.1
 
 
+def test_the_scale_of_embeddings_is_rounded_first(tiny_config):
+    config = dataclasses.replace(tiny_config, scale_embeddings=True, dtype=jnp.bfloat16)
+    x = embed(config, jnp.full((1, 1, 20), 1.625))
+    assert x.dtype == jnp.bfloat16
+    # sqrt(20) is 4.4721, in bfloat16 4.46875; rounded last, the product would be 7.28125.
+    assert float(x[0, 0, 0]) == 7.25
+
+
 def test_each_weight_is_used_in_one_product(tiny_config):
     """Compressed execution relies on it: one dot_general a matrix, and gathers for embeddings."""
     for tied in (False, True):
@@ -325,6 +384,11 @@ def test_decode_step_copies_no_cache(tiny_config):
         ({"vocab_size": 3.5}, r"vocab_size=3.5"),
         ({"sliding_window": 0}, "sliding_window=0"),
         ({"rope_scaling": RopeScaling("factors", factors=(1.0,))}, "1 factors; head_dim=6 needs 3"),
+        ({"activation": "gelu"}, "activation='gelu' must be 'silu' or 'gelu_tanh'"),
+        ({"attn_logit_softcapping": 0.0}, "attn_logit_softcapping=0.0 must be positive"),
+        ({"sliding_layers": (True,), "sliding_window": 3}, "1 entries; num_layers=2 needs as many"),
+        ({"sliding_layers": (True, False)}, "sliding_layers needs a sliding_window"),
+        ({"sliding_rope_theta": 1e4}, "sliding_rope_theta needs a sliding_window"),
     ],
 )
 def test_config_refuses(tiny_config, change, message):

@@ -11,10 +11,16 @@ import pytest
 
 from lutjax.models import Decoder, init_cache
 
+ALTERNATING = {"sliding_window": 3, "sliding_layers": (True, False), "sliding_rope_theta": 50.0}
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_packed_texts_have_the_logits_of_texts_alone(tiny_config, window):
-    config = dataclasses.replace(tiny_config, num_layers=1, sliding_window=window)
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_layers": 1}, {"num_layers": 1, "sliding_window": 3}, ALTERNATING],
+    ids=["all", "window", "alternating"],
+)
+def test_packed_texts_have_the_logits_of_texts_alone(tiny_config, change):
+    config = dataclasses.replace(tiny_config, **change)
     model = Decoder(config)
     apply = jax.jit(model.apply)
     rng = np.random.default_rng(0)

@@ -73,8 +73,8 @@ def quantiles(setting):
 
 @pytest.fixture(scope="module")
 def search(setting, quantiles):
-    fn, blocks, x = decoder_blocks(setting.model.config, setting.params, TOKENS)
-    return greedy_search(fn, blocks, x, quantiles, limit=0.5, step=0.05)
+    fns, blocks, x = decoder_blocks(setting.model.config, setting.params, TOKENS)
+    return greedy_search(fns, blocks, x, quantiles, limit=0.5, step=0.05)
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -171,7 +171,8 @@ def test_greedy_search_records_a_path_that_beats_uniform(setting, quantiles, sea
         part = search.sparsities(0.27)
         assert sum(part[f"{path}/{n}"] * s for n, s in shares.items()) == pytest.approx(0.27)
         assert all(part[f"{path}/{n}"] <= levels[f"{path}/{n}"] + 1e-9 for n in shares)
-    fn, blocks, x = decoder_blocks(setting.model.config, setting.params, TOKENS)
+    fns, blocks, x = decoder_blocks(setting.model.config, setting.params, TOKENS)
+    fn = fns["layers/0"]
     plans = {
         "greedy": plan_greedy(setting.params, quantiles, search, 0.5),
         "uniform": plan_uniform(setting.params, quantiles, 0.5),
@@ -185,7 +186,8 @@ def test_greedy_search_records_a_path_that_beats_uniform(setting, quantiles, sea
 
 def test_lazy_steps_are_those_of_an_exhaustive_search(setting, quantiles, search):
     """Each step of the recorded path against all raises at that point."""
-    fn, blocks, x = decoder_blocks(setting.model.config, setting.params, TOKENS)
+    fns, blocks, x = decoder_blocks(setting.model.config, setting.params, TOKENS)
+    fn = fns["layers/0"]
     y = fn(blocks["layers/0"], x)
     block = search.blocks["layers/0"]
     levels = dict.fromkeys(block.shares, 0.0)
@@ -205,33 +207,33 @@ def test_lazy_steps_are_those_of_an_exhaustive_search(setting, quantiles, search
 
 
 def test_greedy_search_goes_on_from_its_file(setting, quantiles, search, tmp_path):
-    fn, blocks, x = decoder_blocks(setting.model.config, setting.params, TOKENS)
+    fns, blocks, x = decoder_blocks(setting.model.config, setting.params, TOKENS)
     file = tmp_path / "search.json"
     search.save(file)
     half = GreedySearch.load(file)
     assert half == search
     first = {"layers/0": half.blocks["layers/0"]}
     dataclasses.replace(half, blocks=first).save(file)
-    again = greedy_search(fn, blocks, x, quantiles, limit=0.5, step=0.05, save=file)
+    again = greedy_search(fns, blocks, x, quantiles, limit=0.5, step=0.05, save=file)
     assert again == search == GreedySearch.load(file)
     with pytest.raises(ValueError, match=r"made with step=0.05"):
-        greedy_search(fn, blocks, x, quantiles, limit=0.5, step=0.1, save=file)
+        greedy_search(fns, blocks, x, quantiles, limit=0.5, step=0.1, save=file)
     for other in (
         (blocks, 2 * x, quantiles),
         (blocks, x, quantiles + quantiles),
         (jax.tree.map(lambda w: 2 * w, blocks), x, quantiles),
     ):
         with pytest.raises(ValueError, match=r"search\.json was made for other parameters"):
-            greedy_search(fn, *other, limit=0.5, step=0.05, save=file)
+            greedy_search(fns, *other, limit=0.5, step=0.05, save=file)
     with pytest.raises(ValueError, match=r"target=0.7 is beyond the search of 'layers/0'"):
         search.sparsities(0.7)
     with pytest.raises(ValueError, match="limit=1"):
-        greedy_search(fn, blocks, x, quantiles, limit=1)
+        greedy_search(fns, blocks, x, quantiles, limit=1)
     with pytest.raises(ValueError, match="no quantiles for 'layers/2/"):
-        greedy_search(fn, {"layers/2": blocks["layers/0"]}, x, quantiles, limit=0.1)
+        greedy_search(fns, {"layers/2": blocks["layers/0"]}, x, quantiles, limit=0.1)
     file.write_text("{}")
     with pytest.raises(ValueError, match=r"search\.json is no greedy search"):
-        greedy_search(fn, blocks, x, quantiles, limit=0.5, save=file)
+        greedy_search(fns, blocks, x, quantiles, limit=0.5, save=file)
 
 
 def test_plan_saves_prints_and_plots(setting, quantiles, tmp_path):
