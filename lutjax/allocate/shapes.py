@@ -23,6 +23,8 @@ class ModelShapes:
     head_dim: int
     vocab: int
     tied: bool = False
+    post_norms: bool = False
+    qk_norm: bool = False
 
     def matrices(self) -> tuple[Matrix, ...]:
         """The seven linear matrices of each layer."""
@@ -50,7 +52,8 @@ class ModelShapes:
     @property
     def norm_weights(self) -> int:
         """Weights of the norms."""
-        return self.hidden * (2 * self.layers + 1)
+        block = self.hidden * (4 if self.post_norms else 2) + 2 * self.head_dim * self.qk_norm
+        return self.layers * block + self.hidden
 
     @property
     def total_weights(self) -> int:

@@ -255,4 +255,6 @@ def _read_shapes(name: str) -> ModelShapes:
         config.head_dim,
         config.vocab_size,
         config.tie_embeddings,
+        config.post_norms,
+        config.qk_norm,
     )

@@ -62,7 +62,9 @@ class Checkpoint:
             that the decoder has no place for.
         """
         shapes = parameter_shapes(config)
-        expected = {checkpoint_name(path, fmt): path for path in shapes}
+        expected = {
+            checkpoint_name(path, fmt, post_norms=config.post_norms): path for path in shapes
+        }
         for name, path in expected.items():
             _check_tensor(source, reader, name, shapes[path], is_transposed(path), fmt)
         head = checkpoint_name("lm_head/kernel", fmt)
@@ -78,6 +80,10 @@ class Checkpoint:
             )
         return cls(source, config, fmt, reader, shapes, check_finite)
 
+    def name(self, path: str) -> str:
+        """The name in the checkpoint of the parameter at `path`."""
+        return checkpoint_name(path, self.fmt, post_norms=self.config.post_norms)
+
     def read(self, path: str) -> np.ndarray:
         """Reads one parameter in the decoder's layout (kernels `[in, out]`).
 
@@ -88,7 +94,7 @@ class Checkpoint:
         Raises:
           ValueError: if it holds NaN or Inf and `check_finite` is set.
         """
-        name = checkpoint_name(path, self.fmt)
+        name = self.name(path)
         tensor = self.reader.read(name)
         if self.check_finite and not np.isfinite(tensor).all():
             count = tensor.size - int(np.isfinite(tensor).sum())
@@ -99,13 +105,16 @@ class Checkpoint:
         rows = self._row_order(path)
         if rows is not None:
             tensor = tensor[rows]
+        if self.fmt == "gguf" and self.config.norm_offset and path.endswith("/scale"):
+            # GGUF files have the sum of the two. What was added in float32 is taken away exactly.
+            tensor = tensor - np.float32(self.config.norm_offset)
         return tensor.T if is_transposed(path) else tensor
 
     def grid_spec(self, path: str) -> GridSpec | None:
         """What the headers say of a parameter that `read_grid` reads; None for any other."""
         if not isinstance(self.reader, GGUFReader | QuantizedReader):
             return None
-        return self.reader.grid_spec(checkpoint_name(path, self.fmt))
+        return self.reader.grid_spec(self.name(path))
 
     def read_grid(self, path: str) -> GridBlocks:
         """Reads a quantised matrix as codes, a table, scales and offsets: bit for bit `read`.
@@ -116,7 +125,7 @@ class Checkpoint:
           ValueError: if the parameter is stored in another way, or has scales or offsets that are
             not finite.
         """
-        name = checkpoint_name(path, self.fmt)
+        name = self.name(path)
         if not isinstance(self.reader, GGUFReader | QuantizedReader) or not self.grid_spec(path):
             raise ValueError(
                 f"{self.source}: tensor {name!r} ({path}) of type {self.reader.infos[name].dtype} "

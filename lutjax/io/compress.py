@@ -15,7 +15,6 @@ from lutjax.io.checkpoint import Checkpoint, nest
 from lutjax.io.compressed import write_checkpoint
 from lutjax.io.grid import abstract_grid_array, check_keeps_quantized, grid_array, has_grid
 from lutjax.io.load import load_tokenizer, open_checkpoint
-from lutjax.io.names import checkpoint_name
 from lutjax.io.new_directory import check_destination
 from lutjax.io.quantized import QuantizedReader
 from lutjax.io.safetensors import SafetensorsReader
@@ -108,5 +107,5 @@ def stored_dtype(checkpoint: Checkpoint, path: str) -> np.dtype:
     """The dtype a parameter is kept in: the stored one, float32 for float64 and quantised ones."""
     if not isinstance(checkpoint.reader, SafetensorsReader | QuantizedReader):
         return np.dtype(np.float32)
-    dtype = checkpoint.reader.dtype(checkpoint_name(path, checkpoint.fmt))
+    dtype = checkpoint.reader.dtype(checkpoint.name(path))
     return np.dtype(np.float32) if dtype == np.float64 else dtype

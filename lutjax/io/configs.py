@@ -8,10 +8,17 @@ from typing import Any
 
 import numpy as np
 
+from lutjax.io import gemma
 from lutjax.models.config import DecoderConfig, RopeScaling
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
-"""The supported `model_type`s; SmolLM2 is `llama`."""
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gemma3")
+"""The supported `model_type`s; SmolLM2 is `llama`. Of `gemma3` the text model is."""
+
+TEXT_PREFIX = {"gemma3": "language_model."}
+"""What begins the names of the text model's tensors, for models with several parts."""
+
+# GGUF's names of architectures where they are not the `model_type`.
+_FROM_GGUF = {"gemma3": "gemma3_text"}
 
 
 def config_from_hf(data: Mapping[str, Any], source: str = "config.json") -> DecoderConfig:
@@ -37,12 +44,17 @@ def config_from_hf(data: Mapping[str, Any], source: str = "config.json") -> Deco
     model_type = data.get("model_type")
     if model_type not in SUPPORTED:
         raise _unknown_architecture(model_type, source)
+    if model_type in TEXT_PREFIX:
+        return config_from_hf(_text_config(data, source), source)
+    data = gemma.DEFAULTS.get(model_type, {}) | dict(data)
     _refuse_unsupported(data, model_type, source)
     heads = _integer(data, "num_attention_heads", source)
     hidden = _integer(data, "hidden_size", source)
     layers = _integer(data, "num_hidden_layers", source)
     # transformers 5 writes rope_parameters, which holds the base as well.
     rope = data.get("rope_parameters") or data.get("rope_scaling")
+    if rope is not None and "full_attention" in rope:  # Gemma 3 has one for each kind of layer
+        rope = rope["full_attention"]
     theta = (rope or {}).get("rope_theta", data.get("rope_theta", 10000.0))
     return DecoderConfig(
         vocab_size=_integer(data, "vocab_size", source),
@@ -58,9 +70,10 @@ def config_from_hf(data: Mapping[str, Any], source: str = "config.json") -> Deco
         rope_scaling=_rope_scaling(rope, source),
         tie_embeddings=bool(data.get("tie_word_embeddings", False)),
         qkv_bias=model_type == "qwen2",
-        qk_norm=model_type == "qwen3",
+        qk_norm=model_type in ("qwen3", "gemma3_text"),
         sliding_window=_sliding_window(data, model_type, layers, source),
         model_type=model_type,
+        **gemma.fields_from_hf(data, model_type, layers, source),
     )
 
 
@@ -89,6 +102,7 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "sliding_window": config.sliding_window,
     }
+    data |= gemma.fields_to_hf(config)
     if config.model_type.startswith("qwen"):
         data |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
     scaling = config.rope_scaling
@@ -130,16 +144,18 @@ def config_from_gguf(
     Raises:
       ValueError: if the architecture or its RoPE scaling is not supported or a key is missing.
     """
-    architecture = metadata.get("general.architecture")
-    if architecture not in SUPPORTED:
+    architecture: Any = metadata.get("general.architecture")
+    model_type = _FROM_GGUF.get(architecture, architecture)
+    if model_type not in SUPPORTED:
         raise _unknown_architecture(architecture, source)
-    fields = {
-        key.removeprefix(f"{architecture}."): value
+    fields: dict[str, Any] = {
+        key.removeprefix(f"{architecture}."): _decimal(value) if isinstance(value, float) else value
         for key, value in metadata.items()
         if key.startswith(f"{architecture}.")
     }
     heads = _integer(fields, "attention.head_count", source)
     hidden = _integer(fields, "embedding_length", source)
+    layers = _integer(fields, "block_count", source)
     if fields.get("expert_count"):
         raise ValueError(f"{source} is a mixture of experts, which is not supported")
     scaling = None
@@ -147,27 +163,39 @@ def config_from_gguf(
     if rope_factors is not None:
         scaling = RopeScaling("factors", factors=tuple(map(float, rope_factors)))
     elif kind == "linear":
-        scaling = RopeScaling("linear", factor=_decimal(fields["rope.scaling.factor"]))
+        scaling = RopeScaling("linear", factor=fields["rope.scaling.factor"])
     elif kind != "none":
         raise ValueError(f"{source}: rope.scaling.type {kind!r} is not supported")
+    window = fields.get("attention.sliding_window") or None
+    if model_type == "gemma2" and window is None:
+        window = gemma.DEFAULTS["gemma2"]["sliding_window"]
     return DecoderConfig(
         vocab_size=vocab_size,
         hidden_size=hidden,
         intermediate_size=_integer(fields, "feed_forward_length", source),
-        num_layers=_integer(fields, "block_count", source),
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=fields.get("attention.head_count_kv", heads),
         head_dim=fields.get("attention.key_length", hidden // heads),
         max_position_embeddings=fields.get("context_length", 2048),
-        rms_norm_eps=_decimal(fields.get("attention.layer_norm_rms_epsilon", 1e-5)),
-        rope_theta=_decimal(fields.get("rope.freq_base", 10000.0)),
+        rms_norm_eps=fields.get("attention.layer_norm_rms_epsilon", 1e-5),
+        rope_theta=float(fields.get("rope.freq_base", 10000.0)),
         rope_scaling=scaling,
         tie_embeddings=tied,
-        qkv_bias=architecture == "qwen2",
-        qk_norm=architecture == "qwen3",
-        sliding_window=fields.get("attention.sliding_window") or None,
-        model_type=architecture,
+        qkv_bias=model_type == "qwen2",
+        qk_norm=model_type in ("qwen3", "gemma3_text"),
+        sliding_window=window,
+        model_type=model_type,
+        **gemma.fields_from_gguf(fields, model_type, layers, window),
     )
+
+
+def _text_config(data: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The configuration of the text model of one with several parts."""
+    text = data.get("text_config")
+    if not isinstance(text, dict):
+        raise ValueError(f"{source}: 'text_config' is {text!r}, not a JSON object")
+    return {"model_type": f"{data['model_type']}_text"} | text
 
 
 def _unknown_architecture(name: Any, source: str) -> ValueError:
@@ -189,7 +217,16 @@ def _decimal(value: float) -> float:
 
 
 def _refuse_unsupported(data: Mapping[str, Any], model_type: str, source: str) -> None:
-    wanted = {"hidden_act": ("silu", "swish"), "mlp_bias": (False,), "attention_bias": (False,)}
+    wanted: dict[str, tuple[Any, ...]] = {
+        "hidden_act": ("silu", "swish"),
+        "mlp_bias": (False,),
+        "attention_bias": (False,),
+    }
+    if model_type.startswith("gemma"):
+        # The first releases say "gelu" and mean the approximation, as transformers does.
+        wanted["hidden_act"] = ("gelu_pytorch_tanh", "gelu")
+        wanted["hidden_activation"] = ("gelu_pytorch_tanh",)
+        wanted["use_bidirectional_attention"] = (False,)
     if model_type == "qwen2":
         del wanted["attention_bias"]  # its biases are part of the architecture
     for key, accepted in wanted.items():
@@ -231,9 +268,9 @@ def _sliding_window(
     data: Mapping[str, Any], model_type: str, layers: int, source: str
 ) -> int | None:
     window = data.get("sliding_window")
-    if model_type == "llama" or window is None:
+    if model_type in ("llama", "gemma") or window is None:
         return None
-    if model_type == "mistral":
+    if model_type in ("mistral", "gemma2", "gemma3_text"):
         return window
     first = data.get("max_window_layers", 28)
     if not data.get("use_sliding_window", False) or first >= layers:

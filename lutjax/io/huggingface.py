@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from lutjax.io.checkpoint import Checkpoint
-from lutjax.io.configs import config_from_hf
+from lutjax.io.configs import TEXT_PREFIX, config_from_hf
 from lutjax.io.quantized import QuantizedReader, method_from_config
 from lutjax.io.safetensors import INDEX_NAME, SINGLE_NAME, SafetensorsReader, read_json
 
@@ -20,7 +20,8 @@ def open_directory(directory: str | Path, *, check_finite: bool = True) -> Check
 
     Weights that GPTQ, AWQ, bitsandbytes (4 bits) or compressed-tensors ("pack-quantized") quantised
     are dequantised when they are read, or read as codes; of those, JSON objects that bitsandbytes
-    keeps in tensors, and biases that the decoder has no place for, are read here as well.
+    keeps in tensors, and biases that the decoder has no place for, are read here as well. Of a
+    model of text and images (`gemma3`), the text model is opened.
 
     Args:
       directory: its path.
@@ -48,6 +49,8 @@ def open_directory(directory: str | Path, *, check_finite: bool = True) -> Check
             raise refuse_pickle(directory / pickles[0])
         raise FileNotFoundError(f"{directory} has neither {SINGLE_NAME} nor {INDEX_NAME}")
     tensors = SafetensorsReader.open_directory(directory)
+    if (model_type := data.get("model_type")) in TEXT_PREFIX:
+        tensors = tensors.below(TEXT_PREFIX[model_type])
     reader = tensors if method is None else QuantizedReader(tensors, method)
     return Checkpoint.create(directory, config, "hf", reader, check_finite=check_finite)
 

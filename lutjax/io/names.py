@@ -1,6 +1,7 @@
 """Where each parameter of the decoder lies in a Hugging Face or GGUF checkpoint.
 
-One table for the whole family: Llama, SmolLM2, Mistral, Qwen2 and Qwen3 use the same names.
+One table for the whole family: Llama, SmolLM2, Mistral, Qwen2, Qwen3 and Gemma use the same names,
+but for the norms of blocks that normalise what they add (`DecoderConfig.post_norms`).
 """
 
 from __future__ import annotations
@@ -39,24 +40,35 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
         )
         for name in ("gate", "up", "down")
     ),
-    (
-        "layers/{i}/input_layernorm/scale",
-        "model.layers.{i}.input_layernorm.weight",
-        "blk.{i}.attn_norm.weight",
-    ),
-    (
-        "layers/{i}/post_attention_layernorm/scale",
-        "model.layers.{i}.post_attention_layernorm.weight",
-        "blk.{i}.ffn_norm.weight",
-    ),
     ("norm/scale", "model.norm.weight", "output_norm.weight"),
     ("lm_head/kernel", "lm_head.weight", "output.weight"),
 )
 
-_NAMES = {path: {"hf": hf, "gguf": gguf} for path, hf, gguf in _TABLE}
+# GGUF names a block's norms by what they do, Hugging Face by where they stand.
+_BLOCK_NORMS = {
+    False: {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
+    True: {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "post_attention_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    },
+}
 
+# By `post_norms`, then by path.
+_NAMES: dict[bool, dict[str, dict[str, str]]] = {
+    post_norms: {path: {"hf": hf, "gguf": gguf} for path, hf, gguf in _TABLE}
+    | {
+        f"layers/{{i}}/{name}/scale": {
+            "hf": f"model.layers.{{i}}.{name}.weight",
+            "gguf": f"blk.{{i}}.{gguf}.weight",
+        }
+        for name, gguf in norms.items()
+    }
+    for post_norms, norms in _BLOCK_NORMS.items()
+}
 _PATHS: dict[str, dict[str, str]] = {
-    fmt: {names[fmt]: path for path, names in _NAMES.items()} for fmt in ("hf", "gguf")
+    fmt: {names[fmt]: path for path, names in _NAMES[False].items()} for fmt in ("hf", "gguf")
 }
 _LAYER_PREFIX = {"hf": "model.layers.", "gguf": "blk."}
 
@@ -64,8 +76,13 @@ _LAYER_PREFIX = {"hf": "model.layers.", "gguf": "blk."}
 _IGNORED = re.compile(r".*rotary_emb\.inv_freq|rope_freqs\.weight")
 
 
-def checkpoint_name(path: str, fmt: CheckpointFormat) -> str:
+def checkpoint_name(path: str, fmt: CheckpointFormat, *, post_norms: bool = False) -> str:
     """The name in a checkpoint of the parameter at `path`.
+
+    Args:
+      path: the parameter's path in the unrolled decoder.
+      fmt: the checkpoint's format.
+      post_norms: the decoder's; only names of norms depend on it.
 
     Raises:
       KeyError: if the decoder has no such parameter.
@@ -75,12 +92,12 @@ def checkpoint_name(path: str, fmt: CheckpointFormat) -> str:
     """
     match = re.fullmatch(r"layers/(\d+)/(.*)", path)
     if match is None:
-        return _NAMES[path][fmt]
-    return _NAMES["layers/{i}/" + match[2]][fmt].format(i=match[1])
+        return _NAMES[post_norms][path][fmt]
+    return _NAMES[post_norms]["layers/{i}/" + match[2]][fmt].format(i=match[1])
 
 
 def parameter_path(name: str, fmt: CheckpointFormat) -> str:
-    """The inverse of `checkpoint_name`.
+    """The inverse of `checkpoint_name` without `post_norms`.
 
     Raises:
       KeyError: if the decoder has no parameter of that name.

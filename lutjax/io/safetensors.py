@@ -85,6 +85,16 @@ class SafetensorsReader:
                 raise ValueError(f"{index} says that {shard} holds {name!r}, but it does not")
         return cls(infos)
 
+    def below(self, prefix: str) -> SafetensorsReader:
+        """The tensors whose names begin with `prefix`, which is taken off."""
+        return SafetensorsReader(
+            {
+                name.removeprefix(prefix): info
+                for name, info in self.infos.items()
+                if name.startswith(prefix)
+            }
+        )
+
     def dtype(self, name: str) -> np.dtype:
         """The dtype in which a tensor is stored.
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -16,6 +17,7 @@ from lutjax.allocate import (
     CostTable,
     InfeasibleBudgetError,
     Matrix,
+    ModelShapes,
     Plan,
     allocate,
     candidate_grid,
@@ -28,6 +30,7 @@ from lutjax.allocate import (
 )
 from lutjax.allocate.grid import gaussian_error
 from lutjax.arrays import DoubleQuant
+from lutjax.io.checkpoint import parameter_shapes
 from lutjax.transforms.recipe import LutConfig, Recipe
 
 SMALL = prune(candidate_grid(), most=8, bits=(2, 4.5))
@@ -259,6 +262,15 @@ def test_shapes_of_known_models():
         "smollm2-135m": 0.1345,
     }
     assert billions == pytest.approx(published, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"post_norms": True, "qk_norm": True}], ids=["plain", "norms"]
+)
+def test_every_weight_is_counted(tiny_config, change):
+    config = dataclasses.replace(tiny_config, **change)
+    shapes = ModelShapes(20, 28, 2, 4, 2, 6, 37, **change)
+    assert shapes.total_weights == sum(map(math.prod, parameter_shapes(config).values()))
 
 
 def test_seventy_billion_on_paper():

@@ -11,7 +11,39 @@ from safetensors.numpy import save_file
 from lutjax.io.checkpoint import parameter_shapes
 from lutjax.io.configs import config_to_hf
 from lutjax.io.names import checkpoint_name, is_transposed
-from lutjax.models import DecoderConfig
+from lutjax.models import DecoderConfig, RopeScaling
+
+GEMMA = {
+    "norm_offset": 1.0,
+    "activation": "gelu_tanh",
+    "scale_embeddings": True,
+    "tie_embeddings": True,
+}
+FAMILIES_OF_GEMMA = {
+    "gemma": GEMMA | {"model_type": "gemma"},
+    "gemma2": GEMMA
+    | {
+        "model_type": "gemma2",
+        "post_norms": True,
+        "query_pre_attn_scalar": 10,
+        "attn_logit_softcapping": 1.5,
+        "final_logit_softcapping": 2.0,
+        "sliding_window": 5,
+        "sliding_layers": (True, False),
+    },
+    "gemma3": GEMMA
+    | {
+        "model_type": "gemma3_text",
+        "post_norms": True,
+        "qk_norm": True,
+        "rope_theta": 1e6,
+        "rope_scaling": RopeScaling("linear", factor=8.0),
+        "sliding_window": 5,
+        "sliding_layers": (True, False),
+        "sliding_rope_theta": 1e4,
+    },
+}
+"""Changes to a configuration of two layers."""
 
 
 def random_values(config: DecoderConfig) -> dict[str, np.ndarray]:
@@ -22,9 +54,16 @@ def random_values(config: DecoderConfig) -> dict[str, np.ndarray]:
 
 def hf_tensors(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {
-        checkpoint_name(path, "hf"): np.ascontiguousarray(value.T if is_transposed(path) else value)
+        checkpoint_name(path, "hf", post_norms=post_norms(values)): np.ascontiguousarray(
+            value.T if is_transposed(path) else value
+        )
         for path, value in values.items()
     }
+
+
+def post_norms(values: dict[str, np.ndarray]) -> bool:
+    """Whether these are parameters of a decoder with `post_norms`."""
+    return "layers/0/post_feedforward_layernorm/scale" in values
 
 
 def write_hf(

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors
+from checkpoints import FAMILIES_OF_GEMMA
 from tiny_checkpoint import assert_same_bits, bfloat16, dense_params, tiny_tokenizer
 
 import lutjax
@@ -104,10 +105,12 @@ def test_any_array_comes_back_bit_for_bit(tmp_path, name):
     assert_same_bits(read_params(tmp_path / "out"), params)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
 @pytest.mark.parametrize("scan", [False, True])
-def test_a_model_comes_back(tmp_path, tiny_config, scan):
-    config = dataclasses.replace(tiny_config, scan_layers=scan, dtype=jnp.bfloat16)
-    params = nest({p: jnp.asarray(v) for p, v in bfloat16(dense_params(tiny_config)).items()})
+def test_a_model_comes_back(tmp_path, tiny_config, scan, family):
+    config = dataclasses.replace(tiny_config, **FAMILIES_OF_GEMMA.get(family, {}))
+    params = nest({p: jnp.asarray(v) for p, v in bfloat16(dense_params(config)).items()})
+    config = dataclasses.replace(config, scan_layers=scan, dtype=jnp.bfloat16)
     params = lutjax.quantize(stack_layers(params) if scan else params, group_size=16)
     tokenizer = tiny_tokenizer(config.vocab_size)
     lutjax.save(tmp_path / "out", params, config, tokenizer)

@@ -6,11 +6,14 @@ import struct
 import gguf
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import random_values
+from checkpoints import FAMILIES_OF_GEMMA, post_norms, random_values
 
 from lutjax.io import load_params, open_checkpoint
+from lutjax.io.checkpoint import parameter_shapes
+from lutjax.io.configs import config_from_gguf
 from lutjax.io.grid import abstract_grid_array, grid_array
 from lutjax.io.names import checkpoint_name, is_transposed
 from lutjax.models import DecoderConfig, RopeScaling
@@ -64,7 +67,7 @@ def random_blocks(kind, shape) -> np.ndarray:
 
 
 def write_gguf(path, config, values, kind=Q.F32, metadata=(), extra=()):
-    arch = config.model_type
+    arch = config.model_type.removesuffix("_text")
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -75,19 +78,31 @@ def write_gguf(path, config, values, kind=Q.F32, metadata=(), extra=()):
     writer.add_key_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
+    if config.rope_scaling is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(config.rope_scaling.kind))
+        writer.add_rope_scaling_factor(config.rope_scaling.factor)
+    if config.sliding_window is not None:
+        writer.add_sliding_window(config.sliding_window)
+    if config.attn_logit_softcapping is not None:
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+    if config.final_logit_softcapping is not None:
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
     for key, value in metadata:
         writer.add_string(key, value)
     for name, value in values.items():
         tensor = value.T if is_transposed(name) else value
         if arch == "llama" and ("/q_proj/" in name or "/k_proj/" in name):
             tensor = permuted(tensor, config.num_heads if "/q_" in name else config.num_kv_heads)
+        if name.endswith("/scale"):
+            tensor = tensor + np.float32(config.norm_offset)
         tensor = np.ascontiguousarray(tensor)
         quantised = kind if tensor.ndim == 2 else Q.F32
         if quantised in FLOAT16_AT:
             data = random_blocks(quantised, tensor.shape)
         else:
             data = gguf.quantize(tensor, quantised)
-        writer.add_tensor(checkpoint_name(name, "gguf"), data, raw_dtype=quantised)
+        label = checkpoint_name(name, "gguf", post_norms=post_norms(values))
+        writer.add_tensor(label, data, raw_dtype=quantised)
     for name, tensor in extra:
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()
@@ -113,6 +128,75 @@ def test_float32_is_read_back_exactly(tmp_path, config, change):
     assert checkpoint.config == config
     for path, value in checkpoint.parameters():
         np.testing.assert_array_equal(value, values[path], err_msg=path)
+
+
+# llama.cpp's files do not say what queries are scaled by, nor which layers have the window.
+GEMMA_IN_GGUF = {
+    "gemma": {},
+    "gemma2": {"query_pre_attn_scalar": None},
+    "gemma3": {"num_layers": 7, "sliding_layers": (True,) * 5 + (False, True)},
+}
+
+
+@pytest.mark.parametrize("family", GEMMA_IN_GGUF)
+def test_gemma_is_read_back_exactly(tmp_path, config, family):
+    config = dataclasses.replace(config, **FAMILIES_OF_GEMMA[family] | GEMMA_IN_GGUF[family])
+    values = random_values(config)
+    for path in values:
+        if path.endswith("/scale"):  # as Gemma's own checkpoints have them, so 1 is added exactly
+            values[path] = values[path].astype(ml_dtypes.bfloat16).astype(np.float32)
+    write_gguf(tmp_path / "m.gguf", config, values)
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    assert checkpoint.config == config
+    for path, value in checkpoint.parameters():
+        np.testing.assert_array_equal(value, values[path], err_msg=path)
+
+
+@pytest.mark.parametrize("family", GEMMA_IN_GGUF)
+def test_names_of_gemma_are_those_of_the_gguf_package(config, family):
+    config = dataclasses.replace(config, **FAMILIES_OF_GEMMA[family])
+    arch = gguf.MODEL_ARCH[family.upper()]
+    table = gguf.get_tensor_name_map(arch, config.num_layers)
+    for path in parameter_shapes(config):
+        hf, ours = (checkpoint_name(path, f, post_norms=config.post_norms) for f in ("hf", "gguf"))
+        assert table.get_name(hf, try_suffixes=(".weight",)) == ours, path
+
+
+def read_metadata(architecture, **fields):
+    needed = {
+        "embedding_length": 60,
+        "feed_forward_length": 96,
+        "block_count": 12,
+        "attention.head_count": 4,
+        "attention.key_length": 16,
+    }
+    metadata = {f"{architecture}.{key}": value for key, value in (needed | fields).items()}
+    metadata["general.architecture"] = architecture
+    return config_from_gguf(metadata, tied=True, vocab_size=8, rope_factors=None, source="a file")
+
+
+def test_gemma_metadata():
+    second = read_metadata("gemma2")
+    assert (second.attn_logit_softcapping, second.final_logit_softcapping) == (50.0, 30.0)
+    assert (second.sliding_window, second.sliding_layers) == (4096, (True, False) * 6)
+    assert second.query_pre_attn_scalar is None
+    assert read_metadata("gemma2", block_count=46).query_pre_attn_scalar == 15
+    third = read_metadata("gemma3", **{"rope.freq_base": 1e6, "attention.sliding_window": 512})
+    assert (third.model_type, third.rope_theta, third.sliding_rope_theta) == (
+        "gemma3_text",
+        1e6,
+        1e4,
+    )
+    assert third.sliding_layers == ((True,) * 5 + (False,)) * 2
+    assert (third.attn_logit_softcapping, third.final_logit_softcapping) == (None, None)
+    assert read_metadata("gemma3", block_count=62).query_pre_attn_scalar == 15
+    assert read_metadata("gemma3").sliding_layers is None
+    window = {"attention.sliding_window": 512, "rope.freq_base_swa": 2e4}
+    pattern = "attention.sliding_window_pattern"
+    fourth = read_metadata("gemma3", **window, **{pattern: 3})
+    assert (fourth.sliding_layers, fourth.sliding_rope_theta) == ((True, True, False) * 4, 2e4)
+    listed = read_metadata("gemma3", **window, **{pattern: [True] * 11 + [False]})
+    assert listed.sliding_layers == (True,) * 11 + (False,)
 
 
 # Largest error relative to the largest of a block's values: half a step and the float16 step's own.

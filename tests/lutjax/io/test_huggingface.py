@@ -2,18 +2,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import hf_tensors, random_values, write_hf
+from checkpoints import FAMILIES_OF_GEMMA, hf_tensors, random_values, write_hf
 from safetensors.numpy import load_file, save_file
 
 from lutjax.io import load, load_params, open_checkpoint
 from lutjax.io.configs import SUPPORTED, config_from_hf, config_to_hf
-from lutjax.models import RopeScaling
+from lutjax.models import RopeScaling, generate
 
 FAMILIES = {
     "llama": {},
@@ -28,7 +30,9 @@ FAMILIES = {
     "qwen2": {"model_type": "qwen2", "qkv_bias": True},
     "qwen2-window": {"model_type": "qwen2", "qkv_bias": True, "sliding_window": 7},
     "qwen3": {"model_type": "qwen3", "qk_norm": True, "tie_embeddings": True},
+    **FAMILIES_OF_GEMMA,
 }
+DATA = Path(__file__).parents[2] / "data" / "gemma"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -81,6 +85,107 @@ def test_hugging_face_defaults():
     assert config_from_hf(newer).rope_theta == 1e6
     window = {"sliding_window": 8, "use_sliding_window": False}
     assert config_from_hf(data | {"model_type": "qwen2"} | window).sliding_window is None
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])
+def test_gemma_computes_what_transformers_does(family):
+    outputs = np.load(DATA / "outputs.npz")
+    model, params, _ = load(DATA / family)
+    tokens = outputs["tokens"]
+    logits = jax.jit(model.apply)({"params": params}, tokens)
+    # float32 on both sides, logits of up to 7, weights of order 1 in up to seven layers.
+    np.testing.assert_allclose(logits, outputs[f"{family}.logits"], rtol=1e-4, atol=1e-4)
+    found = generate(
+        model.apply, params, tokens[:, :9].tolist(), config=model.config, max_new_tokens=16
+    )
+    assert found == outputs[f"{family}.greedy"].tolist()
+
+
+def older_config() -> dict:
+    """The configuration of the Gemma 3 fixture as transformers 4 wrote it."""
+    data = json.loads((DATA / "gemma3" / "config.json").read_text())
+    for key in ("rope_parameters", "layer_types", "_sliding_window_pattern"):
+        del data[key]
+    return data | {
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "sliding_window_pattern": 6,
+    }
+
+
+def test_older_configurations_of_gemma_mean_the_same():
+    config = open_checkpoint(DATA / "gemma3").config
+    assert config.sliding_layers == (True,) * 5 + (False, True)
+    assert (config.sliding_rope_theta, config.rope_theta) == (1e4, 1e6)
+    assert config_from_hf(older_config()) == config
+    everywhere = config_from_hf(older_config() | {"sliding_window": None})
+    assert (everywhere.sliding_layers, everywhere.sliding_rope_theta) == (None, None)
+    # Google's first Gemma says "gelu" for its approximation.
+    first = json.loads((DATA / "gemma" / "config.json").read_text()) | {"hidden_act": "gelu"}
+    assert config_from_hf(first) == open_checkpoint(DATA / "gemma").config
+
+
+def test_gemma_defaults():
+    """config.json of google/gemma-3-4b-it leaves most of the text model to transformers."""
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
+    config = config_from_hf({"model_type": "gemma3", "text_config": text, "vision_config": {}})
+    assert (config.vocab_size, config.head_dim, config.tie_embeddings) == (262208, 256, True)
+    assert (config.num_heads, config.num_kv_heads) == (8, 4)
+    assert (config.rope_theta, config.sliding_rope_theta) == (1e6, 1e4)
+    assert config.rope_scaling == RopeScaling("linear", factor=8.0)
+    assert config.query_pre_attn_scalar is None  # that of head_dim
+    assert [i for i, window in enumerate(config.windowed) if not window] == [5, 11, 17, 23, 29]
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 3}
+    second = config_from_hf({"model_type": "gemma2", "num_attention_heads": 2, **sizes})
+    assert (second.attn_logit_softcapping, second.final_logit_softcapping) == (50.0, 30.0)
+    assert (second.sliding_window, second.sliding_layers) == (4096, (True, False, True))
+
+
+def test_the_text_model_of_a_multimodal_directory(tmp_path):
+    shutil.copytree(DATA / "gemma3", tmp_path / "m")
+    text = json.loads((tmp_path / "m" / "config.json").read_text())
+    whole = {"model_type": "gemma3", "text_config": text, "vision_config": {}}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(whole))
+
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    renamed = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+    renamed["vision_tower.embeddings.patch_embedding.bias"] = np.zeros(3, np.float32)
+    save_file(renamed, tmp_path / "m" / "model.safetensors")
+    checkpoint, expected = open_checkpoint(tmp_path / "m"), open_checkpoint(DATA / "gemma3")
+    assert checkpoint.config == expected.config
+    for path, value in expected.parameters():
+        np.testing.assert_array_equal(checkpoint.read(path), value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_activation": "gelu"}, "hidden_activation='gelu' is not supported"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"layer_types": ["chunked_attention"] * 7}, "layer_types has 'chunked_attention'"),
+        ({"layer_types": ["full_attention"]}, "sliding_layers has 1 entries"),
+        ({"layer_types": None, "sliding_window_pattern": 0}, "sliding_window_pattern=0 must be"),
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "RoPE scaling 'linear' in layers with a sliding window",
+        ),
+        ({"model_type": "gemma3", "text_config": None}, "'text_config' is None"),
+        ({"model_type": "gemma3n"}, "'gemma3n'; supported are"),
+    ],
+)
+def test_unsupported_configurations_of_gemma(change, message):
+    data = json.loads((DATA / "gemma3" / "config.json").read_text())
+    with pytest.raises(ValueError, match=message):
+        config_from_hf(data | change)
 
 
 @pytest.mark.parametrize(
