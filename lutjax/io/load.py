@@ -126,13 +126,20 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
       checkpoint: an opened checkpoint.
 
     Returns:
-      The tokenizer, or None if a directory has no tokenizer.json.
+      The tokenizer, or None if a directory has no tokenizer.json. Where a GGUF file has one that
+      cannot be rebuilt (SentencePiece, as Gemma has), that of a tokenizer.json beside the file.
 
     Raises:
-      ValueError: if it is of an unsupported kind.
+      ValueError: if it is of an unsupported kind, or the tokenizer.json is another model's.
     """
     if isinstance(checkpoint.reader, GGUFReader):
-        return Tokenizer.from_gguf(checkpoint.reader.metadata, str(checkpoint.source))
+        metadata, beside = checkpoint.reader.metadata, checkpoint.source.parent
+        rebuilt = metadata.get("tokenizer.ggml.model") == "gpt2"
+        if rebuilt or not (beside / "tokenizer.json").is_file():
+            return Tokenizer.from_gguf(metadata, str(checkpoint.source))
+        tokenizer = Tokenizer.from_directory(beside)
+        tokenizer.check_tokens(metadata, str(checkpoint.source))
+        return tokenizer
     if (checkpoint.source / "tokenizer.json").is_file():
         return Tokenizer.from_directory(checkpoint.source)
     return None

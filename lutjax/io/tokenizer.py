@@ -14,7 +14,7 @@ from lutjax.io.safetensors import read_json
 if TYPE_CHECKING:
     import tokenizers
 
-_CONTROL, _USER_DEFINED = 3, 4  # GGUF token types
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # GGUF token types
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -85,7 +85,7 @@ class Tokenizer:
         if model != "gpt2":
             raise ValueError(
                 f"{source} has a tokenizer of kind {model!r}; only 'gpt2' (byte-level BPE) is "
-                "supported"
+                "rebuilt. Put the tokenizer.json of the model's Hugging Face directory beside it"
             )
         pre = metadata.get("tokenizer.ggml.pre", "default")
         if pre not in PRE_TOKENIZERS:
@@ -99,7 +99,7 @@ class Tokenizer:
         backend = _byte_level_bpe(
             tokens,
             metadata["tokenizer.ggml.merges"],
-            metadata.get("tokenizer.ggml.token_type", [1] * len(tokens)),
+            metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens)),
             pre,
         )
 
@@ -124,6 +124,21 @@ class Tokenizer:
             token("eos"),
             metadata.get("tokenizer.chat_template"),
         )
+
+    def check_tokens(self, metadata: Mapping[str, Any], source: str) -> None:
+        """Refuses a tokenizer of another model than that of GGUF metadata.
+
+        Raises:
+          ValueError: if an ordinary token is another one.
+        """
+        tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
+        kinds = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+        for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
+            if kind == _NORMAL and self.backend.id_to_token(index) != token:
+                raise ValueError(
+                    f"the tokenizer.json beside {source} is another model's: its token {index} is "
+                    f"{self.backend.id_to_token(index)!r}, not {token!r}"
+                )
 
     @property
     def vocab_size(self) -> int:

@@ -10,8 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import FAMILIES_OF_GEMMA, post_norms, random_values
+from tiny_checkpoint import tiny_tokenizer
 
-from lutjax.io import load_params, open_checkpoint
+from lutjax.io import load, load_params, open_checkpoint
 from lutjax.io.checkpoint import parameter_shapes
 from lutjax.io.configs import config_from_gguf
 from lutjax.io.grid import abstract_grid_array, grid_array
@@ -88,7 +89,7 @@ def write_gguf(path, config, values, kind=Q.F32, metadata=(), extra=()):
     if config.final_logit_softcapping is not None:
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
     for key, value in metadata:
-        writer.add_string(key, value)
+        (writer.add_array if isinstance(value, list) else writer.add_string)(key, value)
     for name, value in values.items():
         tensor = value.T if is_transposed(name) else value
         if arch == "llama" and ("/q_proj/" in name or "/k_proj/" in name):
@@ -150,6 +151,25 @@ def test_gemma_is_read_back_exactly(tmp_path, config, family):
     assert checkpoint.config == config
     for path, value in checkpoint.parameters():
         np.testing.assert_array_equal(value, values[path], err_msg=path)
+
+
+def test_a_sentencepiece_tokenizer_is_read_beside_the_file(tmp_path, config):
+    metadata = [
+        ("tokenizer.ggml.model", "llama"),
+        ("tokenizer.ggml.tokens", [*"abc", "<eos>"]),
+        ("tokenizer.ggml.token_type", [1, 1, 1, 3]),
+    ]
+    write_gguf(tmp_path / "m.gguf", config, random_values(config), metadata=metadata)
+    with pytest.raises(ValueError, match=r"m\.gguf has a tokenizer of kind 'llama'.*Put the token"):
+        load(tmp_path / "m.gguf")
+    tiny_tokenizer(config.vocab_size).save(tmp_path)
+    _, _, tokenizer = load(tmp_path / "m.gguf")
+    assert tokenizer is not None
+    assert tokenizer.encode("cab") == [2, 0, 1]
+    metadata[1] = ("tokenizer.ggml.tokens", [*"axc", "<eos>"])
+    write_gguf(tmp_path / "m.gguf", config, random_values(config), metadata=metadata)
+    with pytest.raises(ValueError, match="another model's: its token 1 is 'b', not 'x'"):
+        load(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize("family", GEMMA_IN_GGUF)
