@@ -38,7 +38,7 @@ from lutjax.calibrate import decompose_decoder, quantize_decoder
 from lutjax.transforms import Summary
 
 RESULTS = Path(__file__).parent / "results"
-BUDGETS = [2.5, 3.0]
+BUDGETS = [2.5]
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 WINDOWS = 32
 METHODS = {
@@ -56,7 +56,6 @@ def compared(params: Any) -> dict[str, Recipe]:
     return {
         "NormalFloat, 3 bits, groups of 64": Recipe.uniform(3),
         "HIGGS, 3 bits for all": Recipe.higgs(3),
-        "HIGGS, 2 bits for all": Recipe.higgs(2),
         **{f"HIGGS, planned at {b}": planned[f"HIGGS, planned at {b}"][0] for b in BUDGETS},
     }
 

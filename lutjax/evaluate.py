@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32
+
+from lutjax.progress import progress_bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +101,8 @@ def perplexity(
         raise ValueError(f"windows has shape {windows.shape}; it must be [chunks, window ≥ 2]")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
-    starts: Any = range(0, len(windows), batch_size)
-    if progress:
-        from tqdm import tqdm
-
-        starts = tqdm(starts, desc="perplexity", unit="batch")
+    starts: Iterable[int] = range(0, len(windows), batch_size)
+    starts = progress_bar(starts, "perplexity", "batch", show=progress)
     # Summed in float64: the windows' sums are far larger than their differences.
     means = np.concatenate(
         [

@@ -18,6 +18,7 @@ from lutjax.arrays import CompressedArray, DenseArray, is_compressed
 from lutjax.calibrate.histogram import BINS, SLOTS, MagnitudeHistogram, magnitude_counts
 from lutjax.calibrate.observe import observe
 from lutjax.paths import named_leaves
+from lutjax.progress import progress_bar
 from lutjax.transforms.quantize import weight_view
 from lutjax.transforms.recipe import Recipe, Rule
 
@@ -148,7 +149,7 @@ def activation_quantiles(
         raise ValueError(f"score={score!r} is unknown; use 'magnitude' or 'wina'")
     step = _counter(fn, tuple(projections(params, recipe)), score, recipe)
     totals: dict[str, np.ndarray] = {}
-    for batch in _bar(batches, progress):
+    for batch in progress_bar(batches, "activations", "batch", show=progress):
         for path, counts in step(params, batch).items():
             found = np.rint(np.asarray(counts, np.float64)).astype(np.int64)
             bad = int(found[..., -1].sum())
@@ -238,11 +239,3 @@ def _untrimmed(values: list[int]) -> np.ndarray:
     counts[first : first + len(used)] = used
     counts[-1] = zeros
     return counts
-
-
-def _bar(batches: Iterable[Any], show: bool) -> Iterable[Any]:
-    if not show:
-        return batches
-    from tqdm import tqdm
-
-    return tqdm(batches, desc="activations", unit="batch")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from lutjax.lift import lift
 from lutjax.models.blockwise import BlockFn, decoder_blocks, functions_by_block
 from lutjax.models.config import DecoderConfig
 from lutjax.paths import named_leaves, path_string
+from lutjax.progress import progress_bar
 from lutjax.transforms.recipe import LutConfig, Recipe, Rule
 
 Convert = Callable[[str, Array, Rule, Float[Array, "*batch k k"] | None], Any]
@@ -82,7 +83,7 @@ def convert_blocks(
     fns = functions_by_block(fn, blocks)
     runs = {each: jax.jit(lift(each)) for each in set(fns.values())}
     done: dict[str, Any] = {}
-    for path, params in _bar(blocks, progress):
+    for path, params in progress_bar(blocks.items(), "compress", "block", show=progress):
         prefix = f"{path}/"
         rules = {
             name: plan[prefix + name] for name, _ in named_leaves(params) if prefix + name in plan
@@ -109,11 +110,3 @@ def _convert(
         return convert(path, leaf, plan[path]) if path in plan else leaf
 
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_compressed)
-
-
-def _bar(blocks: Mapping[str, Any], show: bool) -> Iterable[tuple[str, Any]]:
-    if not show:
-        return blocks.items()
-    from tqdm import tqdm
-
-    return tqdm(blocks.items(), desc="compress", unit="block")

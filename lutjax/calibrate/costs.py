@@ -20,6 +20,7 @@ from lutjax.allocate import CostTable, Matrix
 from lutjax.allocate.grid import fits
 from lutjax.calibrate.hashing import content_hash
 from lutjax.paths import named_leaves
+from lutjax.progress import progress_bar
 from lutjax.transforms.decompose import Method, decompose_array
 from lutjax.transforms.quantize import match_rules, weight_view
 from lutjax.transforms.recipe import LutConfig, Recipe, Rule
@@ -141,6 +142,7 @@ def measure_costs(
                 continue
             entry = {
                 "path": matrix.path,
+                "axes": [matrix.axis, matrix.batch_ndim],
                 **hashes,
                 **settings,
                 "config": dataclasses.asdict(config),
@@ -172,7 +174,13 @@ def measure_costs(
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(measure, task) for task in tasks]
         try:
-            for future in _bar(concurrent.futures.as_completed(futures), len(futures), progress):
+            for future in progress_bar(
+                concurrent.futures.as_completed(futures),
+                "costs",
+                "decomposition",
+                show=progress,
+                total=len(futures),
+            ):
                 i, j, entry, cost = future.result()
                 costs[i, j] = cost
                 store.put(entry, cost)
@@ -237,11 +245,3 @@ def _identity(entry: dict) -> str:
 def _misfits(matrices: Sequence[Matrix], candidates: Sequence[LutConfig]) -> np.ndarray:
     """0 where a candidate fits a matrix, inf where not."""
     return np.array([[0.0 if fits(m.k, c) else math.inf for c in candidates] for m in matrices])
-
-
-def _bar(items: Any, total: int, show: bool) -> Any:
-    if not show:
-        return items
-    from tqdm import tqdm
-
-    return tqdm(items, desc="costs", unit="decomposition", total=total)

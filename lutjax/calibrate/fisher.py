@@ -20,6 +20,7 @@ from lutjax.arrays import MatrixView, is_compressed
 from lutjax.calibrate.hashing import content_hash
 from lutjax.calibrate.probe import ProbedArray
 from lutjax.paths import named_leaves, path_string
+from lutjax.progress import progress_bar
 from lutjax.transforms.importance import RowColumnMeans
 from lutjax.transforms.quantize import weight_view
 from lutjax.transforms.recipe import Recipe
@@ -130,12 +131,13 @@ def fisher(
     identity = ""
     if checkpoint is not None:
         weights = {p: leaf for p, leaf in named_leaves(params) if p in targets}
-        identity = hashlib.sha256(f"{keep}{content_hash(weights)}".encode()).hexdigest()
+        described = f"{keep}{targets}{content_hash(weights)}"
+        identity = hashlib.sha256(described.encode()).hexdigest()
         if Path(checkpoint).exists():
             totals, done, samples = _resume(checkpoint, identity, totals)
     step = _make_step(loss_fn, targets, keep)
     start = done
-    for number, batch in enumerate(_bar(batches, progress)):
+    for number, batch in enumerate(progress_bar(batches, "fisher", "batch", show=progress)):
         if number < start:
             continue
         count = _sample_count(batch)
@@ -292,11 +294,3 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
                 raise ValueError(f"{path} has no column means for {parameter!r}")
             values[parameter] = RowColumnMeans(array, columns)
     return values, metadata
-
-
-def _bar(batches: Iterable[Any], show: bool) -> Iterable[Any]:
-    if not show:
-        return batches
-    from tqdm import tqdm
-
-    return tqdm(batches, desc="fisher", unit="batch")

@@ -14,6 +14,7 @@ from lutjax.arrays import CompressedArray
 from lutjax.calibrate.activations import as_compressed, projections
 from lutjax.calibrate.observe import observe
 from lutjax.paths import named_leaves
+from lutjax.progress import progress_bar
 from lutjax.transforms.recipe import Recipe
 
 
@@ -41,7 +42,7 @@ def hessians(
       ``float32[*batch, K, K]`` for each path, for :func:`lutjax.quantize`.
 
     Raises:
-      ValueError: If there is no data, or the recipe reaches no matrix.
+      ValueError: If there is no data, the recipe reaches no matrix, or nothing enters a weight.
 
     Source: GPTQ (arXiv 2210.17323, section 3).
 
@@ -56,11 +57,17 @@ def hessians(
     }
     totals: dict[str, jax.Array] = {}
     run = _observer(fn, tuple(sizes.items()), recipe)
-    for batch in _bar(batches, progress):
+    for batch in progress_bar(batches, "hessians", "batch", show=progress):
         found = run(params, batch)
         totals = _add(totals, found) if totals else found
     if not totals:
         raise ValueError("batches is empty; give at least one")
+    for path, total in totals.items():
+        if not total.any():
+            raise ValueError(
+                f"nothing but zeros enters {path!r} where it can be seen: in products x @ w that "
+                f"lead to an output; name the weights to look at with recipe="
+            )
     return {
         path: total.reshape(*total.shape[:-1], sizes[path], sizes[path])
         for path, total in totals.items()
@@ -94,11 +101,3 @@ _add = jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0)
 def _squares(weight: CompressedArray, x: jax.Array) -> jax.Array:
     x = x.astype(jnp.float32)
     return jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST).reshape(-1)
-
-
-def _bar(batches: Iterable[Any], show: bool) -> Iterable[Any]:
-    if not show:
-        return batches
-    from tqdm import tqdm
-
-    return tqdm(batches, desc="hessians", unit="batch")

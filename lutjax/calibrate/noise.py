@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from lutjax.calibrate.costs import plannable
 from lutjax.paths import named_leaves, path_string
+from lutjax.progress import progress_bar
 from lutjax.transforms.quantize import check_finite
 from lutjax.transforms.recipe import Recipe
 
@@ -97,7 +98,7 @@ def noise_sensitivities(
     before = [loss(params, batch) for batch in batches]
     size = math.sqrt(relative_error)
     found = {}
-    for path in _bar(counts, progress):
+    for path in progress_bar(counts, "sensitivities", "weight", show=progress):
         after = [
             0.5 * sum(loss(with_noise(path, own, sign * size), batch) for sign in (1, -1))
             for batch, own in zip(batches, keys, strict=True)
@@ -114,11 +115,3 @@ def _perturb(weight: jax.Array, key: PRNGKeyArray, size: Any, count: int) -> jax
     squares = [jnp.sum(jnp.square(a), axis=1, keepdims=True) for a in (wide, noise)]
     noisy = wide + size * jnp.sqrt(squares[0] / squares[1]) * noise
     return noisy.reshape(weight.shape).astype(weight.dtype)
-
-
-def _bar(items: Any, show: bool) -> Any:
-    if not show:
-        return items
-    from tqdm import tqdm
-
-    return tqdm(items, desc="sensitivities", unit="weight")

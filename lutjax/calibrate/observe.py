@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,11 @@ class ObservedArray(WrapperArray):
         base = jax.lax.stop_gradient(self.base)
         found = self.statistic(base, still.reshape(-1, x.shape[-1])).astype(jnp.float32)
         return _tap(base.matmul(still), x, found, self.totals)
+
+    def slice_matrix(self, axis: str, start: Any, size: int) -> Self | None:
+        """Columns as the base has them: the same inputs enter."""
+        base = self.base.slice_matrix(axis, start, size) if axis == "n" else None
+        return None if base is None else dataclasses.replace(self, base=base)
 
     def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
         """``x @ W.T``, not observed."""

@@ -209,16 +209,15 @@ class Allocate:
         import jax
 
         from lutjax.calibrate import next_token_loss, noise_sensitivities
-        from lutjax.cli.models import evaluation_text
-        from lutjax.evaluate import windows
+        from lutjax.cli.models import evaluation_text, text_windows
 
         if tokenizer is None:
             raise ValueError(f"{self.model} has no tokenizer.json, so it cannot read text")
-        ids = tokenizer.encode(evaluation_text(self.text), add_special_tokens=False)
+        text, count = evaluation_text(self.text), 4 if self.samples is None else self.samples
         return noise_sensitivities(
             next_token_loss(model.apply),
             params,
-            list(windows(ids, self.window, 4 if self.samples is None else self.samples)),
+            list(text_windows(text, tokenizer, model.config, self.window, count)),
             key=jax.random.key(self.seed),
             progress=True,
         )

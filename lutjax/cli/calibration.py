@@ -30,8 +30,7 @@ def fisher_for(
       FileNotFoundError: if the file is missing and there is no text to make it from.
     """
     from lutjax.calibrate import Fisher, fisher, next_token_loss
-    from lutjax.cli.models import check_window, evaluation_text, load_model
-    from lutjax.evaluate import windows
+    from lutjax.cli.models import evaluation_text, load_model, text_windows
 
     if file is None and text is None:
         return None
@@ -40,9 +39,8 @@ def fisher_for(
     if text is None:
         raise FileNotFoundError(f"{file} does not exist; name a text with --text to make it from")
     loaded = load_model(model)
-    check_window(window, loaded.config, model)
-    ids = loaded.tokenizer.encode(evaluation_text(text), add_special_tokens=False)
-    batches = [row[None] for row in windows(ids, window, samples)]
+    rows = text_windows(evaluation_text(text), loaded.tokenizer, loaded.config, window, samples)
+    batches = [row[None] for row in rows]
     running = None if file is None else file.with_name(file.name + ".running")
     result = fisher(
         next_token_loss(loaded.apply_fn), loaded.params, batches, checkpoint=running, progress=True
@@ -78,8 +76,7 @@ def compress_on_text(
     import jax.numpy as jnp
 
     from lutjax import is_compressed, save
-    from lutjax.cli.models import check_window, evaluation_text
-    from lutjax.evaluate import windows
+    from lutjax.cli.models import evaluation_text, text_windows
     from lutjax.io import load_params, load_tokenizer, open_checkpoint
     from lutjax.io.compress import stored_dtype
     from lutjax.io.new_directory import check_destination
@@ -90,9 +87,8 @@ def compress_on_text(
     tokenizer = load_tokenizer(checkpoint)
     if tokenizer is None:
         raise ValueError(f"{model} has no tokenizer.json, so it cannot read text")
-    ids = tokenizer.encode(evaluation_text(text), add_special_tokens=False)
-    check_window(window, checkpoint.config, model)
-    tokens = jnp.asarray(windows(ids, window, samples))
+    rows = text_windows(evaluation_text(text), tokenizer, checkpoint.config, window, samples)
+    tokens = jnp.asarray(rows)
     params = compress(checkpoint.config, load_params(checkpoint), tokens)
     # What stays dense is stored as it was.
     params = jax.tree_util.tree_map_with_path(

@@ -70,19 +70,16 @@ class Eval:
             )
 
     def _measure(self, path: str, text: str, summary: Summary) -> dict[str, Any]:
-        from lutjax.cli.models import check_window, load_model
-        from lutjax.evaluate import perplexity, windows
+        from lutjax.cli.models import load_model, text_windows
+        from lutjax.evaluate import perplexity
 
         model = load_model(path, keep_quantized=self.keep_quantized)
         if self.sparsity is not None:
             from lutjax.cli.sparsify import apply_plan
 
             model = apply_plan(model, self.sparsity, decode_only=False)
-        check_window(self.window, model.config, path)
-        ids = model.tokenizer.encode(text, add_special_tokens=False)
-        result = perplexity(
-            model.apply_fn, model.params, windows(ids, self.window, self.chunks), progress=True
-        )
+        rows = text_windows(text, model.tokenizer, model.config, self.window, self.chunks)
+        result = perplexity(model.apply_fn, model.params, rows, progress=True)
         matrices = summary.compressed if summary.compressed.leaves else summary
         return {
             "model": path,

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Int32
+
     from lutjax.io import Tokenizer
     from lutjax.models import DecoderConfig
 
@@ -52,17 +55,40 @@ def lifted_if_needed(apply_fn: Callable[..., Any], params: Any) -> Callable[...,
     return lift(apply_fn) if has_compressed(params) else apply_fn
 
 
-def check_window(window: int, config: DecoderConfig, model: str) -> None:
-    """Raises if windows of a text are longer than what a model was made for.
+def text_windows(
+    text: str, tokenizer: Tokenizer, config: DecoderConfig, window: int, count: int
+) -> Int32[np.ndarray, "count window"]:
+    """Evenly spaced windows of a text; each begins with BOS if the model expects one.
+
+    Args:
+      text: the whole text.
+      tokenizer: the model's.
+      config: the model's.
+      window: tokens in a window, BOS included.
+      count: how many windows; all if the text has fewer.
+
+    Returns:
+      int32 `[count, window]`.
 
     Raises:
-      ValueError: names the window, the model and its context.
+      ValueError: if the text is shorter than a window, or a window is longer than the context.
     """
+    import numpy as np
+
+    from lutjax.evaluate import windows
+
     if window > config.max_position_embeddings:
         raise ValueError(
             f"--window {window} is more than the {config.max_position_embeddings} tokens of "
-            f"context of {model}; use a smaller one"
+            "context that the model has; use a smaller one"
         )
+    begin = tokenizer.encode("")[:1]
+    if begin and tokenizer.decode(begin, skip_special_tokens=False) != tokenizer.bos_token:
+        begin = []
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    rows = windows(ids, window - len(begin), count)
+    first = np.broadcast_to(np.array(begin, np.int32), (len(rows), len(begin)))
+    return np.concatenate([first, rows], axis=1)
 
 
 def evaluation_text(path: Path | None = None) -> str:

@@ -53,8 +53,7 @@ class Sparsify:
         import jax.numpy as jnp
 
         from lutjax.calibrate import activation_quantiles
-        from lutjax.cli.models import evaluation_text, load_model
-        from lutjax.evaluate import windows
+        from lutjax.cli.models import evaluation_text, load_model, text_windows
         from lutjax.models.blockwise import decoder_blocks
         from lutjax.sparsity import (
             greedy_search,
@@ -69,8 +68,9 @@ class Sparsify:
         check_target(self.target)
         self._check()
         model = load_model(self.model)
-        ids = model.tokenizer.encode(evaluation_text(self.text), add_special_tokens=False)
-        *batches, held_out = [row[None] for row in windows(ids, self.window, self.samples + 1)]
+        text, count = evaluation_text(self.text), self.samples + 1
+        rows = text_windows(text, model.tokenizer, model.config, self.window, count)
+        *batches, held_out = [row[None] for row in rows]
         if not batches:
             raise ValueError(f"the text has fewer than two windows of {self.window} tokens")
 

@@ -19,6 +19,7 @@ from lutjax.io.new_directory import check_destination
 from lutjax.io.quantized import QuantizedReader
 from lutjax.io.safetensors import SafetensorsReader
 from lutjax.io.safetensors_writer import MAX_SHARD_BYTES
+from lutjax.progress import progress_bar
 from lutjax.transforms.quantize import match_rules, quantize_array
 from lutjax.transforms.recipe import Recipe
 
@@ -88,9 +89,9 @@ def compress_checkpoint(
         )
 
     def bar(paths: Iterable[str]) -> Iterable[str]:
-        from tqdm import tqdm
-
-        return tqdm(paths, desc="quantize", unit="tensor", total=len(checkpoint.shapes))
+        return progress_bar(
+            paths, "quantize", "tensor", show=progress, total=len(checkpoint.shapes)
+        )
 
     write_checkpoint(
         destination,
@@ -99,7 +100,7 @@ def compress_checkpoint(
         config=checkpoint.config,
         tokenizer=tokenizer,
         max_shard_bytes=max_shard_bytes,
-        wrap=bar if progress else lambda paths: paths,
+        wrap=bar,
     )
 
 

@@ -16,6 +16,7 @@ from lutjax.io.compress import stored_dtype
 from lutjax.io.compressed import write_checkpoint
 from lutjax.io.load import load_tokenizer, open_checkpoint
 from lutjax.io.new_directory import check_destination
+from lutjax.progress import progress_bar
 from lutjax.transforms.decompose import Method, check_decomposition, decompose_array
 from lutjax.transforms.quantize import match_rules
 from lutjax.transforms.recipe import Recipe
@@ -107,9 +108,9 @@ def decompose_checkpoint(
         return jax.eval_shape(functools.partial(decomposed, path, fisher=None), dense[path]).array
 
     def bar(paths: Iterable[str]) -> Iterable[str]:
-        from tqdm import tqdm
-
-        return tqdm(paths, desc="decompose", unit="tensor", total=len(checkpoint.shapes))
+        return progress_bar(
+            paths, "decompose", "tensor", show=progress, total=len(checkpoint.shapes)
+        )
 
     write_checkpoint(
         destination,
@@ -117,6 +118,6 @@ def decompose_checkpoint(
         convert,
         config=checkpoint.config,
         tokenizer=tokenizer,
-        wrap=bar if progress else lambda paths: paths,
+        wrap=bar,
     )
     return errors

@@ -21,6 +21,7 @@ from lutjax.calibrate.hashing import content_hash
 from lutjax.lift import lift
 from lutjax.models.blockwise import BlockFn, functions_by_block
 from lutjax.paths import named_leaves, path_string
+from lutjax.progress import progress_bar
 
 _FORMAT = "lutjax greedy sparsity search 2"
 _MOST = 0.99  # a projection that ignores everything is no projection
@@ -175,7 +176,7 @@ def greedy_search(
     steps = math.ceil(limit / step - 1e-9)
     fns = functions_by_block(fn, blocks)
     runs = {each: jax.jit(lift(each)) for each in set(fns.values())}
-    for path, params in _bar(blocks, progress):
+    for path, params in progress_bar(blocks.items(), "greedy", "block", show=progress):
         y = runs[fns[path]](params, x)
         if len(getattr(done.get(path), "raised", ())) < steps:
             done[path] = _search_block(fns[path], path, params, x, y, quantiles, step, steps)
@@ -239,7 +240,7 @@ def _error(
     x: jax.Array,
     y: jax.Array,
 ) -> jax.Array:
-    """The relative error of the block's output, root mean square over tokens."""
+    """The relative error of the block's output, root mean square over tokens that have one."""
 
     def gate(key_path, leaf):
         name = path_string(key_path)
@@ -249,12 +250,6 @@ def _error(
 
     gated = jax.tree_util.tree_map_with_path(gate, params, is_leaf=is_compressed)
     error = jnp.linalg.norm((lift(fn)(gated, x) - y).astype(jnp.float32), axis=-1)
-    return jnp.sqrt(jnp.mean((error / jnp.linalg.norm(y.astype(jnp.float32), axis=-1)) ** 2))
-
-
-def _bar(blocks: Mapping[str, Any], show: bool) -> Any:
-    if not show:
-        return blocks.items()
-    from tqdm import tqdm
-
-    return tqdm(blocks.items(), desc="greedy", unit="block")
+    size = jnp.linalg.norm(y.astype(jnp.float32), axis=-1)
+    relative = jnp.where(size > 0, error / jnp.where(size > 0, size, 1), 0)
+    return jnp.sqrt(jnp.sum(relative**2) / jnp.maximum(jnp.sum(size > 0), 1))

@@ -22,6 +22,7 @@ from lutjax.arrays import (
     is_compressed,
 )
 from lutjax.paths import path_string
+from lutjax.progress import progress_bar
 from lutjax.transforms.feedback import damped, factor
 from lutjax.transforms.importance import (
     Importance,
@@ -182,7 +183,7 @@ def decompose_with_history(
     )
     results: dict[str, Decomposition] = {}
     done = []
-    for path, leaf in _progress(named, progress):
+    for path, leaf in progress_bar(named, "decompose", "leaf", show=progress):
         if path in plan:
             results[path] = decompose_array(
                 leaf,
@@ -407,8 +408,13 @@ def _lq(steps: _Steps, key, rank, rounds):
         return new, history, count + 1, stop
 
     start = (
-        (_nothing(steps), jnp.zeros((k, rank)), jnp.zeros((rank, n)), jnp.float32(jnp.inf)),
-        jnp.full(rounds, jnp.nan),
+        (
+            _nothing(steps),
+            jnp.zeros((k, rank), jnp.float32),
+            jnp.zeros((rank, n), jnp.float32),
+            jnp.float32(jnp.inf),
+        ),
+        jnp.full(rounds, jnp.nan, jnp.float32),
         jnp.int32(0),
         jnp.bool_(False),
     )
@@ -425,7 +431,7 @@ def _quantized_first(steps: _Steps, key, rank, rounds):
         return (quantized, left, right), steps.error(dense, left, right)
 
     k, n = steps.weight.shape
-    start = (_nothing(steps), jnp.zeros((k, rank)), jnp.zeros((rank, n)))
+    start = (_nothing(steps), jnp.zeros((k, rank), jnp.float32), jnp.zeros((rank, n), jnp.float32))
     last, errors = jax.lax.scan(body, start, jax.random.split(key, rounds))
     return (*last, errors[-1], errors, jnp.int32(rounds))
 
@@ -450,10 +456,10 @@ def _svd_first(steps: _Steps, key, rank, rounds):
 def _zero(steps: _Steps, key, rank, rounds):
     k, n = steps.weight.shape
     quantized = steps.quantize(steps.weight)
-    left = jax.random.normal(key, (k, rank)) / math.sqrt(k)
-    right = jnp.zeros((rank, n))
+    left = jax.random.normal(key, (k, rank), jnp.float32) / math.sqrt(k)
+    right = jnp.zeros((rank, n), jnp.float32)
     error = steps.error(quantized.materialize_matrix(), left, right)
-    return quantized, left, right, error, jnp.zeros(0), jnp.int32(0)
+    return quantized, left, right, error, jnp.zeros(0, jnp.float32), jnp.int32(0)
 
 
 def _check_arguments(method: str, rounds: int | None, svd: str) -> None:
@@ -482,11 +488,3 @@ def _check_rank(rank: int, shape: tuple[int, ...], rule: Rule, path: str) -> Non
         raise ValueError(
             f"rank={rank!r} does not fit {path!r} with K={k} and N={n}; use 1 to {min(k, n)}"
         )
-
-
-def _progress(items: list, show: bool) -> Any:
-    if not show:
-        return items
-    from tqdm import tqdm
-
-    return tqdm(items, desc="decompose", unit="leaf")

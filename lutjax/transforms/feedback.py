@@ -60,7 +60,8 @@ def round_with_feedback(
     scales = jnp.pad(scales, padding, constant_values=1)
     rows = matrix.shape[0]
     hessian = damped(hessian)
-    padded = jnp.where(jnp.arange(rows) < k, 0, jnp.diagonal(hessian).mean())
+    # Rows that only fill a block or a pair have no errors of their own.
+    padded = jnp.where(jnp.arange(rows) < k, 0, DAMPING**2 * jnp.diagonal(hessian).mean())
     hessian = jnp.pad(hessian, (padding[0], padding[0])) + jnp.diag(padded)
     inputs = jnp.diagonal(hessian).reshape(-1, p).sum(axis=1)
     order = jnp.argsort(-inputs)[:, None] * p + jnp.arange(p)[None]
@@ -80,7 +81,8 @@ def round_with_feedback(
                 jax.lax.dynamic_slice_in_dim(a, row, p) for a in (own, own_scales, within)
             )
             corner = jax.lax.dynamic_slice_in_dim(fed, row, p, axis=1)
-            metric = solve_triangular(corner, jnp.eye(p), trans=1)  # inv(corner.T)
+            # inv(corner.T)
+            metric = solve_triangular(corner, jnp.eye(p, dtype=corner.dtype), trans=1)
             codes, rounded = choose(values / scale, metric)
             error = metric @ (values - rounded * scale)
             return own - _product(fed.T, error), (codes, error)
@@ -123,7 +125,7 @@ def _inverse_factor(hessian: Float[Array, "k k"]) -> Float[Array, "k k"]:
     Reversed in both axes, H is ``L L.T``; L reversed is the inverse of U. So H is never inverted.
     """
     inverse = factor(hessian[::-1, ::-1])[::-1, ::-1]
-    return solve_triangular(inverse, jnp.eye(hessian.shape[0]))
+    return solve_triangular(inverse, jnp.eye(hessian.shape[0], dtype=hessian.dtype))
 
 
 def damped(hessian: Float[Array, "k k"]) -> Float[Array, "k k"]:
@@ -134,7 +136,7 @@ def damped(hessian: Float[Array, "k k"]) -> Float[Array, "k k"]:
     """
     k = hessian.shape[0]
     mean = jnp.diagonal(hessian).mean()
-    return hessian + DAMPING * jnp.where(mean > 0, mean, 1) * jnp.eye(k)
+    return hessian + DAMPING * jnp.where(mean > 0, mean, 1) * jnp.eye(k, dtype=hessian.dtype)
 
 
 def factor(hessian: Float[Array, "k k"]) -> Float[Array, "k k"]:
@@ -145,7 +147,7 @@ def factor(hessian: Float[Array, "k k"]) -> Float[Array, "k k"]:
     >>> factor(jnp.array([[4.0, 2.0], [2.0, 2.0]])).tolist()
     [[2.0, 0.0], [1.0, 1.0]]
     """
-    identity = jnp.eye(hessian.shape[0])
+    identity = jnp.eye(hessian.shape[0], dtype=hessian.dtype)
 
     def cholesky(damping: jax.Array) -> jax.Array:
         return jnp.linalg.cholesky(hessian + damping * identity)

@@ -99,6 +99,18 @@ def test_other_settings_are_measured_anew(tmp_path):
     assert len(lines) == 10
 
 
+def test_other_axes_are_measured_anew(tmp_path):
+    weights = {"w": jax.random.normal(KEY, (32, 32)) * jnp.arange(32.0)[None]}
+    arguments = {"rank": 2, "key": KEY, "cache": tmp_path / "costs.jsonl"}
+    rows, columns = (
+        measure_costs(
+            weights, [CANDIDATES[0]], recipe=Recipe((Rule("w", CANDIDATES[0], axis),)), **arguments
+        ).costs
+        for axis in (-2, -1)
+    )
+    assert rows[0, 0] != pytest.approx(columns[0, 0], rel=1e-3)
+
+
 def test_cache_of_other_weights(tmp_path):
     cache = tmp_path / "costs.jsonl"
     measure(cache=cache)

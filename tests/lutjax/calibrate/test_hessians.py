@@ -56,6 +56,27 @@ def test_layers_of_a_scan_have_their_own():
         y = np.tanh(y @ np.asarray(w))
 
 
+def test_parts_of_a_weight_see_what_the_whole_sees():
+    params, x = {"qkv": normal(32, 48)}, normal(20, 32)
+
+    def split(params, x):
+        return jnp.concatenate([x @ part for part in jnp.split(params["qkv"], 3, axis=1)])
+
+    recipe = Recipe((Rule("*", LutConfig(group_size="column")),))
+    found = hessians(split, params, [x], recipe=recipe)["qkv"]
+    np.testing.assert_allclose(found, 3 * x.T @ x, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_whose_inputs_are_not_seen_are_an_error():
+    params, recipe = {"a": normal(32, 32), "b": normal(32, 32)}, Recipe.uniform(4, 32)
+
+    def fn(params, x):
+        return x @ params["a"], jnp.argmax(x @ params["b"])
+
+    with pytest.raises(ValueError, match="nothing but zeros enters 'b' where it can be seen"):
+        hessians(fn, params, [normal(4, 32)], recipe=recipe)
+
+
 def test_without_batches_there_are_none():
     with pytest.raises(ValueError, match="batches is empty"):
         hessians(lambda p, x: x @ p["kernel"], {"kernel": jnp.eye(4)}, [])

@@ -3,8 +3,10 @@ from __future__ import annotations
 import importlib.util
 import json
 
+import numpy as np
 import pytest
 
+from lutjax.cli.models import text_windows
 from lutjax.io import TextStream, Tokenizer, demo_model_path
 
 # The byte-level alphabet of GPT-2: printable bytes stand for themselves, a space for Ġ.
@@ -68,6 +70,18 @@ def test_bos_is_added_where_the_file_says():
     assert bos not in tokenizer.encode("ab", add_special_tokens=False)
     off = Tokenizer.from_gguf(metadata("llama-bpe", **{"tokenizer.ggml.add_bos_token": False}))
     assert bos not in off.encode("ab")
+
+
+def test_windows_of_a_text_begin_with_bos_where_the_file_says(tiny_config):
+    on = Tokenizer.from_gguf(metadata(**{"tokenizer.ggml.add_bos_token": True}))
+    off = Tokenizer.from_gguf(metadata())
+    text = "ab 123 " * 20
+    plain = text_windows(text, off, tiny_config, 8, 3)
+    begun = text_windows(text, on, tiny_config, 9, 3)
+    assert plain.shape == (3, 8) and (begun[:, 0] == on.backend.token_to_id("<|bos|>")).all()
+    np.testing.assert_array_equal(begun[:, 1:], plain)
+    with pytest.raises(ValueError, match="--window 1000000 is more than the"):
+        text_windows(text, on, tiny_config, 10**6, 1)
 
 
 def test_saved_and_read_back(tmp_path):

@@ -206,6 +206,24 @@ def test_lazy_steps_are_those_of_an_exhaustive_search(setting, quantiles, search
         levels[raised] += search.step / block.shares[raised]
 
 
+def test_tokens_without_an_output_count_for_nothing():
+    rng = np.random.default_rng(0)
+    block = {n: jnp.asarray(rng.normal(size=(32, 32)), jnp.float32) for n in ("a", "b")}
+    x = jnp.asarray(rng.normal(size=(16, 32)), jnp.float32)
+
+    def fn(params, x):
+        return jnp.tanh(x @ params["a"]) @ params["b"]
+
+    found = activation_quantiles(lambda p, x: fn(p["0"], x), {"0": block}, [x])
+    with_zeros = jnp.concatenate([x, jnp.zeros((4, 32))])
+    plain, same = (
+        greedy_search(fn, {"0": block}, rows, found, limit=0.3, step=0.1).blocks["0"]
+        for rows in (x, with_zeros)
+    )
+    assert plain.raised == same.raised
+    np.testing.assert_allclose(plain.errors, same.errors, rtol=1e-4)
+
+
 def test_greedy_search_goes_on_from_its_file(setting, quantiles, search, tmp_path):
     fns, blocks, x = decoder_blocks(setting.model.config, setting.params, TOKENS)
     file = tmp_path / "search.json"

@@ -260,6 +260,17 @@ def test_stacked_layers_have_second_moments_of_their_own():
         np.testing.assert_allclose(one.error, both.error[i], rtol=1e-3)
 
 
+@pytest.mark.parametrize("method", ROUNDS)
+def test_64_bit_mode_changes_nothing(method):
+    weight, arguments = np.asarray(matrix()), {"rank": 4, "method": method}
+    plain = decompose_array(weight, NF3, key=KEY, **arguments)
+    with jax.enable_x64(True):
+        wide = decompose_array(weight, NF3, key=jax.random.key(0), **arguments)
+    dtypes = [[leaf.dtype for leaf in jax.tree.leaves(result.array)] for result in (plain, wide)]
+    assert dtypes[0] == dtypes[1]
+    np.testing.assert_allclose(wide.error, plain.error, rtol=2e-2)
+
+
 # --- parameters --------------------------------------------------------------------------------
 
 

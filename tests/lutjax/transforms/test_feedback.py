@@ -110,6 +110,32 @@ def test_products_err_less_with_every_kind_of_table(name):
     assert error(fed_back) < 0.75 * error(plain)
 
 
+@pytest.mark.parametrize("name", ["nf", "affine", "fitted", "higgs"])
+def test_64_bit_mode_changes_nothing(name):
+    x, w = inputs(72).astype(np.float32), RNG.normal(size=(72, 16)).astype(np.float32)
+    recipe, hessians = Recipe((Rule("*", CONFIGS[name]),)), {"array": x.T @ x}
+    plain = lutjax.quantize(w, recipe, hessians=hessians)
+    with jax.enable_x64(True):
+        wide = lutjax.quantize(w, recipe, hessians=hessians)
+    kinds = [[(a.shape, a.dtype) for a in jax.tree.leaves(array)] for array in (plain, wide)]
+    assert kinds[0] == kinds[1]
+    assert np.mean(np.asarray(plain.materialize()) == np.asarray(wide.materialize())) > 0.99
+
+
+@pytest.mark.parametrize("k", [17, 41])
+def test_the_last_row_has_no_partner_to_mind(k):
+    x = RNG.normal(size=(256, k))
+    x[:, -1] *= 0.05  # so it comes last
+    w = jnp.asarray(RNG.normal(size=(k, 64)), jnp.float32)
+    recipe = Recipe((Rule("*", LutConfig(6, 16, "gaussian", vector_size=2)),))
+    fed_back, plain = (
+        lutjax.quantize(w, recipe, hessians=h).materialize()
+        for h in ({"array": np.float32(x.T @ x)}, {})
+    )
+    worst, other = (jnp.sqrt(jnp.mean(jnp.square(e))) for e in (fed_back[-1] - w[-1], plain - w))
+    assert worst < 1.5 * other
+
+
 def test_independent_inputs_of_one_size_leave_nothing_to_make_up_for():
     w = jnp.asarray(RNG.normal(size=(64, 8)), jnp.float32)
     table = codebooks.normal_float(4)
