@@ -32,7 +32,7 @@ class Checkpoint:
     Attributes:
       source: the path it was opened from.
       config: the decoder's configuration.
-      fmt: `"hf"` or `"gguf"`.
+      fmt: `"hf"`, `"gguf"` or `"lutjax"`.
       reader: the tensors by their names in the checkpoint.
       shapes: the shape of each parameter by path, e.g. `layers/0/mlp/up_proj/kernel`.
       check_finite: whether `read` refuses NaN and Inf.
@@ -66,7 +66,8 @@ class Checkpoint:
             checkpoint_name(path, fmt, post_norms=config.post_norms): path for path in shapes
         }
         for name, path in expected.items():
-            _check_tensor(source, reader, name, shapes[path], is_transposed(path), fmt)
+            transposed = fmt != "lutjax" and is_transposed(path)
+            _check_tensor(source, reader, name, shapes[path], transposed, fmt)
         head = checkpoint_name("lm_head/kernel", fmt)
         for name in reader.infos:
             tied_copy = name == head and config.tie_embeddings
@@ -108,7 +109,7 @@ class Checkpoint:
         if self.fmt == "gguf" and self.config.norm_offset and path.endswith("/scale"):
             # GGUF files have the sum of the two. What was added in float32 is taken away exactly.
             tensor = tensor - np.float32(self.config.norm_offset)
-        return tensor.T if is_transposed(path) else tensor
+        return tensor.T if self.fmt != "lutjax" and is_transposed(path) else tensor
 
     def grid_spec(self, path: str) -> GridSpec | None:
         """What the headers say of a parameter that `read_grid` reads; None for any other."""
@@ -251,7 +252,7 @@ def _check_tensor(
             f"{list(stored)}"
         )
     quantized = isinstance(reader, QuantizedReader) and reader.grid_spec(name) is not None
-    if fmt == "hf" and not quantized and info.dtype not in FLOAT_TYPES:
+    if fmt != "gguf" and not quantized and info.dtype not in FLOAT_TYPES:
         raise ValueError(
             f"{source}: tensor {name!r} has dtype {info.dtype}; a dense weight must be one of "
             f"{', '.join(FLOAT_TYPES)}"

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from lutjax.arrays import is_compressed
 from lutjax.io.checkpoint import Checkpoint, nest, open_gguf
 from lutjax.io.compressed import CompressedCheckpoint, is_compressed_directory, open_compressed
 from lutjax.io.gguf import GGUFReader
@@ -83,11 +84,23 @@ def open_checkpoint(path: str | Path, *, check_finite: bool = True) -> Checkpoin
     if directory is None:
         return open_gguf(path, check_finite=check_finite)
     if is_compressed_directory(directory):
-        raise ValueError(
-            f"{path} is in lutjax's own format, in which weights may be compressed already; a "
-            "checkpoint of another kind is needed (lutjax.load and lutjax.quantize take this one)"
-        )
+        return _open_saved(directory, check_finite)
     return open_directory(directory, check_finite=check_finite)
+
+
+def _open_saved(directory: Path, check_finite: bool) -> Checkpoint:
+    """A directory that `lutjax.save` wrote, if nothing in it is compressed."""
+    saved = open_compressed(directory, check_finite=check_finite)
+    if any(is_compressed(saved.abstract(path)) for path in saved.descriptions):
+        raise ValueError(
+            f"{directory} holds compressed weights already; a dense checkpoint is needed"
+        )
+    if saved.config is None or saved.config.scan_layers:
+        what = "no decoder" if saved.config is None else "stacked layers"
+        raise ValueError(f"{directory} holds {what}; save an unrolled decoder with its config")
+    return Checkpoint.create(
+        directory, saved.config, "lutjax", saved.reader, check_finite=check_finite
+    )
 
 
 def load_params(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-CheckpointFormat = Literal["hf", "gguf"]
+CheckpointFormat = Literal["hf", "gguf", "lutjax"]
+"""``"lutjax"`` has every parameter under its path and as it is."""
 
 # Parameter path, Hugging Face name, GGUF name; {i} is the layer. Kernels are [in, out] here and
 # [out, in] in both formats; everything else has the same shape in all three.
@@ -90,6 +91,8 @@ def checkpoint_name(path: str, fmt: CheckpointFormat, *, post_norms: bool = Fals
     >>> checkpoint_name("layers/7/mlp/up_proj/kernel", "gguf")
     'blk.7.ffn_up.weight'
     """
+    if fmt == "lutjax":
+        return path
     match = re.fullmatch(r"layers/(\d+)/(.*)", path)
     if match is None:
         return _NAMES[post_norms][path][fmt]
@@ -112,7 +115,7 @@ def parameter_path(name: str, fmt: CheckpointFormat) -> str:
 
 
 def is_transposed(path: str) -> bool:
-    """Whether the checkpoint holds the transpose, [out, in], of the parameter at `path`.
+    """Whether both foreign formats hold the transpose, [out, in], of the parameter at `path`.
 
     >>> is_transposed("lm_head/kernel"), is_transposed("embed_tokens/embedding")
     (True, False)

@@ -16,10 +16,10 @@ from checkpoints import FAMILIES_OF_GEMMA
 from tiny_checkpoint import assert_same_bits, bfloat16, dense_params, tiny_tokenizer
 
 import lutjax
-from lutjax import DoubleQuant, LowRankArray, LutArray, SumArray
+from lutjax import DoubleQuant, LowRankArray, LutArray, Recipe, SumArray
 from lutjax.arrays import ConcatArray, DenseArray, GatedArray, MatrixView
 from lutjax.codebooks import kmeans
-from lutjax.io import open_compressed, read_params
+from lutjax.io import compress_checkpoint, open_compressed, read_params
 from lutjax.io.checkpoint import nest
 from lutjax.models import stack_layers
 from lutjax.packing import pack
@@ -127,6 +127,21 @@ def test_a_model_comes_back(tmp_path, tiny_config, scan, family):
     model, wide, _ = lutjax.load(tmp_path / "out", jnp.float32)
     assert model.config.dtype == jnp.float32
     assert {leaf.dtype for _, leaf in lutjax.paths.named_leaves(wide)} == {np.dtype(np.float32)}
+
+
+def test_a_dense_model_that_was_saved_can_be_compressed(tmp_path, tiny_config):
+    params = nest({p: jnp.asarray(v) for p, v in dense_params(tiny_config).items()})
+    lutjax.save(tmp_path / "dense", params, tiny_config)
+    recipe = Recipe.uniform(3, 16)
+    compress_checkpoint(tmp_path / "dense", tmp_path / "small", recipe)
+    _, loaded, _ = lutjax.load(tmp_path / "small")
+    assert_same_bits(loaded, lutjax.quantize(params, recipe))
+    with pytest.raises(ValueError, match="holds compressed weights already"):
+        compress_checkpoint(tmp_path / "small", tmp_path / "again", recipe)
+    scanned = dataclasses.replace(tiny_config, scan_layers=True)
+    lutjax.save(tmp_path / "stacked", stack_layers(params), scanned)
+    with pytest.raises(ValueError, match="holds stacked layers; save an unrolled decoder"):
+        compress_checkpoint(tmp_path / "stacked", tmp_path / "again", recipe)
 
 
 def test_shards(tmp_path):
