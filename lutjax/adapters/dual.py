@@ -93,7 +93,7 @@ class AdapterTraining:
         )
 
     def update(self, gradients: Any, state: AdapterState, **extra_args: Any) -> AdapterState:
-        """One step of the inner transformation on the latents.
+        """One step of the inner transformation on the latents; :meth:`refresh` is a call of its own.
 
         Args:
           gradients: Of the loss with respect to `state.latents`.
