@@ -10,16 +10,54 @@ import optax
 
 from lutjax.paths import path_string
 
-FIRST_MOMENTS = frozenset({"mu", "trace", "ema"})
-"""State fields of optax that are linear in the gradients."""
+_KeyPath = tuple[Any, ...]
 
-SECOND_MOMENTS = frozenset({"nu", "nu_max", "sum_of_squares", "v", "v_row", "v_col"})
-"""State fields of optax that are sums of squares."""
+_FIRST_MOMENTS = dict.fromkeys(("mu", "trace", "ema"), 1)
+_SECOND_MOMENTS = dict.fromkeys(
+    ("nu", "nu_max", "sum_of_squares", "v", "v_row", "v_col", "exp_avg_sq", "e_g", "e_x"), 2
+)
+_ORDERS = _FIRST_MOMENTS | _SECOND_MOMENTS
+"""State fields of optax that are linear in the gradients, and those that are sums of squares."""
+
+_ORDERS_BESIDE_N = {"m": 1, "v": 1, "g": 1, "n": 2}
+"""Those of states whose fields include `m` and `n`, like Adan's, of which `v` has signs."""
 
 
-def field_name(key: Any) -> str | None:
+def _key_paths(state: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[_KeyPath]:
+    return [path for path, _ in jax.tree_util.tree_leaves_with_path(state, is_leaf)]
+
+
+def _name(key: Any) -> str | None:
     """The name, if a key of a path is a field of a named tuple or dataclass."""
     return key.name if isinstance(key, jax.tree_util.GetAttrKey) else None
+
+
+def find_moments(
+    state: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> list[tuple[Literal[1, 2], _KeyPath] | None]:
+    """For each leaf of a state its order and the key path of its parameter, None if no moment.
+
+    The outermost field decides: those further inside may be names of parameters.
+
+    >>> import optax
+    >>> orders = [found and found[0] for found in find_moments(optax.adam(1.0).init({"v": 1.0}))]
+    >>> orders  # count, mu, nu
+    [None, 1, 2]
+    """
+    key_paths = _key_paths(state, is_leaf)
+    fields: dict[_KeyPath, set[str | None]] = {}
+    for key_path in key_paths:
+        for i, key in enumerate(key_path):
+            fields.setdefault(key_path[:i], set()).add(_name(key))
+
+    def moment(key_path: _KeyPath) -> Any:
+        for i, key in enumerate(key_path):
+            orders = _ORDERS_BESIDE_N if {"m", "n"} <= fields[key_path[:i]] else _ORDERS
+            if (order := orders.get(_name(key) or "")) is not None:
+                return order, key_path[i + 1 :]
+        return None
+
+    return [moment(key_path) for key_path in key_paths]
 
 
 def map_moments(
@@ -36,20 +74,12 @@ def map_moments(
       The new state and the number of first moments that were found.
     """
     found = 0
-
-    def visit(key_path: tuple[Any, ...], leaf: Any) -> Any:
-        nonlocal found
-        for i, key in enumerate(key_path):
-            order: Literal[1, 2] = 1 if field_name(key) in FIRST_MOMENTS else 2
-            if order == 2 and field_name(key) not in SECOND_MOMENTS:
-                continue
-            path = path_string(key_path[i + 1 :])
-            if path in paths:
-                found += order == 1
-                return function(path, order, leaf)
-        return leaf
-
-    return jax.tree_util.tree_map_with_path(visit, state), found
+    leaves, treedef = jax.tree.flatten(state)
+    for i, moment in enumerate(find_moments(state)):
+        if moment is not None and (path := path_string(moment[1])) in paths:
+            leaves[i] = function(path, moment[0], leaves[i])
+            found += moment[0] == 1
+    return jax.tree.unflatten(treedef, leaves), found
 
 
 def restart(fresh: Any, state: Any) -> Any:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from lutjax.arrays import LutArray, MatrixView, is_compressed
 from lutjax.codebooks import nearest_codes
-from lutjax.optim._state import SECOND_MOMENTS, field_name
+from lutjax.optim._state import find_moments
 from lutjax.packing import BLOCK, pack
 
 
@@ -48,12 +48,16 @@ def dynamic_map(bits: int, *, signed: bool) -> np.ndarray:
 def moment_table(bits: int, order: Literal[1, 2]) -> np.ndarray:
     """The table for first moments (signed) and for second moments (not negative).
 
-    8 bits: dynamic maps. 4 bits: a dynamic map, and evenly spaced values *without zero* for second
-    moments, since what is divided by must not become zero (arXiv 2309.01507, section 4).
+    8 bits: dynamic maps. 4 bits: a dynamic map, and evenly spaced values for second moments. Those
+    have no zero, since what is divided by must not become zero (arXiv 2309.01507, section 4): the
+    one of the dynamic map is replaced by half the value after it.
     """
     if order == 2 and bits < 8:
         return (np.arange(1, 2**bits + 1) / 2**bits).astype(np.float32)
-    return dynamic_map(bits, signed=order == 1)
+    table = dynamic_map(bits, signed=order == 1)
+    if order == 2:
+        table[0] = table[1] / 2
+    return table
 
 
 def _encode(x: Float[Array, "..."], table: np.ndarray, block: int) -> LutArray:
@@ -92,9 +96,10 @@ def quantized_state(
     """Keeps the state of any gradient transformation in 8 or 4 bits a number.
 
     Every floating array of the state with at least `min_size` entries is a :class:`lutjax.LutArray`
-    between steps: blocks along its last axis but one, scaled by their largest entry. Fields that
-    hold second moments (``nu``, ``v``, ...) have tables without negative values. A step decodes the
-    state, runs `inner`, and encodes again.
+    between steps: blocks along its last axis but one, scaled by their largest entry. One of which
+    that axis is so short that scales would cost more than codes save stays as it is. Fields that
+    hold second moments (``nu``, ``v``, ...) have tables without zero and negative values. A step
+    decodes the state, runs `inner`, and encodes again.
 
     Around :func:`project` it also encodes the stored projections, ``quantized_state(galore(...))``;
     inside, ``project(quantized_state(...), map)``, it has a dual adapter form.
@@ -123,30 +128,31 @@ def quantized_state(
         raise ValueError(f"block={block} must be at least 1")
     inner = optax.with_extra_args_support(inner)
 
-    def encode(key_path: tuple[Any, ...], x: Array) -> Any:
-        order: Literal[1, 2] = 1
-        if any(field_name(key) in SECOND_MOMENTS for key in key_path):
-            order = 2
-        return _encode(x, moment_table(bits, order), block)
+    def is_worth_it(x: Array) -> bool:
+        if x.size < min_size or x.ndim < 1 or not jnp.issubdtype(x.dtype, jnp.floating):
+            return False
+        encoded = jax.eval_shape(lambda: _encode(x, moment_table(bits, 1), block))
+        return encoded.nbytes < x.size * x.dtype.itemsize
+
+    def encode(state: Any, is_encoded: list[bool]) -> Any:
+        """`state` with codes for the leaves so marked."""
+        leaves, treedef = jax.tree.flatten(state)
+        for i, moment in enumerate(find_moments(state)):
+            if is_encoded[i]:
+                order: Literal[1, 2] = 1 if moment is None else moment[0]
+                leaves[i] = _encode(leaves[i], moment_table(bits, order), block)
+        return jax.tree.unflatten(treedef, leaves)
 
     def init(params: Any) -> Any:
-        def maybe_encode(key_path: tuple[Any, ...], x: Any) -> Any:
-            large = x.size >= min_size and jnp.issubdtype(x.dtype, jnp.floating)
-            return encode(key_path, x) if large and x.ndim >= 1 else x
-
-        return jax.tree_util.tree_map_with_path(maybe_encode, inner.init(params))
+        state = inner.init(params)
+        return encode(state, [is_worth_it(x) for x in jax.tree.leaves(state)])
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         dense = jax.tree.map(
             lambda x: x.materialize() if is_compressed(x) else x, state, is_leaf=is_compressed
         )
         updates, dense = inner.update(updates, dense, params, **extra_args)
-        state = jax.tree_util.tree_map_with_path(
-            lambda key_path, old, new: encode(key_path, new) if is_compressed(old) else new,
-            state,
-            dense,
-            is_leaf=is_compressed,
-        )
-        return updates, state
+        old = jax.tree.leaves(state, is_leaf=is_compressed)
+        return updates, encode(dense, [is_compressed(x) for x in old])
 
     return optax.GradientTransformationExtraArgs(init, update)
