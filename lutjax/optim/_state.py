@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 import jax
-import optax
 
+from lutjax.arrays import is_compressed
 from lutjax.paths import path_string
 
 _KeyPath = tuple[Any, ...]
@@ -21,6 +21,9 @@ _ORDERS = _FIRST_MOMENTS | _SECOND_MOMENTS
 
 _ORDERS_BESIDE_N = {"m": 1, "v": 1, "g": 1, "n": 2}
 """Those of states whose fields include `m` and `n`, like Adan's, of which `v` has signs."""
+
+_ACCUMULATORS = frozenset({"acc_grads", "grad_acc"})
+"""State fields in which gradients are collected until a step is taken."""
 
 
 def _key_paths(state: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[_KeyPath]:
@@ -82,16 +85,41 @@ def map_moments(
     return jax.tree.unflatten(treedef, leaves), found
 
 
-def restart(fresh: Any, state: Any) -> Any:
-    """`fresh`, with the positions in learning-rate schedules taken from `state`.
+def restart(fresh: Any, state: Any, params: Any) -> Any:
+    """`state`, with what it remembers of past gradients taken from `fresh`.
 
-    A reset forgets moments and their step counts (bias correction starts again), but not where
-    training is on its schedule.
+    That is what it keeps for each parameter, and the numbers beside it in the same named tuple,
+    such as the steps that bias correction counts. All else goes on: schedules, hyperparameters,
+    keys, and the accumulation of gradients, which is at its beginning at a reset.
+
+    Args:
+      fresh: The state as it is made for `params`.
+      state: Of the same structure; the dtypes are kept.
+      params: The parameters.
     """
+    parameters = set(_key_paths(params))
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(state, is_compressed)
+    owners = {
+        key_path[:i]
+        for key_path, leaf in leaves
+        for i, key in enumerate(key_path)
+        if key_path[i + 1 :] in parameters and leaf.ndim and _name(key) not in _ACCUMULATORS
+    }
 
-    def is_schedule(x: Any) -> bool:
-        return isinstance(x, optax.ScaleByScheduleState)
+    def is_in_field(rest: _KeyPath) -> bool:  # and not in the state of another transformation
+        return not rest or any(rest[: i + 1] in parameters for i in range(len(rest)))
 
-    return jax.tree.map(
-        lambda new, old: old if is_schedule(new) else new, fresh, state, is_leaf=is_schedule
+    def is_memory(key_path: _KeyPath) -> bool:
+        return any(
+            key_path[:i] in owners and is_in_field(key_path[i + 1 :]) for i in range(len(key_path))
+        )
+
+    def chosen(new: Any, key_path: _KeyPath, old: Any) -> Any:
+        if not is_memory(key_path):
+            return old
+        return new if new.dtype == old.dtype else new.astype(old.dtype)
+
+    fresh_leaves = jax.tree.leaves(fresh, is_leaf=is_compressed)
+    return jax.tree.unflatten(
+        treedef, [chosen(new, *leaf) for new, leaf in zip(fresh_leaves, leaves, strict=True)]
     )

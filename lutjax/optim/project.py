@@ -141,7 +141,7 @@ class ProjectConfig:
             fresh = self.grouped_inner(is_projected(new, latents)).init(latents)
             states = dict(inner.inner_states)
             states["projected"] = restart(
-                fresh.inner_states["projected"], inner.inner_states["projected"]
+                fresh.inner_states["projected"], inner.inner_states["projected"], latents
             )
             return inner._replace(inner_states=states)
         carried, _ = map_moments(
@@ -235,8 +235,11 @@ def project(
         maps that depend on data).
       scale: Factor on the projected updates only (GaLore's `alpha`).
       on_refresh: What happens to the inner state of projected parameters at a refresh: ``"keep"``
-        leaves it (GaLore), ``"reset"`` starts it anew (ReLoRA), ``"rotate"`` moves first moments
-        into the new space, `S_new S_old^T m`.
+        leaves it (GaLore), ``"reset"`` starts its moments and their counts anew (ReLoRA), but not
+        schedules and hyperparameters, ``"rotate"`` moves first moments into the new space,
+        `S_new S_old^T m`. With ``"reset"`` projected and other parameters have inner states of
+        their own, so what works on all at once sees them apart; clip by the global norm outside,
+        ``optax.chain(optax.clip_by_global_norm(1.0), project(...))``.
       weight_dimension_numbers: Which leaves are projected, and which of their axes make the matrix:
         see :func:`lutjax.linear_maps.resolve_dimension_numbers`.
       key: Where maps are drawn from; an int is a seed, and None is seed 0.

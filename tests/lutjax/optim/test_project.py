@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from lutjax import linear_maps as lm
+from lutjax.adapters import dual
 from lutjax.optim import flora, galore, project, relora
 
 
@@ -93,6 +94,72 @@ def test_moments_at_a_refresh(on_refresh):
     np.testing.assert_allclose(new.mu["w"], 0.9 * carried + 0.1 * r, rtol=1e-4, atol=1e-6)
     assert int(new.count) == (1 if on_refresh == "reset" else 4)
     assert schedule == 4  # the learning rate's schedule goes on
+
+
+def test_a_reset_keeps_all_but_moments_and_their_counts():
+    def of_projected(state):
+        return state.inner.inner_states["projected"].inner_state
+
+    inner = optax.chain(
+        optax.inject_hyperparams(optax.adam)(optax.linear_schedule(1.0, 0.0, 10), b1=0.9),
+        optax.contrib.reduce_on_plateau(factor=0.5, patience=1),
+        optax.add_noise(1.0, 0.0, 0),
+        optax.contrib.simplified_ademamix(optax.linear_schedule(1.0, 0.0, 10)),
+    )
+    optimizer = project(inner, lm.SemiOrthogonal(2), refresh_every=4, on_refresh="reset")
+    params = gradient(0)
+    state = jax.jit(optimizer.init)(params)
+    # As a user does between steps.
+    of_projected(state)[0].hyperparams["b1"] = jnp.asarray(0.5)
+    update = jax.jit(lambda g, s: optimizer.update(g, s, params, value=jnp.asarray(1.0)))
+    for step in range(5):
+        before, (_, state) = state, update(gradient(step), state)
+    (old, *_, _), (injected, plateau, noise, mix) = of_projected(before), of_projected(state)
+    assert int(injected.count) == 5 and int(noise.count) == 5
+    assert injected.hyperparams["b1"] == 0.5
+    np.testing.assert_allclose(injected.hyperparams["learning_rate"], 0.6, rtol=1e-6)
+    assert plateau.scale < 0.1 and not jnp.array_equal(noise.rng_key, jax.random.key(0))
+    assert int(mix[-1].count) == 5  # the learning rate's schedule
+    # Moments and what bias correction counts begin anew, whatever the fields are called.
+    assert int(injected.inner_state[0].count) == 1 and int(mix[0].t) == 1
+    latent = np.asarray(jax.jit(lambda m, g: m.down(g))(state.maps["w"], gradient(4)["w"]))
+    np.testing.assert_allclose(injected.inner_state[0].mu["w"], 0.5 * latent, rtol=1e-4, atol=1e-6)
+    assert int(old.inner_state[0].count) == 4
+
+
+def test_a_reset_is_that_of_a_parameter_without_a_path_too():
+    optimizer = project(optax.adam(lambda count: 1.0), lm.Gaussian(2), on_refresh="reset")
+    state = optimizer.init(jnp.ones((4, 6)))
+    inner = jax.tree.map(lambda x: x + 1, state.inner)
+    latents = jnp.zeros((2, 6))
+    carried = dual(optimizer).config.carry_inner(inner, latents, state.maps, state.maps)
+    adam, schedule = carried.inner_states["projected"].inner_state
+    assert int(adam.count) == 0 and not np.asarray(adam.mu).any()
+    assert int(schedule.count) == 1
+
+
+@pytest.mark.parametrize("on_refresh", ["keep", "reset", "rotate"])
+@pytest.mark.parametrize(
+    ("of_gradients", "of_params"),
+    [(jnp.bfloat16, jnp.float32), (jnp.float32, jnp.bfloat16)],
+    ids=["bfloat16_gradients", "bfloat16_parameters"],
+)
+def test_gradients_may_have_another_dtype_than_parameters(on_refresh, of_gradients, of_params):
+    optimizer = project(optax.adam(0.1), lm.Gaussian(2), refresh_every=2, on_refresh=on_refresh)
+    params = {"w": gradient(0)["w"].astype(of_params)}
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    for step in range(4):
+        updates, state = update({"w": gradient(step)["w"].astype(of_gradients)}, state, params)
+    assert np.isfinite(updates["w"]).all()
+
+
+def test_a_reset_with_clipping_by_the_global_norm_outside():
+    gradients = {"w": 3 * jnp.eye(4), "b": jnp.full(4, 3.0)}
+    for on_refresh in ("keep", "reset"):
+        inner = project(optax.sgd(1.0), lm.Identity(), on_refresh=on_refresh)
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), inner)
+        updates, _ = optimizer.update(gradients, optimizer.init(gradients))
+        np.testing.assert_allclose(optax.tree.norm(updates), 1.0, rtol=1e-6)
 
 
 def test_a_reset_leaves_parameters_that_are_not_projected_alone():
