@@ -18,6 +18,7 @@ from lutjax.optim.project import (
     ProjectState,
     is_projected,
     map_projected,
+    zero_latents,
 )
 
 
@@ -60,11 +61,11 @@ class AdapterTraining:
     def from_projected(self, params: Any, state: ProjectState) -> AdapterState:
         """The adapter form of a run of the projected optimiser, at any step.
 
-        The weights so far become the base and `lambda` starts at zero; the optimiser state is
-        carried over as it is.
+        The weights so far become the base, not a copy of them, and `lambda` starts at zero; the
+        optimiser state is carried over as it is.
         """
         self.config.check_maps(state.maps, params)
-        latents = map_projected(lambda m, p: jnp.zeros_like(m.down(p)), state.maps, params)
+        latents = zero_latents(state.maps, params)
         return AdapterState(params, latents, state.maps, state.inner, state.count, state.key_data)
 
     def to_projected(self, state: AdapterState) -> tuple[Any, ProjectState]:
@@ -132,7 +133,7 @@ class AdapterTraining:
         weights = self.weights(state)
         key = jax.random.wrap_key_data(state.key_data, impl=jax.random.key_impl(config.key))
         maps = config.refresh_maps(key, state.count, state.maps, gradients, weights)
-        latents = map_projected(lambda m, w: jnp.zeros_like(m.down(w)), maps, weights)
+        latents = zero_latents(maps, weights)
         inner = config.carry_inner(state.inner, latents, state.maps, maps)
         return state._replace(base=weights, latents=latents, maps=maps, inner=inner)
 

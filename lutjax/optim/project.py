@@ -199,6 +199,16 @@ def map_projected(function: Any, maps: dict[str, BoundMap], tree: Any, *rest: An
     return jax.tree_util.tree_map_with_path(visit, tree, *rest)
 
 
+def zero_latents(maps: dict[str, BoundMap], weights: Any) -> Any:
+    """Latents at the start of a period; leaves without a map are copies, which can be donated."""
+
+    def visit(path: Any, leaf: Any) -> Any:
+        bound = maps.get(path_string(path))
+        return jnp.copy(leaf) if bound is None else jnp.zeros_like(bound.down(leaf))
+
+    return jax.tree_util.tree_map_with_path(visit, weights)
+
+
 def is_projected(maps: dict[str, BoundMap], tree: Any) -> Any:
     """A tree of booleans: which leaves have a map."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path_string(path) in maps, tree)
@@ -242,7 +252,7 @@ def project(
         ``optax.chain(optax.clip_by_global_norm(1.0), project(...))``.
       weight_dimension_numbers: Which leaves are projected, and which of their axes make the matrix:
         see :func:`lutjax.linear_maps.resolve_dimension_numbers`.
-      key: Where maps are drawn from; an int is a seed, and None is seed 0.
+      key: Where maps are drawn from; an integer is a seed, and None is seed 0.
       axis_name: Mesh axis (or axes) over which gradients differ, inside ``shard_map``. Latents are
         averaged over it before the inner transformation, so full gradients stay on their device,
         except at a refresh of a map that depends on them.
@@ -278,23 +288,29 @@ def project(
         scale=scale,
         on_refresh=on_refresh,
         weight_dimension_numbers=weight_dimension_numbers,
-        key=jax.random.key(key or 0) if key is None or isinstance(key, int) else key,
+        key=_as_key(0 if key is None else key),
         axis_name=axis_name,
     )
     return ProjectedTransformation.of(config)
 
 
+def _as_key(key: Any) -> PRNGKeyArray:
+    """A key, or that of a seed, which may be an array: ``inject_hyperparams`` makes it one."""
+    is_seed = isinstance(key, int) or (key.ndim == 0 and jnp.issubdtype(key.dtype, jnp.integer))
+    return jax.random.key(key) if is_seed else key
+
+
 def _init(config: ProjectConfig, params: Any) -> ProjectState:
     count = jnp.zeros((), jnp.int32)
-    key_data = jax.random.key_data(config.key)
+    # A copy: whoever donates the state still needs the key.
+    key_data = jnp.copy(jax.random.key_data(config.key))
     if not jax.tree.leaves(params):
         # Nothing to train, or the placeholder by which optax finds parameters in a state, which
         # then needs something in the place of the maps.
         inner = config.grouped_inner(params).init(params)
         return ProjectState(count, key_data, jnp.zeros((), jnp.int32), inner)  # type: ignore[arg-type]
     maps = config.init_maps(config.key, params)
-    latents = map_projected(lambda m, p: jnp.zeros_like(m.down(p)), maps, params)
-    inner = config.grouped_inner(is_projected(maps, params)).init(latents)
+    inner = config.grouped_inner(is_projected(maps, params)).init(zero_latents(maps, params))
     if config.on_refresh == "rotate" and maps:
         _, found = map_moments(lambda path, order, moment: moment, inner, maps.keys())
         if not found:
@@ -352,8 +368,7 @@ def _refreshed(
 
     def refresh(updates: Any, params: Any, maps: Any, inner: Any) -> Any:
         new = config.refresh_maps(key, state.count, maps, updates, params)
-        latents = map_projected(lambda m, x: jnp.zeros_like(m.down(x)), new, updates)
-        return new, config.carry_inner(inner, latents, maps, new)
+        return new, config.carry_inner(inner, zero_latents(new, updates), maps, new)
 
     return jax.lax.cond(
         due,

@@ -293,3 +293,17 @@ def test_conversion_refuses_the_state_of_another_map():
     training = dual(project(optax.adam(1e-3), lm.SVD(3), weight_dimension_numbers=NUMBERS))
     with pytest.raises(ValueError, match=r"state's map of 'layers/.*resume with the map"):
         training.from_projected(params, state)
+
+
+def test_a_run_can_be_donated():
+    """Also after a refresh: parameters without a map are not in two places at once."""
+    params = {"w": jnp.ones((4, 6)), "b": jnp.ones(6)}
+    training = dual(galore(1e-2, rank=2))
+    update = jax.jit(training.update, donate_argnums=1)
+    run = training.init(params)
+    gradients = jax.tree.map(jnp.ones_like, run.latents)
+    run = update(gradients, run)
+    run = jax.jit(training.refresh)(run, jax.tree.map(jnp.ones_like, run.base))
+    run = update(gradients, run)
+    run = update(gradients, training.refresh(run, jax.tree.map(jnp.ones_like, run.base)))
+    assert int(run.count) == 3 and np.isfinite(run.latents["b"]).all()

@@ -153,6 +153,35 @@ def test_gradients_may_have_another_dtype_than_parameters(on_refresh, of_gradien
     assert np.isfinite(updates["w"]).all()
 
 
+def test_the_state_can_be_donated_and_the_key_used_again():
+    key = jax.random.key(7)
+    optimizer = flora(0.1, 2, refresh_every=2, key=key)
+    params = gradient(0)
+    update = jax.jit(optimizer.update, donate_argnums=1)
+    _, state = update(params, optimizer.init(params), params)
+    assert np.isfinite(jax.random.normal(key))
+    update(params, optimizer.init(params), params)
+    update(params, state, params)
+
+
+@pytest.mark.parametrize("seed", [np.int64(3), np.int32(3), jnp.asarray(3)], ids=repr)
+def test_a_seed_may_be_any_integer(seed):
+    expected = flora(0.1, 2, key=3).init(gradient(0))
+    np.testing.assert_array_equal(flora(0.1, 2, key=seed).init(gradient(0)).key_data, [0, 3])
+    np.testing.assert_array_equal(expected.key_data, [0, 3])
+
+
+def test_a_seed_can_be_injected():
+    make = optax.inject_hyperparams(galore, static_args=("rank", "refresh_every"))
+    optimizer = make(0.1, rank=2, refresh_every=2, key=3)
+    state = optimizer.init(gradient(0))
+    np.testing.assert_array_equal(state.inner_state.key_data, [0, 3])
+    updates, _ = jax.jit(optimizer.update)(gradient(0), state, gradient(0))
+    expected = galore(0.1, rank=2, refresh_every=2, key=3)
+    plain, _ = jax.jit(expected.update)(gradient(0), expected.init(gradient(0)))
+    np.testing.assert_allclose(updates["w"], plain["w"], rtol=1e-4)
+
+
 def test_a_reset_with_clipping_by_the_global_norm_outside():
     gradients = {"w": 3 * jnp.eye(4), "b": jnp.full(4, 3.0)}
     for on_refresh in ("keep", "reset"):
