@@ -145,7 +145,9 @@ def resolve_dimension_numbers(
       params: A tree of arrays (or of shapes).
       weight_dimension_numbers: ``None`` takes every floating leaf with at least two axes, its last
         two axes being the matrix and the others batch axes. A single ``DimensionNumbers`` does the
-        same with other axes. A tree (or a function of `params` that returns one) names each leaf;
+        same with other axes. Both take stacked vectors for a matrix, such as the norms `[L, d]` of
+        a decoder with stacked layers; use :func:`matching` to name the matrices there. A tree (or a
+        function of `params` that returns one) names each leaf;
         ``None`` in it, or no entry, leaves the leaf alone.
 
     Raises:

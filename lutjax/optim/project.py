@@ -80,7 +80,13 @@ class ProjectConfig:
                     dimension_numbers=numbers[path],
                 )
             except ValueError as error:
-                raise ValueError(f"{path!r}: {error}") from None
+                fix = ""
+                if self.weight_dimension_numbers is None:
+                    fix = (
+                        "; None projects every leaf with two axes or more: if this is no matrix, "
+                        "say which are, weight_dimension_numbers=matching(...)"
+                    )
+                raise ValueError(f"{path!r}: {error}{fix}") from None
         return maps
 
     def refresh_maps(
@@ -234,7 +240,8 @@ def project(
 
     Inner transformations that use parameters (decoupled weight decay, trust ratios) are given
     `S theta`. With ``optax.inject_hyperparams``, name `rank` and `refresh_every` of an alias among
-    its ``static_args``: shapes depend on them.
+    its ``static_args``: shapes depend on them. Wrap ``optax.apply_if_finite`` and
+    :func:`lutjax.optim.skip_nonfinite` around the whole: inside they do not keep NaN from the maps.
 
     Args:
       inner: Any optax transformation. With gradient accumulation inside,

@@ -261,6 +261,10 @@ W = {"block": {"w": jnp.ones((4, 6))}}
         (lambda: project(optax.sgd(1.0), lm.SVD(2), on_refresh="drop"), "on_refresh='drop'"),
         (lambda: project(optax.sgd(1.0), lm.SVD(5)).init(W), "'block/w': rank=5 of SVD.*=4"),
         (
+            lambda: galore(1.0, 4).init({"layers": {"norm": jnp.ones((3, 8))}}),
+            r"'layers/norm': rank=4.*say which are, weight_dimension_numbers=matching\(",
+        ),
+        (
             lambda: project(
                 optax.sgd(1.0),
                 lm.SVD(2),
