@@ -87,12 +87,21 @@ def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransfo
     def update(updates: Any, state: SkipNonfiniteState, params: Any = None, **extra: Any) -> Any:
         position = first_nonfinite(updates)
         bad = position >= 0
+
+        def step() -> Any:
+            return inner.update(updates, state.inner, params, **extra)
+
+        def skip() -> Any:
+            # In the dtypes of a step, which need not be those of the gradients and of the state.
+            wanted, wanted_inner = jax.eval_shape(step)
+            return optax.tree.zeros_like(wanted), jax.tree.map(
+                lambda new, old: old if new.dtype == old.dtype else old.astype(new.dtype),
+                wanted_inner,
+                state.inner,
+            )
+
         # A branch, not a select: with a select a projection refreshed from NaN would be computed.
-        new_updates, new_inner = jax.lax.cond(
-            bad,
-            lambda: (optax.tree.zeros_like(updates), state.inner),
-            lambda: inner.update(updates, state.inner, params, **extra),
-        )
+        new_updates, new_inner = jax.lax.cond(bad, skip, step)
         skipped = state.skipped + bad.astype(jnp.int32)
         return new_updates, SkipNonfiniteState(
             new_inner, skipped, jnp.where(bad, position, state.last)

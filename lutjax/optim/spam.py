@@ -29,9 +29,11 @@ def scale_by_spam(
 ) -> optax.GradientTransformation:
     """Adam whose gradients are clipped entry by entry where they spike, and whose moments restart.
 
-    An entry with `g^2 > threshold v` becomes `sign(g) sqrt(threshold v)`. Every `reset_every` steps
-    both moments and the steps that bias correction counts go to zero; the updates after it grow
-    over `warmup` steps by a cosine, `1 - (1 + cos(pi (s + 1) / (warmup + 1))) / 2` for the s-th.
+    An entry with `g^2 > threshold v` becomes `sign(g) sqrt(threshold v)`; unlike in the paper, not
+    where `v` is 0: an entry that had no gradient so far would never move again. Every `reset_every`
+    steps both moments and the steps that bias correction counts go to zero; the updates after it
+    grow over `warmup` steps by a cosine, `1 - (1 + cos(pi (s + 1) / (warmup + 1))) / 2` for the
+    s-th.
 
     Args:
       b1: Decay of the first moment.
@@ -53,7 +55,7 @@ def scale_by_spam(
     >>> updates.round(3).tolist()
     [1.0, 1.0, 1.0]
     """
-    if reset_every < 1:
+    if not isinstance(reset_every, jax.core.Tracer) and reset_every < 1:  # injected ones are traced
         raise ValueError(f"reset_every={reset_every} must be at least 1")
 
     def init(params: Any) -> ScaleBySpamState:
@@ -69,7 +71,8 @@ def scale_by_spam(
 
         def clip(g: Array, v: Array) -> Array:
             limit = jnp.sqrt(threshold * v)
-            return jnp.where(clipping & (jnp.abs(g) > limit), jnp.sign(g) * limit, g)
+            spikes = clipping & (v > 0) & (jnp.abs(g) > limit)
+            return jnp.where(spikes, jnp.sign(g) * limit, g)
 
         mu, nu = (jax.tree.map(lambda m: m * keep.astype(m.dtype), m) for m in state[1:])
         clipped = jax.tree.map(lambda g, v: clip(g, v.astype(g.dtype)), updates, nu)

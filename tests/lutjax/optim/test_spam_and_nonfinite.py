@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from lutjax.optim import check_finite, galore, leaf_name, scale_by_spam, skip_nonfinite
+from lutjax.optim import check_finite, galore, leaf_name, scale_by_spam, skip_nonfinite, spam
 
 
 def spam_oracle(gradients, threshold, reset_every, warmup, clip_after):
@@ -18,7 +18,7 @@ def spam_oracle(gradients, threshold, reset_every, warmup, clip_after):
         if age == 0:
             m, v = np.zeros_like(g), np.zeros_like(g)
         if age >= clip_after:
-            spike = g**2 > threshold * v
+            spike = (v > 0) & (g**2 > threshold * v)
             g = np.where(spike, np.sign(g) * np.sqrt(threshold * v), g)
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
         factor = 1.0
@@ -48,6 +48,26 @@ def test_spam_follows_its_formula_through_spikes_and_resets():
     assert np.abs(expected - unclipped).max() > 0.5  # the spikes do matter
 
 
+def test_spam_moves_entries_whose_first_gradient_comes_late():
+    optimizer = scale_by_spam(reset_every=100, clip_after=3)
+    state, update = optimizer.init(jnp.zeros(2)), jax.jit(optimizer.update)
+    for step in range(10):
+        updates, state = update(jnp.array([1.0, float(step >= 5)]), state)
+    assert (np.asarray(updates) > 0.5).all()
+
+
+def test_spam_can_be_injected_without_static_arguments():
+    params = jnp.ones(3)
+    optimizer = optax.inject_hyperparams(spam)(learning_rate=0.1, reset_every=2, warmup=3)
+    plain = spam(0.1, reset_every=2, warmup=3)
+    state, expected_state = optimizer.init(params), plain.init(params)
+    for _ in range(4):
+        updates, state = jax.jit(optimizer.update)(params, state, params)
+        expected, expected_state = jax.jit(plain.update)(params, expected_state)
+        # float32; hyperparameters are rounded to it before they are used.
+        np.testing.assert_allclose(updates, expected, rtol=1e-4)
+
+
 def test_spam_refuses_a_reset_every_zero_steps():
     with pytest.raises(ValueError, match="reset_every=0"):
         scale_by_spam(reset_every=0)
@@ -72,3 +92,21 @@ def test_a_step_with_nan_is_skipped_and_named():
         check_finite(bad)
     check_finite(good)
     assert optax.tree.get(again, "skipped") == 1
+
+
+@pytest.mark.parametrize(
+    ("of_gradients", "of_params"),
+    [(jnp.bfloat16, jnp.float32), (jnp.float32, jnp.bfloat16)],
+    ids=["bfloat16_gradients", "bfloat16_parameters"],
+)
+def test_skipping_takes_gradients_of_another_dtype_than_parameters(of_gradients, of_params):
+    optimizer, params = skip_nonfinite(optax.adam(0.1)), jnp.ones(3, of_params)
+    plain, _ = optax.adam(0.1).update(
+        jnp.ones(3, of_gradients), optax.adam(0.1).init(params), params
+    )
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    for value in (jnp.nan, 1.0):
+        updates, state = update(jnp.full(3, value, of_gradients), state, params)
+        assert updates.dtype == plain.dtype
+        assert np.asarray(updates).any() == (value == 1.0)
+    assert int(state.skipped) == 1
