@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lutjax.adapters.dual import AdapterState, AdapterTraining
-from lutjax.optim.project import map_projected
+from lutjax.optim.project import zero_latents
 from lutjax.paths import path_string
 
 
@@ -26,11 +26,13 @@ def start_worker(training: AdapterTraining, state: AdapterState, axis_name: Any)
       axis_name: The mesh axis of the workers.
 
     Raises:
-      ValueError: For maps that are not random, which another worker could not regenerate.
+      ValueError: For maps that are not random, which another worker could not regenerate, and for
+        those that have no other draw (:class:`~lutjax.linear_maps.Identity`,
+        :class:`~lutjax.linear_maps.KronA`).
 
     Source: Duality (arXiv 2502.13811, section 5).
     """
-    _check_random(training)
+    _check_random(training, state)
     index = jax.lax.axis_index(axis_name)
     return state._replace(maps={p: m.for_worker(index) for p, m in state.maps.items()})
 
@@ -49,7 +51,7 @@ def merge_workers(training: AdapterTraining, state: AdapterState, axis_name: Any
       state: This worker's run.
       axis_name: The mesh axis of the workers.
     """
-    _check_random(training)
+    _check_random(training, state)
     config = training.config
     index, count = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
 
@@ -77,15 +79,20 @@ def merge_workers(training: AdapterTraining, state: AdapterState, axis_name: Any
     key = jax.random.wrap_key_data(state.key_data, impl=jax.random.key_impl(config.key))
     maps = config.refresh_maps(key, state.count, state.maps, None, averaged)
     maps = {path: bound.for_worker(index) for path, bound in maps.items()}
-    latents = map_projected(lambda m, w: jnp.zeros_like(m.down(w)), maps, averaged)
+    latents = zero_latents(maps, averaged)
     inner = config.carry_inner(state.inner, latents, state.maps, maps)
     return state._replace(base=averaged, latents=latents, maps=maps, inner=inner)
 
 
-def _check_random(training: AdapterTraining) -> None:
+def _check_random(training: AdapterTraining, state: AdapterState) -> None:
     map_ = training.config.map
+    fix = "use Gaussian, Rademacher or SemiOrthogonal"
     if map_.depends_on != "key":
         raise ValueError(
             f"{map_} depends on the {map_.depends_on}, so workers can't regenerate each other's "
-            "maps; use Gaussian, Rademacher or SemiOrthogonal"
+            f"maps; {fix}"
         )
+    for path, bound in state.maps.items():
+        pairs = zip(jax.tree.leaves(bound), jax.tree.leaves(bound.for_worker(0)), strict=True)
+        if all(theirs is ours for ours, theirs in pairs):
+            raise ValueError(f"{map_} has one draw for {path!r}, the same for all workers; {fix}")

@@ -57,7 +57,7 @@ class BoundMap(abc.ABC):
         return self.down(old.up(moment)) if order == 1 else moment
 
     def for_worker(self, index: Any) -> BoundMap:
-        """The map that worker `index` draws; maps that aren't random are the same for all."""
+        """The map that worker `index` draws; those that have no other draw are the same for all."""
         del index
         return self
 

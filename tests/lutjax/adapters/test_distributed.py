@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from lutjax import linear_maps as lm
-from lutjax.adapters import dual, start_worker
+from lutjax.adapters import dual, merge_workers, start_worker
 from lutjax.optim import project
 from tests.virtual_devices import environment
 
@@ -74,3 +74,12 @@ def test_workers_need_maps_that_others_can_regenerate():
     state = training.init({"w": jax.numpy.ones((4, 4))})
     with pytest.raises(ValueError, match="can't regenerate each other's maps"):
         start_worker(training, state, "data")
+
+
+@pytest.mark.parametrize("map_", [lm.Identity(), lm.KronA((2, 2))], ids=repr)
+def test_workers_need_maps_that_differ(map_):
+    training = dual(project(optax.sgd(0.1), map_))
+    state = training.init({"w": jax.numpy.ones((4, 4))})
+    for meet in (start_worker, merge_workers):
+        with pytest.raises(ValueError, match="one draw for 'w', the same for all workers; use"):
+            meet(training, state, "data")
