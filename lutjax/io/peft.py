@@ -32,7 +32,17 @@ _HEAD = _PREFIX + "score.weight"
 _TENSOR = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 
 # Options under which the formula above is not what PEFT computes.
-_UNSUPPORTED = ("use_dora", "lora_bias", "fan_in_fan_out", "alora_invocation_tokens")
+_UNSUPPORTED = (
+    "use_dora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "use_qalora",
+)
+
+# Initialisations that leave the base as it is; others (PiSSA, OLoRA, CorDA, LoftQ) change it.
+_BASE_UNCHANGED = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def save_peft(
@@ -242,6 +252,12 @@ def _refuse_unsupported(config: Mapping[str, Any], source: Path) -> None:
     for field in _UNSUPPORTED:
         if config.get(field):
             raise ValueError(f"{source}: {field}={config[field]!r} is not plain LoRA")
+    start = config.get("init_lora_weights")
+    if start not in _BASE_UNCHANGED:
+        raise ValueError(
+            f"{source}: init_lora_weights={start!r} changes the base, so that the adapter does not "
+            "fit the original; save it with PEFT's path_initial_model_for_weight_conversion"
+        )
     if config.get("bias", "none") != "none":
         raise ValueError(f"{source}: bias={config['bias']!r}; only 'none' is read")
     # PEFT names both heads that a classifier may have; this one's is called score.

@@ -125,7 +125,10 @@ def test_the_head_of_a_classifier(tmp_path):
 def test_patterns_written_by_peft_are_obeyed(tmp_path):
     save_peft(tmp_path / "a", random_adapter({Q: 4, DOWN: 4}), alpha=4.0)
     path = tmp_path / "a/adapter_config.json"
-    config = json.loads(path.read_text()) | {"alpha_pattern": {"mlp.down_proj": 12}}
+    config = json.loads(path.read_text()) | {
+        "alpha_pattern": {"mlp.down_proj": 12},
+        "init_lora_weights": "gaussian",  # which leaves the base as it is
+    }
     path.write_text(json.dumps(config))
     before, found = random_adapter({Q: 4, DOWN: 4}), load_peft(tmp_path / "a")
     np.testing.assert_allclose(found[Q].right, before[Q].right, rtol=3e-7)
@@ -147,6 +150,13 @@ def test_stacked_layers_are_refused(tmp_path):
     ("change", "message"),
     [
         ({"use_dora": True}, "use_dora=True is not plain LoRA"),
+        ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication=.* is not plain LoRA"),
+        ({"use_qalora": True}, "use_qalora=True is not plain LoRA"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base"),
+        ({"init_lora_weights": "pissa_niter_16"}, "init_lora_weights='pissa_niter_16' changes"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora' changes the base"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights='corda' changes the base"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq' changes the base"),
         ({"peft_type": "LOHA"}, "only 'LORA'"),
         ({"bias": "all"}, "bias='all'"),
         ({"modules_to_save": ["lm_head"]}, "whole modules"),
