@@ -23,7 +23,7 @@ def cyclic_bits(
       step: `t`; may be traced, so that a change of precision compiles nothing.
       low: Bits at the start of a cycle.
       high: Bits at its end.
-      steps: Length of the training.
+      steps: Length of the training, at most 10^9.
       cycles: How many cycles it has.
 
     Source: CPT (arXiv 2101.09868, equation 1).
@@ -31,8 +31,13 @@ def cyclic_bits(
     >>> [int(cyclic_bits(t, low=3, high=8, steps=100, cycles=10)) for t in (0, 5, 9, 10)]
     [3, 6, 8, 3]
     """
-    period = steps / cycles
-    phase = jnp.mod(jnp.asarray(step, jnp.float32), period) / period
+    # (t mod T) / T is (cycles t mod steps) / steps: in integers, as rounded floats would put the
+    # start of a cycle at its end. One binary digit of `cycles` at a time, nothing exceeds 3 steps.
+    t = jnp.asarray(step).astype(jnp.uint32) % steps
+    remainder = jnp.zeros_like(t)
+    for digit in f"{cycles:b}":
+        remainder = (2 * remainder + int(digit) * t) % steps
+    phase = remainder.astype(jnp.float32) / steps
     return jnp.rint(low + (high - low) * (1 - jnp.cos(jnp.pi * phase)) / 2)
 
 

@@ -29,6 +29,27 @@ def test_bits_follow_the_formula():
     assert float(bits.mean()) == pytest.approx(5.50, abs=0.03)
 
 
+@pytest.mark.parametrize("cycles", [3, 7, 12, 24, 60])
+@pytest.mark.parametrize("steps", [100, 1000, 64000])
+def test_cycles_start_where_they_should(steps, cycles):
+    at = np.arange(steps)
+    bits = jax.jit(jax.vmap(lambda t: cyclic_bits(t, low=3, high=8, steps=steps, cycles=cycles)))(
+        jnp.asarray(at)
+    )
+    exact = 5.5 - 2.5 * np.cos(np.pi * (at * cycles % steps) / steps)
+    # Half-way cases of rint may fall either way in float32.
+    clear = np.abs(exact % 1 - 0.5) > 1e-4
+    np.testing.assert_array_equal(np.asarray(bits)[clear], np.rint(exact)[clear])
+
+
+def test_long_trainings_do_not_overflow():
+    steps, cycles = 10**9, 60
+    at = np.array([0, steps // 60, steps // 60 + 1, steps // 2, steps - 1])
+    bits = [cyclic_bits(t, low=3, high=8, steps=steps, cycles=cycles) for t in at.tolist()]
+    # A cycle has 16666666 2/3 steps.
+    assert [int(b) for b in bits] == [3, 8, 3, 3, 8]
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 8])
 @pytest.mark.parametrize("axes", [None, (0,)])
 def test_fake_quantisation_is_min_max_rounding(bits, axes):
