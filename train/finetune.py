@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import secrets
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -18,6 +20,7 @@ import lutjax
 from lutjax.adapters import lora
 from lutjax.arrays import has_compressed
 from lutjax.io import save_peft
+from lutjax.optim import first_nonfinite, leaf_name
 from train.base_model import Start, load_head, load_start, prepare, shard_base
 from train.checkpoints import Checkpoints, differences
 from train.command_line import exit_code
@@ -75,6 +78,8 @@ def finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneResult:
     * ``delta_adapter/``: the change for the *original* model, of twice the rank, if the adapter
       started as the low-rank part of a decomposition.
 
+    They take the place of those of another run whose checkpoints are gone.
+
     Args:
       config: The run.
       quiet: Print nothing.
@@ -83,7 +88,7 @@ def finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneResult:
       The result.
 
     Raises:
-      FloatingPointError: At a loss that is not finite.
+      FloatingPointError: At a loss or an adapter that is not finite, before it is written.
       ValueError: For a configuration that does not fit the model, the data, the devices, the saved
         base or the checkpoint.
     """
@@ -113,6 +118,7 @@ def finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneResult:
     if not quiet:
         _describe(start, rows, held_out, done)
     rates = config.learning_rates()
+    nonfinite = jax.jit(first_nonfinite)
     losses: dict[int, float] = {}
     evaluations: dict[int, dict[str, float]] = {}
 
@@ -120,6 +126,7 @@ def finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneResult:
         if held_out is None:
             return {}
         found = evaluations[number] = _evaluate(config, step, state.trained, base, held_out)
+        _check_finite(number, "loss on what is held out", found["eval_loss"])
         return found
 
     with MetricsWriter(output, done, quiet=quiet) as metrics:
@@ -130,10 +137,9 @@ def finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneResult:
             part = rows.batch(config.seed, number - 1, config.batch_size)
             state, values = step.update(state, base, _on_device(part, config.accumulate))
             loss = losses[number] = float(values["loss"])
-            if not math.isfinite(loss):
-                raise FloatingPointError(
-                    f"step {number}: the loss is {loss}; lower the learning rate"
-                )
+            _check_finite(number, "loss", loss)
+            if (bad := int(nonfinite(state.trained))) >= 0:
+                _check_finite(number, leaf_name(state.trained, bad), math.nan)
             seconds = time.perf_counter() - began
             record = {
                 "loss": loss,
@@ -144,6 +150,8 @@ def finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneResult:
             if number % config.eval_every == 0 or number == config.steps:
                 record |= evaluate(number)
             metrics.write({"step": number, **record})
+            if number == config.steps:
+                _discard_results(output)  # first, as a run with its last checkpoint keeps them
             checkpoints.save(number, state, force=number == config.steps)
     checkpoints.close()
     result = FinetuneResult(start, state.trained, data.classes, losses, evaluations)
@@ -273,6 +281,22 @@ def _identity(config: FinetuneConfig, data: Data) -> dict[str, Any]:
     values["recipe"] = _recipe_text(config)
     found = {"rows": data.rows.fingerprint, "classes": data.classes}
     return json.loads(json.dumps(values | found))
+
+
+def _check_finite(step: int, what: str, value: float) -> None:
+    if not math.isfinite(value):
+        fix = "lower the learning rate" if step else "the model or the data is not sound"
+        raise FloatingPointError(f"step {step}: the {what} is {value}; {fix}")
+
+
+def _discard_results(output: Path) -> None:
+    """Removes results of another run whose checkpoints are gone, each at once."""
+    for name in ("adapter", "model", "delta_adapter"):
+        if (output / name).exists():
+            aside = output / f".{name}-{secrets.token_hex(4)}.incomplete"
+            (output / name).rename(aside)
+            shutil.rmtree(aside)
+    (output / "classes.json").unlink(missing_ok=True)
 
 
 def _save_results(config: FinetuneConfig, result: FinetuneResult) -> None:

@@ -111,6 +111,12 @@ class FinetuneConfig:
                         f"{name}={getattr(self, name)} has no meaning with method='lora', which "
                         f"takes the base as it is; use qlora, lq-lora or loftq"
                     )
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be at least 0")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate={self.learning_rate} must be above 0 and finite")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay={self.weight_decay} must be at least 0 and finite")
         if not self.clip > 0:
             raise ValueError(
                 f"clip={self.clip} would make every update zero; it must be above 0 (inf: no limit)"

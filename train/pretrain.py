@@ -90,9 +90,14 @@ class PretrainConfig:
         """Checks values that would fail late or silently."""
         if self.model not in LLAMA:
             raise ValueError(f"unknown model {self.model!r}; use one of {', '.join(LLAMA)}")
-        for name in ("steps", "checkpoint_every", "accumulate", "batch_size", "cycles"):
+        positive = ("steps", "checkpoint_every", "accumulate", "batch_size", "cycles")
+        for name in (*positive, "sequence_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be at least 0")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate={self.learning_rate} must be above 0 and finite")
         if self.eval_every is not None and self.eval_every < 1:
             raise ValueError(f"eval_every={self.eval_every} must be at least 1, or None")
         if self.tokenizer is not None and not Path(self.tokenizer).is_file():
@@ -290,7 +295,8 @@ def pretrain(
       ``state``, ``weights`` and ``seconds``.
 
     Raises:
-      FloatingPointError: At a gradient with NaN or infinity, naming the parameter.
+      FloatingPointError: At a gradient with NaN or infinity, naming the parameter, and at a loss
+        that is not finite; not with ``skip_nonfinite``.
       ValueError: For a configuration that does not fit the text or the checkpoint.
     """
     corpus = load_corpus(config) if corpus is None else corpus
@@ -312,6 +318,17 @@ def pretrain(
     trained_like = jax.eval_shape(training.weights, state)
     losses: list[float] = []
     evaluations: list[tuple[int, float]] = []
+
+    def checked(loss: Any, what: str) -> float:
+        if not math.isfinite(loss) and not config.skip_nonfinite:
+            raise FloatingPointError(f"{what} is {loss}; lower the learning rate")
+        return float(loss)
+
+    def validate(done: int) -> float:
+        loss = checked(float(evaluate(state, validation)), f"the validation loss at step {done}")
+        evaluations.append((done, loss))
+        return loss
+
     began = time.perf_counter()
     with contextlib.ExitStack() as stack:
         log = None
@@ -327,22 +344,20 @@ def pretrain(
         for number in steps:
             tokens = corpus.batch(config.seed, number, config.batch_size, length)
             state, metrics = step(state, jnp.asarray(number), jnp.asarray(tokens))
-            losses.append(float(metrics["loss"]))
             done = number + 1
-            record: dict[str, Any] = {"step": done, "loss": losses[-1]}
             bad = int(metrics["nonfinite"])
+            if bad >= 0 and not config.skip_nonfinite:
+                raise FloatingPointError(
+                    f"step {number}: the gradient of {leaf_name(trained_like, bad)!r} has NaN or "
+                    "infinite entries; lower the learning rate or pass skip_nonfinite"
+                )
+            losses.append(checked(float(metrics["loss"]), f"step {number}: the loss"))
+            record: dict[str, Any] = {"step": done, "loss": losses[-1]}
             if bad >= 0:
-                name = leaf_name(trained_like, bad)
-                if not config.skip_nonfinite:
-                    raise FloatingPointError(
-                        f"step {number}: the gradient of {name!r} has NaN or infinite entries; "
-                        "lower the learning rate or pass skip_nonfinite"
-                    )
-                record["skipped"] = name
+                record["skipped"] = leaf_name(trained_like, bad)
             due = config.eval_every is not None and done % config.eval_every == 0
             if due or done == config.steps:
-                evaluations.append((done, float(evaluate(state, validation))))
-                record["validation_loss"] = evaluations[-1][1]
+                record["validation_loss"] = validate(done)
             steps.set_postfix({k: f"{v:.4f}" for k, v in record.items() if k.endswith("loss")})
             if log is not None:
                 log.write(json.dumps(record) + "\n")
@@ -352,7 +367,7 @@ def pretrain(
     if checkpoints is not None:
         checkpoints.close()
     if start == config.steps:  # it was finished before
-        evaluations.append((start, float(evaluate(state, validation))))
+        validate(start)
     return {
         "losses": losses,
         "evaluations": evaluations,

@@ -290,6 +290,70 @@ def test_an_adapter_that_goes_on_has_no_delta(config, qlora_run):
     assert not (config.output / "delta_adapter").exists()
 
 
+def test_a_run_that_diverges_at_its_last_step_writes_no_results(config, tmp_path):
+    """No training loss is taken after it."""
+    config = dataclasses.replace(
+        config,
+        learning_rate=1e38,
+        steps=1,
+        warmup=0.0,
+        schedule="constant",
+        output=tmp_path / "run",
+    )
+    with pytest.raises(
+        FloatingPointError, match=r"step 1: the loss on what is held out is nan; low"
+    ):
+        finetune(config, quiet=True)
+    assert [r["step"] for r in read_metrics(config.output)] == [0]
+    assert not (config.output / "adapter").exists()
+    assert not [path for path in (config.output / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+def test_adapters_that_are_not_finite_stop_the_run(config, tmp_path, monkeypatch):
+    def poisoned(*arguments):
+        step = make_step(*arguments)
+
+        def update(*arguments):
+            state, metrics = step.update(*arguments)
+            return jax.tree.map(lambda x: x * jnp.nan, state), metrics
+
+        return step._replace(update=update)
+
+    monkeypatch.setattr("train.finetune.make_step", poisoned)
+    config = dataclasses.replace(config, steps=1, eval_fraction=0.0, output=tmp_path)
+    with pytest.raises(FloatingPointError, match=r"step 1: the adapter/layers/0/.*left is nan"):
+        finetune(config, quiet=True)
+
+
+def test_results_are_those_of_the_run(config, tmp_path):
+    """A run in the place of one whose checkpoints were deleted replaces its results."""
+    config = dataclasses.replace(
+        config, method="qlora", steps=2, eval_fraction=0.0, output=tmp_path / "run"
+    )
+    finetune(config, quiet=True)
+    (config.output / "classes.json").write_text("[]")  # of another task
+    shutil.rmtree(config.output / "checkpoints")
+    other = dataclasses.replace(config, learning_rate=1e-3)
+    result = finetune(other, quiet=True)
+    adapter = load_peft(config.output / "adapter")
+    assert_same_bits(adapter, jax.tree.map(np.asarray, result.trained.adapter))
+    assert_same_bits(lutjax.load(config.output / "model")[1], result.params)
+    assert sorted(path.name for path in config.output.iterdir() if path.name != "tensorboard") == [
+        "adapter",
+        "base",
+        "base.json",
+        "checkpoints",
+        "metrics.jsonl",
+        "model",
+    ]
+    # A finished run writes what is missing and leaves the rest alone.
+    shutil.rmtree(config.output / "adapter")
+    before = (config.output / "model").stat().st_ino
+    finetune(other, quiet=True)
+    assert_same_bits(load_peft(config.output / "adapter"), adapter)
+    assert (config.output / "model").stat().st_ino == before
+
+
 def test_a_base_of_other_settings_is_refused(qlora_run, tmp_path):
     """Before the first checkpoint, too, which has an identity of its own."""
     whole, _ = qlora_run
@@ -462,6 +526,10 @@ def test_resuming_another_configuration_is_refused(qlora_run):
         ({"eval_fraction": 1.0}, "eval_fraction=1.0"),
         ({"method": "lora", "bits": 3}, "bits=3 has no meaning with method='lora'"),
         ({"checkpoint_every": 0}, "checkpoint_every=0"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0 must be above 0 and finite"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan must be above 0 and finite"),
+        ({"weight_decay": -5.0}, "weight_decay=-5.0 must be at least 0 and finite"),
         ({"clip": 0.0}, r"clip=0.0 would make every update zero; it must be above 0 \(inf"),
     ],
 )

@@ -104,12 +104,43 @@ def test_nan_gradients_are_named_and_can_be_skipped(config, skip, monkeypatch, t
     assert {r["skipped"] for r in log if "skipped" in r} == {"norm/scale"}
 
 
+def test_losses_that_are_not_finite_stop_the_run(config, monkeypatch, tmp_path):
+    """Also where no gradient tells, and at the end, where none is taken any more."""
+    build = command.build
+    for field, message in (("step", "step 0: the loss is nan"), ("evaluate", "validation loss at")):
+
+        def poisoned(config, field=field):
+            training = build(config)
+
+            def step(*arguments):
+                state, metrics = training.step(*arguments)
+                return state, metrics | {"loss": metrics["loss"] * jax.numpy.nan}
+
+            def evaluate(*arguments):
+                return training.evaluate(*arguments) * jax.numpy.nan
+
+            return dataclasses.replace(training, **{field: {"step": step}.get(field, evaluate)})
+
+        monkeypatch.setattr(command, "build", poisoned)
+        short = dataclasses.replace(config, method="adam", steps=1, output=str(tmp_path / field))
+        with pytest.raises(FloatingPointError, match=message):
+            pretrain(short)
+        assert (tmp_path / field / "log.jsonl").read_text() == ""
+        skipping = dataclasses.replace(short, skip_nonfinite=True, output=None)
+        assert len(pretrain(skipping)["losses"]) == 1
+
+
 @pytest.mark.parametrize(
     "change,message",
     [
         ({"accumulate": 0}, "accumulate=0 must be at least 1"),
         ({"cycles": 0}, "cycles=0 must be at least 1"),
         ({"eval_every": 0}, "eval_every=0 must be at least 1"),
+        ({"sequence_length": 0}, "sequence_length=0 must be at least 1"),
+        ({"sequence_length": -3}, "sequence_length=-3 must be at least 1"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0 must be above 0 and finite"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan must be above 0 and finite"),
         ({"tokenizer": "absent.json"}, "tokenizer='absent.json' is no file"),
     ],
 )
