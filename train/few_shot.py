@@ -135,6 +135,13 @@ def variant(task: Task, rng: np.random.Generator) -> tuple[Pair, ...]:
     return tuple(task.demonstrations[i] for i in rng.permutation(len(task.demonstrations)))
 
 
+def longest_variant(task: Task, format: Format) -> int:
+    """Tokens of the longest :func:`variant`, which is that in one of a grid's eight positions."""
+    positions = SYMMETRIES if task.has_grids else SYMMETRIES[:1]
+    texts = (format.example(turned.task(task).demonstrations) for turned in positions)
+    return max(len(text.tokens) for text in texts)
+
+
 def questions(
     task: Task, format: Format, rng: np.random.Generator, *, orders: int, symmetries: bool
 ) -> list[Question]:

@@ -16,7 +16,7 @@ from lutjax.adapters.multi import multi_lora
 from lutjax.models import generate
 from train.base_model import Start
 from train.examples import NOTHING, Example
-from train.few_shot import Format, Question, questions, variant
+from train.few_shot import Format, Question, longest_variant, questions, variant
 from train.lora_step import Batch, make_step, next_token, state_for_each, update_each
 from train.tasks import Task, Value, from_text
 from train.ttt_config import TTTConfig
@@ -134,11 +134,14 @@ class _Solver:
         prompt = max(len(question.prompt) for question in asked)
         # Room for the longest output shown and its end; an answer may be twice as long if it fits.
         output = 1 + max(self.format.length(pair.output) for pair in task.demonstrations)
-        if prompt + output > min(config.sequence_length, self.context):
+        needed = prompt + output
+        if config.steps:  # grids are turned in training, even if no question is asked about that
+            needed = max(needed, longest_variant(task, self.format))
+        if needed > min(config.sequence_length, self.context):
             fix = f"the model takes {self.context}"
-            if prompt + output <= self.context:
+            if needed <= self.context:
                 fix = f"raise sequence_length={config.sequence_length}"
-            return Answered.none(task, f"it needs {prompt + output} tokens; {fix}")
+            return Answered.none(task, f"it needs {needed} tokens; {fix}")
         budget = config.max_new_tokens or 2 * output
         return _Job(task, asked, prompt, min(budget, self.context - prompt))
 

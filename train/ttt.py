@@ -130,6 +130,8 @@ class _Log:
             raise ValueError(
                 f"{self._directory} is of another run: {differing}; use another directory"
             )
+        if not self._lines.exists():
+            return []
         return [_from_json(record) for _, record in whole_lines(self._lines)]
 
     def begin(self, kept: Sequence[Answered]) -> None:

@@ -56,7 +56,8 @@ class TTTConfig:
     tokens_at_once: int = 8192
     """Tokens of all tasks at once: of long ones there are fewer, and fewer of their prompts."""
     sequence_length: int = 2048
-    """Most tokens of a task's demonstrations, a query and an answer; longer ones are left out."""
+    """Most tokens of a task's demonstrations, a query and an answer, and of its demonstrations as
+    they are trained on; longer ones are left out."""
     max_new_tokens: int | None = None
     """Of an answer; by default twice the longest output of the demonstrations."""
     limit: int | None = None

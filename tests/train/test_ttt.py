@@ -155,6 +155,17 @@ def test_long_prompts_and_long_answers_share_the_context(config):
     assert found.skipped.endswith("tokens; the model takes 96")
 
 
+def test_grids_that_are_too_long_only_when_turned_have_no_answer(config):
+    row = Pair(((1,) * 11,), ((2,) * 11,))  # turned, each cell is a line
+    task = Task("row", (row, row), (Query(*row),))
+    config = dataclasses.replace(config, symmetries=False, orders=1)
+    (found,) = solve(config, load_base(config), [task])
+    assert found.skipped == "it needs 100 tokens; raise sequence_length=96"
+    untrained = dataclasses.replace(config, steps=0)
+    (found,) = solve(untrained, load_base(untrained), [task])
+    assert found.skipped is None
+
+
 def test_answers_are_those_to_the_task_as_it_was():
     task = Task("t", (Pair(((1,),), ((2,),)),) * 2, (Query(((1,),), None), Query(((2,),), None)))
     answers = (((1, 2), (3, 4)), ((5, 6, 7),))
@@ -222,6 +233,16 @@ def test_an_interrupted_run_goes_on(whole, config, monkeypatch):
     assert [result.right for result in results] == [result.right for result in expected]
     with pytest.raises(ValueError, match=r"another run: steps: 30 in .*, 31 asked for"):
         answer_tasks(dataclasses.replace(config, steps=31), quiet=True)
+
+    # Without the answers, all are to be found again.
+    text = log.read_text()
+    log.unlink()
+    calls.clear()
+    monkeypatch.setattr("train.ttt.solve", two_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        answer_tasks(config, quiet=True)
+    assert len(log.read_text().splitlines()) == 2
+    log.write_text(text)
 
     # A shorter list loses nothing, and needs no model.
     monkeypatch.setattr("train.ttt.load_base", None)
