@@ -94,7 +94,7 @@ class AdapterTraining:
         )
 
     def update(self, gradients: Any, state: AdapterState, **extra_args: Any) -> AdapterState:
-        """One step of the inner transformation on the latents; :meth:`refresh` is a call of its own.
+        """One step of the inner transformation on the latents; it never refreshes maps.
 
         Args:
           gradients: Of the loss with respect to `state.latents`.
