@@ -7,6 +7,11 @@ from typing import Any
 import jax
 
 
+def in_manual_axes() -> bool:
+    """Whether this is traced inside ``shard_map``."""
+    return bool(getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ()))
+
+
 def varying_axes(*arrays: Any) -> frozenset:
     """The manual mesh axes over which any of ``arrays`` varies; empty outside ``shard_map``."""
     kinds = (jax.typeof(a).manual_axis_type for a in arrays if a is not None)

@@ -39,6 +39,10 @@ class CompressedArray(abc.ABC):
     trains: ClassVar[bool] = False
     """Whether :func:`lutjax.partition` lets its floating-point arrays learn by default."""
 
+    observes: ClassVar[bool] = False
+    """Whether its products look at their input by way of JAX's own derivative; ``lift`` then leaves
+    out the derivative rules of functions that it enters."""
+
     @property
     @abc.abstractmethod
     def batch_shape(self) -> tuple[int, ...]:

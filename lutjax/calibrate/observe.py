@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,7 @@ class ObservedArray(WrapperArray):
     base: CompressedArray
     totals: Float[Array, "*batch n"]
     statistic: Statistic
+    observes: ClassVar[bool] = True
 
     def materialize_matrix(self) -> Float[Array, "*batch k n"]:
         """The dense matrix of the base, not observed."""

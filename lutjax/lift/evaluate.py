@@ -38,7 +38,7 @@ class Evaluator:
         """Evaluates an open jaxpr; an output may be a :class:`Weight` again.
 
         Equations that nothing depends on are left out: the gradient rules of a user compute
-        cotangents of weights, which nobody asked for.
+        cotangents that nobody asked for.
         """
         env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         env.update(zip(jaxpr.invars, args, strict=True))
@@ -62,10 +62,7 @@ class Evaluator:
         if not isinstance(x, Weight):
             return x
         self.recorder.materialized(x.path, primitive, x.array, eqn)
-        if explicit_mesh(x.array) is not None:
-            sharding = x.logical.sharding
-            return run_with_auto_axes(lambda a: a.materialize(), [x.array], sharding)
-        return x.array.materialize()
+        return x.dense()
 
     def quiet(self) -> Evaluator:
         """One that records nothing and refuses nothing, to look ahead."""

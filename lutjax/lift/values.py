@@ -10,7 +10,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lutjax.arrays import CompressedArray
-from lutjax.lift.typed_shardings import logical_sharding
+from lutjax.lift.typed_shardings import explicit_mesh, logical_sharding, run_with_auto_axes
 from pallas_kernels.manual_axes import vary_over, varying_axes
 
 
@@ -37,6 +37,12 @@ class Weight:
         return jax.ShapeDtypeStruct(
             array.shape, array.dtype, sharding=sharding, manual_axis_type=kind
         )
+
+    def dense(self) -> jax.Array:
+        """The dense array that it stands for."""
+        if explicit_mesh(self.array) is None:
+            return self.array.materialize()
+        return run_with_auto_axes(lambda a: a.materialize(), [self.array], self.logical.sharding)
 
 
 def logical(value: Any) -> Any:

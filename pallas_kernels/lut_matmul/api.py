@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, UInt8
 from pallas_kernels.lut_matmul import dispatch
 from pallas_kernels.lut_matmul.checks import check_arguments
 from pallas_kernels.lut_matmul.gradients import parameter_gradients
-from pallas_kernels.manual_axes import vary_over, varying_axes
+from pallas_kernels.manual_axes import in_manual_axes, vary_over, varying_axes
+from pallas_kernels.static_flags import flag, is_on
 
 IMPLEMENTATIONS = dispatch.IMPLEMENTATIONS
 
@@ -117,8 +118,7 @@ def _require(name: str, arrays: tuple, spec: _Spec) -> None:
 def _product(spec: _Spec, *operands):
     # shard_map cannot differentiate a custom_vjp that takes symbolic zeros; there XLA has to drop
     # the gradients that nobody uses.
-    manual = getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ())
-    return (_product_plain if manual else _product_lean)(spec, *operands)
+    return (_product_plain if in_manual_axes() else _product_lean)(spec, *operands)
 
 
 def _batched_run(spec: _Spec, x, words, scales, lut, offsets):
@@ -142,7 +142,7 @@ def _batched_run(spec: _Spec, x, words, scales, lut, offsets):
 
 def _fwd_plain(spec: _Spec, x, words, scales, lut, offsets):
     y = _product_plain(spec, x, words, scales, lut, offsets)  # which has derivatives of its own
-    wanted = tuple(_flag(a is not None) for a in (x, scales, lut, offsets))
+    wanted = tuple(flag(a is not None) for a in (x, scales, lut, offsets))
     return y, (wanted, x, words, scales, lut, offsets)
 
 
@@ -150,28 +150,15 @@ def _fwd_lean(spec: _Spec, *operands):
     # The activations are kept only if a parameter learns.
     x, words, scales, lut, offsets = (None if a is None else a.value for a in operands)
     assert x is not None
-    wanted = tuple(_flag(a is not None and a.perturbed) for i, a in enumerate(operands) if i != 1)
+    wanted = tuple(flag(a is not None and a.perturbed) for i, a in enumerate(operands) if i != 1)
     y = _product_lean(spec, x, words, scales, lut, offsets)
-    kept = x if any(map(_is_on, wanted[1:])) else jnp.zeros((0,), x.dtype)
+    kept = x if any(map(is_on, wanted[1:])) else jnp.zeros((0,), x.dtype)
     return y, (wanted, kept, words, scales, lut, offsets)
-
-
-def _flag(on: bool) -> jax.Array:
-    """A truth value that is known while tracing, as the shape of an empty array.
-
-    The structure of residuals must not depend on what is differentiated: JAX keeps one structure
-    for all uses of a traced call.
-    """
-    return jnp.zeros((int(on), 0), jnp.uint8)
-
-
-def _is_on(flag: jax.Array) -> bool:
-    return flag.shape[-2] > 0  # vmap may have put an axis in front
 
 
 def _bwd(spec: _Spec, residuals, cotangent):
     wanted, x, words, scales, lut, offsets = residuals
-    want_x, want_scales, want_lut, want_offsets = map(_is_on, wanted)
+    want_x, want_scales, want_lut, want_offsets = map(is_on, wanted)
     if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
         return (None,) * 5
     dx = None

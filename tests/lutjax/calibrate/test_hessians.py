@@ -242,3 +242,14 @@ def test_bad_arguments_are_refused_before_anything_runs(decoder):
             quantize_blocks(fns, blocks, x, batch_size=size)
     with pytest.raises(ValueError, match="NaN"):
         quantize_blocks(fns, blocks, x.at[0, 0, 0].set(jnp.nan))
+
+
+def test_a_weight_that_enters_a_custom_derivative_is_seen():
+    @jax.custom_vjp
+    def product(x, w):
+        return x @ w
+
+    product.defvjp(lambda x, w: (x @ w, (x, w)), lambda r, g: (g @ r[1].T, r[0].T @ g))
+    x = jax.random.normal(jax.random.key(0), (8, 16))
+    found = hessians(lambda p, x: product(x, p["kernel"]), {"kernel": jnp.ones((16, 4))}, [x])
+    np.testing.assert_allclose(found["kernel"], x.T @ x, rtol=1e-5, atol=1e-5)  # float32

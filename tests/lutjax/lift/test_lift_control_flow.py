@@ -1,6 +1,8 @@
 """Primitives that hold programs, inside the lifted function and outside it."""
 
+import dataclasses
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -209,6 +211,56 @@ def test_custom_rule_with_integer_and_key_operands():
         return lookup(w, jnp.array([1, 4]), x, jax.random.key(0))
 
     check(fn, square(), X)
+
+
+@pytest.mark.parametrize("rule", [scaled_gradient, doubled_slope, lambda x, w: x @ jax.nn.relu6(w)])
+@pytest.mark.parametrize("where", ["plain", "scan", "vmap"])
+def test_parts_of_a_weight_learn_through_custom_derivatives(rule, where):
+    w, left, right = square(), normal(32, 4, seed=2) / 8, normal(4, 32, seed=3)
+
+    def loss(parts, x, compressed):
+        scales, left, right = parts
+        frozen = dataclasses.replace(w, scales=scales)
+        low_rank = lutjax.LowRankArray.of(left, right)
+        if compressed:
+            kernel, wrap = lutjax.SumArray.of(frozen, low_rank), lutjax.lift
+        else:
+            kernel, wrap = frozen.materialize() + low_rank.materialize(), lambda f: f
+
+        def run(kernel, x):
+            if where == "scan":
+                return jax.lax.scan(lambda x, _: (rule(x, kernel), x), x, None, length=2)
+            return (jax.vmap(rule, (0, None)) if where == "vmap" else rule)(x, kernel)
+
+        return sum(jnp.sum(y**2) for y in jax.tree.leaves(wrap(run)(kernel, x)))
+
+    @jax.jit
+    def both(parts, x):
+        return [jax.grad(loss, (0, 1))(parts, x, compressed) for compressed in (True, False)]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lutjax.MaterializationWarning)  # relu6 needs it
+        actual, expected = both((w.scales, left, right), normal(*[3] * (where == "vmap"), 2, 32))
+    assert_close(actual, expected)
+
+
+def test_the_gradient_of_a_weight_is_computed_only_if_it_is_asked_for():
+    @jax.custom_vjp
+    def rule(x, w):
+        return x @ w
+
+    # What only the gradient of w needs cannot be had from a compressed weight.
+    rule.defvjp(lambda x, w: (x @ w, (x, w)), lambda r, g: (g @ r[1].T, r[0].T @ g + jnp.exp(r[1])))
+    run = jax.jit(lutjax.lift(rule, strict=True))
+    w = square()
+
+    def loss(x, scales):
+        return run(x, dataclasses.replace(w, scales=scales)).sum()
+
+    # One traced call, differentiated in two ways.
+    assert_close(jax.grad(loss)(X, w.scales), jnp.tile(w.materialize().sum(axis=1), (2, 1)))
+    with pytest.raises(lutjax.MaterializationError, match="exp"):
+        jax.grad(loss, 1)(X, w.scales)
 
 
 def test_under_grad_vmap_scan_and_jit_outside():
