@@ -195,6 +195,26 @@ class CompressedArray(abc.ABC):
                 return side, math.prod(sizes[a] for a in axes[place + 1 :])
         raise ValueError(f"axis {axis} is not one of the {len(sizes)} axes of {self!r}")
 
+    def deriving(self, axis: int | None = None) -> Self:
+        """The same weight whose view derives the size of ``axis`` from the data.
+
+        Args:
+          axis: A logical axis, batch axes not counted; None for the outermost factors.
+        """
+        return self.with_view(self.view.deriving(self.shape[len(self.batch_shape) :], axis))
+
+    def slice_axis(self, axis: int, start: Any, size: int) -> Self | None:
+        """A slice of one logical axis, batch axes not counted; see :meth:`slice_matrix`.
+
+        None if the weight would have to be dense.
+        """
+        found = self.outer_axis(axis)
+        if found is None:
+            return None
+        side, inner = found
+        part = self.deriving(axis).slice_matrix(side, start * inner, size * inner)
+        return None if part is None else part.deriving()
+
     def transpose(self, permutation: Sequence[int]) -> Self:
         """The weight with permuted logical axes; no data moves.
 

@@ -19,8 +19,8 @@ class MatrixView:
     views of the same thing, and transposing or reshaping one moves no data.
 
     Attributes:
-      k: Sizes of the factors of K, outermost first; the outermost is -1: it is derived from the
-        data, which keeps the view true when K is sharded or sliced.
+      k: Sizes of the factors of K, outermost first. One of them, the outermost that is not 1, is
+        -1: it is derived from the data, which keeps the view true when K is sharded or sliced.
       n: The same for N.
       order: For each logical axis, which of the factors ``(*k, *n)`` it is.
 
@@ -64,6 +64,25 @@ class MatrixView:
     def transpose(self, permutation: Sequence[int]) -> MatrixView:
         """The view after permuting the logical axes, batch axes not counted."""
         return dataclasses.replace(self, order=tuple(self.order[p] for p in permutation))
+
+    def deriving(self, shape: Sequence[int], axis: int | None = None) -> MatrixView:
+        """The same view with another factor derived from the data.
+
+        Args:
+          shape: The present logical shape, batch axes not counted.
+          axis: The axis whose size will change with the data; None for the outermost factors.
+
+        >>> MatrixView.of((8, 4, 64), contract=(0,)).deriving((8, 1, 64), axis=2)
+        MatrixView(k=(-1,), n=(1, -1), order=(0, 1, 2))
+        """
+        sizes = [shape[self.order.index(factor)] for factor in range(len(self.order))]
+        count = len(self.k)
+        factor = -1 if axis is None else self.order[axis]
+        return dataclasses.replace(
+            self,
+            k=_derived(sizes[:count], factor if 0 <= factor < count else None),
+            n=_derived(sizes[count:], factor - count if factor >= count else None),
+        )
 
     def reshape(self, old: Sequence[int], new: Sequence[int]) -> MatrixView | None:
         """The view after a reshape of the logical axes, or None where it would mix K with N.
@@ -135,7 +154,14 @@ def _fill(sizes: tuple[int, ...], total: int) -> tuple[int, ...]:
 
 
 def _make(k: list[int], n: list[int], order: tuple[int, ...]) -> MatrixView:
-    return MatrixView((-1, *k[1:]) if k else (), (-1, *n[1:]) if n else (), order)
+    return MatrixView(_derived(k), _derived(n), order)
+
+
+def _derived(sizes: Sequence[int], place: int | None = None) -> tuple[int, ...]:
+    """Sizes with -1 for one of them, by default the outermost that is not 1."""
+    if place is None:
+        place = next((i for i, size in enumerate(sizes) if size != 1), 0)
+    return tuple(-1 if i == place else size for i, size in enumerate(sizes))
 
 
 @dataclasses.dataclass(frozen=True)

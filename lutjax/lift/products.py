@@ -219,11 +219,7 @@ def _dynamic_slice(params: dict, weight: Any, *starts: Any) -> Any:
     (axis,) = cut
     # dynamic_slice moves a start that is too large back into the array.
     start = jnp.clip(starts[axis], 0, weight.shape[axis] - sizes[axis])
-    found = weight.outer_axis(axis - count)
-    if found is None:
-        return NEEDS_DENSE
-    side, inner = found
-    part = result.slice_matrix(side, start * inner, sizes[axis] * inner)
+    part = result.slice_axis(axis - count, start, sizes[axis])
     if part is not None:
         return part
     if sizes[axis] == 1 and not count:  # one row, as of an embedding

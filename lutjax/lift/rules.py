@@ -163,11 +163,7 @@ def _cut(
             bounds = (start, limit, stride, axis)
             result = jax.tree.map(lambda a, b=bounds: jax.lax.slice_in_dim(a, *b), result)
             continue
-        found = result.outer_axis(axis - count)
-        if found is None or stride != 1:
-            return None
-        side, inner = found
-        result = result.slice_matrix(side, start * inner, (limit - start) * inner)
+        result = result.slice_axis(axis - count, start, limit - start) if stride == 1 else None
         if result is None:
             return None
     return result
@@ -179,11 +175,13 @@ def _concatenate(params: dict, *operands: Any) -> Any:
         return NEEDS_DENSE
     axis, first = params["dimension"], operands[0]
     count = len(first.batch_shape)
-    if len({(w.view, w.dtype, len(w.batch_shape)) for w in operands}) == 1 and axis >= count:
+    if len({len(w.batch_shape) for w in operands}) == 1 and axis >= count:
         found = first.outer_axis(axis - count)
         sizes = {w.shape[axis] for w in operands}
-        if found is not None and sizes != {1}:
-            return ConcatArray.of(*operands, axis=found[0])
+        parts = [w.deriving(axis - count) for w in operands]
+        alike = len({(w.view, w.dtype) for w in parts}) == 1
+        if found is not None and alike and sizes != {1}:
+            return ConcatArray.of(*parts, axis=found[0]).deriving()
     if axis:
         return NEEDS_DENSE
     if first.batch_shape:

@@ -55,3 +55,10 @@ def test_sizes_follow_sliced_data():
     view = MatrixView.of((512, 8, 64), contract=(0,))
     assert view.shape(512, 2 * 64) == (512, 2, 64)
     assert view.shape(128, 512) == (128, 8, 64)
+
+
+def test_the_derived_size_is_the_outermost_that_is_not_one():
+    view = MatrixView.of((512, 1, 64), contract=(0,))
+    assert view.shape(512, 2 * 16) == (512, 1, 32)
+    assert view.deriving((512, 1, 64), axis=1).shape(512, 2 * 64) == (512, 2, 64)
+    assert view.deriving((512, 1, 64), axis=1).deriving((512, 1, 64)) == view

@@ -83,6 +83,27 @@ def test_multi_head_kernel_is_cut_by_heads():
     check(fn, w, normal(2, 32))
 
 
+ONE_HEAD = {
+    "slice": lambda w, x: jnp.einsum("bd,dhe->bhe", x, w[..., 8:]),
+    "split": lambda w, x: [jnp.einsum("bd,dhe->bhe", x, p) for p in jnp.split(w, [6], axis=-1)],
+    "dynamic_slice": lambda w, x: jnp.einsum(
+        "bd,dhe->bhe", x, jax.lax.dynamic_slice_in_dim(w, x.astype(int)[0, 0], 6, 2)
+    ),
+    "concatenate": lambda w, x: jnp.einsum(
+        "bd,dhe->bhe", x, jnp.concatenate([w, w], axis=-1)
+    ),
+    "pieces of heads": lambda w, x: jnp.einsum(
+        "bd,dhe->bhe", x, jnp.concatenate([w, w.reshape(32, 2, 8)[:, 1:]], axis=2)
+    ),
+    "add": lambda w, x: x @ (w[..., 8:] + w.reshape(32, 2, 8)[:, :1]).reshape(32, 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ONE_HEAD)
+def test_an_axis_within_one_of_size_one_is_cut_and_joined(name):
+    check(ONE_HEAD[name], weight(32, 1, 16, axis=0), normal(2, 32))
+
+
 MATERIALIZED = {  # name of the primitive that is blamed
     "mul": lambda w, x: x @ (w * 2.0),
     "add": lambda w, x: x @ (w + jnp.outer(x[0], jnp.ones(48))),
