@@ -159,7 +159,7 @@ def _gather(params: dict, weight: Any, indices: Any) -> Any:
     )
     if not whole:
         return NEEDS_DENSE
-    index, limit = indices[..., place], weight.shape[axis]
+    index, limit = _wide(indices[..., place]), weight.shape[axis]
     inside = (index >= 0) & (index < limit)
     index = jnp.clip(index, 0, limit - 1)
     if axis < len(weight.batch_shape):
@@ -193,6 +193,11 @@ def _gather(params: dict, weight: Any, indices: Any) -> Any:
     return jnp.moveaxis(slices, range(len(rest)), rest)
 
 
+def _wide(index: jax.Array) -> jax.Array:
+    """An index that holds every place: places in the stored matrix do not fit eight bits."""
+    return index if jnp.iinfo(index.dtype).bits >= 32 else index.astype(jnp.int32)
+
+
 def _take(weight: CompressedArray, index: jax.Array, axis: int) -> jax.Array | None:
     """Dense slices along a matrix axis, ``[*batch, *index, ...]``; leading axes are mapped."""
     if weight.batch_shape:
@@ -218,7 +223,7 @@ def _dynamic_slice(params: dict, weight: Any, *starts: Any) -> Any:
         return result
     (axis,) = cut
     # dynamic_slice moves a start that is too large back into the array.
-    start = jnp.clip(starts[axis], 0, weight.shape[axis] - sizes[axis])
+    start = jnp.clip(_wide(starts[axis]), 0, weight.shape[axis] - sizes[axis])
     part = result.slice_axis(axis - count, start, sizes[axis])
     if part is not None:
         return part

@@ -106,6 +106,19 @@ def test_indexing():
     check(lambda w, i: jax.vmap(lambda j: w[j])(i), w, jnp.array([1, 2]))
 
 
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8, jnp.int16])
+def test_narrow_indices(dtype):
+    table, kernel = weight(300, 32, axis=-1), weight(32, 8, 64, axis=0)
+    check(lambda w, i: jnp.take(w, i, axis=0, mode="clip"), table, jnp.array([1, 120], dtype))
+    check(lambda w, i: jax.lax.dynamic_slice_in_dim(w, i, 1), table, jnp.array(100, dtype))
+    check(
+        lambda w, i, x: jnp.einsum("bk,khd->bhd", x, jax.lax.dynamic_slice_in_dim(w, i, 2, 1)),
+        kernel,
+        jnp.array(5, dtype),
+        normal(2, 32),
+    )
+
+
 @pytest.mark.parametrize("axis", [(1,), (0,)])
 def test_lookup_in_a_table_with_several_axes(axis):
     table = weight(24, 32, 1, axis=axis)
