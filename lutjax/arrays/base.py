@@ -209,7 +209,7 @@ class CompressedArray(abc.ABC):
         None if the weight would have to be dense.
         """
         found = self.outer_axis(axis)
-        if found is None:
+        if found is None or not size:
             return None
         side, inner = found
         part = self.deriving(axis).slice_matrix(side, start * inner, size * inner)
