@@ -45,7 +45,10 @@ def _scan(eqn: Any, operands: list, evaluator: Any) -> list:
     count_consts, count_carry = _scan_counts(params)
     closed = params["jaxpr"]
     consts, init = operands[:count_consts], operands[count_consts:][:count_carry]
-    xs = operands[count_consts + count_carry :]
+    xs = [
+        evaluator.dense(x, "scan", eqn) if isinstance(x, Weight) and not x.array.batch_shape else x
+        for x in operands[count_consts + count_carry :]  # rows of a matrix are no weights
+    ]
     constant = _constant_weights(init, closed.jaxpr, count_consts)
     init = [None if i in constant else evaluator.dense(x, "scan carry", eqn)
             for i, x in enumerate(init)]  # fmt: skip
