@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lutjax.arrays.base import CompressedArray, format_bytes
+from lutjax.arrays.base import CompressedArray, cut, format_bytes
 from lutjax.arrays.split import Split, typed_entries
 from lutjax.arrays.view import MATRIX, MatrixView
 
@@ -73,11 +73,10 @@ class DenseArray(CompressedArray):
         matrix = self.matrix if axis == "k" else self.matrix.T
         return jnp.take(matrix, indices, axis=0, mode="clip").astype(self.dtype)
 
-    def slice_matrix(self, axis: str, start: int, size: int) -> Self:
+    def slice_matrix(self, axis: str, start: Any, size: int) -> Self:
         """Any rows or columns."""
         place = self.matrix.ndim - (2 if axis == "k" else 1)
-        cut = jax.lax.slice_in_dim(self.matrix, start, start + size, axis=place)
-        return dataclasses.replace(self, matrix=cut)
+        return dataclasses.replace(self, matrix=cut(self.matrix, start, size, place))
 
     def split_specs(self, split: Split) -> Any:
         """Split like the matrix."""

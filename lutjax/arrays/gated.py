@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from lutjax.arrays.base import CompressedArray
+from lutjax.arrays.base import CompressedArray, cut
 from lutjax.arrays.dense_array import DenseArray
 from lutjax.arrays.lut_array import LutArray
 from lutjax.arrays.row_dense_array import RowDenseArray
@@ -139,14 +139,14 @@ class GatedArray(CompressedArray):
         """Rows or columns of the weight inside."""
         return self.inner.take_matrix(axis, indices)
 
-    def slice_matrix(self, axis: str, start: int, size: int) -> Self | None:
+    def slice_matrix(self, axis: str, start: Any, size: int) -> Self | None:
         """A slice of the weight inside, under the same gate."""
         inner = self.inner.slice_matrix(axis, start, size)
         if inner is None:
             return None
         norms = self.row_norms
         if norms is not None and axis == "k":
-            norms = jax.lax.slice_in_dim(norms, start, start + size, axis=norms.ndim - 1)
+            norms = cut(norms, start, size, norms.ndim - 1)
         return dataclasses.replace(self, inner=inner, row_norms=norms)
 
     def split_specs(self, split: Split) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -142,6 +144,23 @@ def test_views_and_slices():
     np.testing.assert_allclose(
         flat.matmul_transposed(jnp.ones((1, N))), weight().sum(axis=1)[None], rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_slices_at_a_traced_place(norms):
+    gated = GatedArray.of(DenseArray.of(weight()), 0.5, jnp.ones(K) if norms else None)
+    x = jax.random.normal(jax.random.key(1), (2, K))
+    masked = jnp.where(jnp.abs(x) > 0.5, x, 0.0)
+
+    @jax.jit
+    @functools.partial(lutjax.lift, strict=True)
+    def slices(w, x, start):
+        columns = x @ jax.lax.dynamic_slice_in_dim(w, start, 5, 1)
+        return columns, x[:, 3:19] @ jax.lax.dynamic_slice_in_dim(w, start, 16)
+
+    columns, rows = slices(gated, x, jnp.int32(3))
+    np.testing.assert_allclose(columns, masked @ weight()[:, 3:8], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(rows, masked[:, 3:19] @ weight()[3:19], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
