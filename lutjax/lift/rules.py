@@ -64,7 +64,9 @@ def _broadcast_in_dim(params: dict, weight: CompressedArray, *dynamic: Any) -> A
 @rule("convert_element_type")
 def _convert(params: dict, weight: CompressedArray) -> Any:
     dtype = params["new_dtype"]
-    return weight.astype(dtype) if jnp.issubdtype(dtype, jnp.floating) else NEEDS_DENSE
+    # Whoever casts to fewer bits wants the rounding; a float type of 16 bits only saves memory.
+    passes = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16
+    return weight.astype(dtype) if passes else NEEDS_DENSE
 
 
 @rule("copy", "copy_p")

@@ -130,6 +130,12 @@ def test_what_is_not_handled_is_dense_and_reported(name):
         lutjax.lift(lambda params, x: fn(params["kernel"], x), strict=True)({"kernel": w}, x)
 
 
+def test_a_cast_to_eight_bits_rounds():
+    w = weight(64, 48)
+    with pytest.warns(lutjax.MaterializationWarning, match="convert_element_type"):
+        check(lambda w: w.astype(jnp.float8_e4m3fn).astype(jnp.float32), w, strict=False)
+
+
 def test_weights_of_different_kinds_are_not_stacked_but_concatenated():
     params = {"a": weight(64, 48), "b": weight(64, 48, bits=3)}
     check(lambda p, x: x @ jnp.concatenate([p["a"], p["b"]], axis=1), params, normal(2, 64))
