@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 
@@ -15,3 +19,14 @@ def at_least_float32(dtype: Any) -> Any:
     """
     dtype = jnp.dtype(dtype)
     return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
+
+
+def add_wide(terms: Sequence[jax.Array]) -> jax.Array:
+    """The sum of arrays of one dtype: added in at least float32, rounded once.
+
+    >>> add_wide([jnp.bfloat16(256), jnp.bfloat16(1), jnp.bfloat16(1)])
+    Array(258, dtype=bfloat16)
+    """
+    dtype = terms[0].dtype
+    wide = [term.astype(at_least_float32(dtype)) for term in terms]
+    return functools.reduce(operator.add, wide).astype(dtype)

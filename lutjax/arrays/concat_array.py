@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import operator
 from typing import Any, Literal, Self
 
 import jax
@@ -15,6 +14,7 @@ from jaxtyping import Array, Float
 
 from lutjax.arrays.base import CompressedArray
 from lutjax.arrays.view import MatrixView
+from lutjax.dtypes import add_wide
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=["axis"])
@@ -103,9 +103,7 @@ class ConcatArray(CompressedArray):
         if joins:
             return jnp.concatenate([product(x) for product in products], axis=-1)
         pieces = jnp.split(x, self._starts[1:-1], axis=-1)
-        return functools.reduce(
-            operator.add, [product(piece) for product, piece in zip(products, pieces, strict=True)]
-        )
+        return add_wide([product(piece) for product, piece in zip(products, pieces, strict=True)])
 
     def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array | None:
         """Rows or columns of each part, joined; along the joint, each index picks its part."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 from typing import Any, Self
 
 import jax
@@ -20,6 +19,7 @@ from lutjax.arrays.row_lut_array import RowLutArray
 from lutjax.arrays.split import Split, is_partitioned_automatically
 from lutjax.arrays.sum_array import SumArray
 from lutjax.arrays.view import MatrixView
+from lutjax.dtypes import add_wide
 from pallas_kernels.sparse_matmul import sparse_matmul
 
 
@@ -177,8 +177,7 @@ class GatedArray(CompressedArray):
 
 def _product(inner: CompressedArray, x: jax.Array, thresholds: jax.Array) -> jax.Array:
     if isinstance(inner, SumArray):
-        parts = [_product(part, x, thresholds) for part in inner.parts]
-        return functools.reduce(operator.add, parts)
+        return add_wide([_product(part, x, thresholds) for part in inner.parts])
     rows = _rows(inner)
     if rows is not None:
         return sparse_matmul(x, rows, thresholds)

@@ -78,12 +78,11 @@ class LowRankArray(CompressedArray):
 
     def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
         """``(x @ left) @ right`` in the dtype of ``x``."""
-        return x @ self.left.astype(x.dtype) @ self.right.astype(x.dtype)
+        return _through(x, self.left, self.right)
 
     def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
         """``(x @ right.T) @ left.T`` in the dtype of ``x``."""
-        right, left = (jnp.swapaxes(f, -1, -2).astype(x.dtype) for f in (self.right, self.left))
-        return x @ right @ left
+        return _through(x, jnp.swapaxes(self.right, -1, -2), jnp.swapaxes(self.left, -1, -2))
 
     def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array:
         """Dense rows or columns, through the thin side."""
@@ -125,3 +124,14 @@ class LowRankArray(CompressedArray):
             return f"LowRankArray(shape={self.shape}, {self.dtype}, rank={self.rank}, {size})"
         except (AttributeError, IndexError, TypeError):  # placeholders instead of arrays
             return f"LowRankArray(left={self.left!r}, right={self.right!r})"
+
+
+def _through(x: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+    """``x @ first @ second``.
+
+    What is between is float32 for float16, whose range it may leave; bfloat16 has the range, and
+    products with one operand in float32 would cost more than the rounding matters.
+    """
+    wide = jnp.float32 if x.dtype == jnp.float16 else x.dtype
+    thin = jnp.matmul(x, first.astype(x.dtype), preferred_element_type=wide)
+    return (thin @ second.astype(wide)).astype(x.dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 from typing import Any, Self
 
 import jax
@@ -14,12 +13,15 @@ from jaxtyping import Array, Float
 from lutjax.arrays.base import CompressedArray
 from lutjax.arrays.split import Split
 from lutjax.arrays.view import MatrixView
+from lutjax.dtypes import add_wide
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class SumArray(CompressedArray):
     """``W = sum of parts``; each product is the sum of the parts' products.
+
+    A part's product has the dtype of the activations; they are added in at least float32.
 
     Attributes:
       parts: Compressed arrays of one shape, dtype and view. Dense parts do not occur.
@@ -69,25 +71,22 @@ class SumArray(CompressedArray):
         """K and N of the stored matrix."""
         return self.parts[0].matrix_shape
 
-    def _sum(self, terms: list[jax.Array]) -> jax.Array:
-        return functools.reduce(operator.add, terms)
-
     def materialize_matrix(self) -> Float[Array, "*batch k n"]:
         """The sum of the parts' dense matrices."""
-        return self._sum([p.materialize_matrix() for p in self.parts])
+        return add_wide([p.materialize_matrix() for p in self.parts])
 
     def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
         """The sum of the parts' products with ``x``."""
-        return self._sum([p.matmul(x) for p in self.parts])
+        return add_wide([p.matmul(x) for p in self.parts])
 
     def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
         """The sum of the parts' transposed products with ``x``."""
-        return self._sum([p.matmul_transposed(x) for p in self.parts])
+        return add_wide([p.matmul_transposed(x) for p in self.parts])
 
     def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array | None:
         """The sum of the parts' rows or columns, None if one of them has none."""
         rows = [r for p in self.parts if (r := p.take_matrix(axis, indices)) is not None]
-        return self._sum(rows) if len(rows) == len(self.parts) else None
+        return add_wide(rows) if len(rows) == len(self.parts) else None
 
     def slice_matrix(self, axis: str, start: Any, size: int) -> Self | None:
         """A slice of every part, None if one of them has none."""

@@ -10,6 +10,8 @@ import pytest
 import lutjax
 from lutjax.arrays import (
     ConcatArray,
+    DenseArray,
+    GatedArray,
     LowRankArray,
     LutArray,
     MatrixView,
@@ -203,6 +205,30 @@ def test_products_have_the_dtype_of_the_activations():
             np.asarray(y, np.float64), expected, atol=tolerance * np.abs(expected).max()
         )
     assert array.astype(jnp.bfloat16).materialize().dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_terms_are_added_in_float32(dtype):
+    # 1 + 1/4 of the spacing, eight times: lost when rounded after each term.
+    eps = float(jnp.finfo(dtype).eps)
+    terms = [1.0] + [eps / 4] * 8
+    parts = [DenseArray.of(jnp.full((4, 1), v / 4, dtype)) for v in terms]
+    x, expected = jnp.ones((1, 4), dtype), 1 + 2 * eps
+    total = SumArray.of(*parts)
+    assert float(total.matmul(x)[0, 0]) == expected
+    assert float(total.matmul_transposed(x[:, :1])[0, 0]) == expected / 4
+    assert float(total.materialize()[0, 0]) == expected / 4
+    assert float(GatedArray.of(total, 0.5).matmul(x)[0, 0]) == expected
+    rows = ConcatArray.of(*parts, axis="k")
+    assert float(rows.matmul(jnp.ones((1, 4 * len(terms)), dtype))[0, 0]) == expected
+
+
+def test_a_low_rank_product_may_leave_the_range_of_float16_inside():
+    left, right = jnp.full((64, 2), 50, jnp.float16), jnp.full((2, 4), 1e-3, jnp.float16)
+    w, x = LowRankArray.of(left, right), jnp.full((1, 64), 30, jnp.float16)
+    np.testing.assert_allclose(w.matmul(x), 192, rtol=2e-3)  # 1e-3 in float16, and the result
+    swapped = LowRankArray.of(right.T, left.T)
+    np.testing.assert_allclose(swapped.matmul_transposed(x), 192, rtol=2e-3)
 
 
 def test_parts_of_a_rotated_weight_are_rounded_like_the_whole():
