@@ -121,7 +121,8 @@ def _batched_run(static: _Static, x: Any, weight: Any, thresholds: Any) -> Any:
 
 
 def _fwd(static: _Static, x: Any, weight: Any, thresholds: Any) -> Any:
-    return _batched_run(static, x, weight, thresholds), (x, weight, thresholds)
+    # The product with its own derivatives, for gradients of gradients.
+    return _product(static, x, weight, thresholds), (x, weight, thresholds)
 
 
 def _bwd(static: _Static, residuals: tuple, cotangent: Any) -> Any:

@@ -57,6 +57,22 @@ def test_gradients_are_those_of_the_masked_product(case):
 
 
 @pytest.mark.parametrize("case", [DENSE, CODES], ids=str)
+def test_gradients_of_gradients(case):
+    (x, weight, thresholds), _ = make(case)
+
+    def slope(function):
+        def loss(x):
+            return jnp.sum(jnp.sin(function(x, weight, thresholds)))
+
+        return jax.jit(jax.grad(lambda x: jnp.sum(jax.grad(loss)(x) ** 2)))(x)
+
+    actual = slope(lambda *a: sparse_matmul(*a, splits=case.ranges))
+    expected = slope(lambda *a: masked(*a, case.ranges))
+    # sums of sums of 40 products in float32, computed in another order
+    np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("case", [DENSE, CODES], ids=str)
 def test_vmap_over_activations_and_weights(case):
     (x, weight, thresholds), _ = make(case)
     f = lambda *a: sparse_matmul(*a, splits=case.ranges)  # noqa: E731
