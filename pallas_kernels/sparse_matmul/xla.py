@@ -28,6 +28,8 @@ MAX_ROWS = 4
 _DENSE_STEP = 8  # rows of the weight a step; each step also reads and writes the result
 _CODES_STEP = 2
 
+_ZERO = np.int32(0)  # of the type of other indices; a Python int has 64 bits in x64 mode
+
 
 def supports(x: Any, weight: Any, thresholds: Any, *, splits: tuple[int, ...]) -> str | None:
     """None if the loop serves these shapes, else the reason why not."""
@@ -70,7 +72,7 @@ def _dense_part(x: jax.Array, weight: jax.Array, start: int, size: int) -> jax.A
     def body(step, y):
         for i in range(_DENSE_STEP):
             k = live[step * _DENSE_STEP + i]
-            row = lax.dynamic_slice(weight, (k, start), (1, size)).astype(jnp.float32)
+            row = lax.dynamic_slice(weight, (k, np.int32(start)), (1, size)).astype(jnp.float32)
             y += _column(x, k, step * _DENSE_STEP + i < count) * row
         return y
 
@@ -123,7 +125,7 @@ def _codes_part(x: jax.Array, weight: RowCodes) -> jax.Array:
                 place = first + (step * _CODES_STEP + i) * together
                 rows = [live[place + j] for j in range(together)]
                 words = [
-                    lax.dynamic_slice(weight.words, (row, 0, 0), (1, blocks, lanes))[0]
+                    lax.dynamic_slice(weight.words, (row, _ZERO, _ZERO), (1, blocks, lanes))[0]
                     for row in rows
                 ]
                 terms = [

@@ -41,6 +41,26 @@ def test_numbers(name, case):
     assert relative_error(y, oracle(case, operands, dense)) < TOLERANCE[case.dtype]
 
 
+@pytest.mark.parametrize("name", ["reference", "masked", "xla", "cpu_native"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(splits=(100, 156), dtype="float32"),
+        Case(bits=4, splits=(100, 156), offsets=True, dtype="float32"),
+        Case(bits=4, canonical=True, offsets=True, dtype="float32"),
+    ],
+    ids=str,
+)
+def test_numbers_in_x64_mode(name, case):
+    operands, dense = make(case)
+    with jax.enable_x64(True):
+        y = run(name, case, operands)
+    if isinstance(y, str):
+        pytest.skip(y)
+    assert y.dtype == operands[0].dtype
+    assert relative_error(y, oracle(case, operands, dense)) < TOLERANCE[case.dtype]
+
+
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_support_is_not_given_up(name):
     from pallas_kernels.sparse_matmul.dispatch import backend
