@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, UInt32
 
 from lutjax.arrays.base import CompressedArray, format_bytes
 from lutjax.arrays.lut_array import LutArray
-from lutjax.arrays.split import Split, typed_entries
+from lutjax.arrays.split import Split, is_partitioned_automatically, typed_entries
 from lutjax.arrays.view import MATRIX, MatrixView
-from pallas_kernels.sparse_matmul import RowCodes, dequantize_rows, pack_rows
+from pallas_kernels.sparse_matmul import RowCodes, dequantize_rows, pack_rows, row_matmul
 
 
 @functools.partial(
@@ -99,12 +99,21 @@ class RowLutArray(CompressedArray):
         return dequantize_rows(self.row_codes(), self.dtype)
 
     def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
-        """``x @ W`` on the dense matrix, in the dtype of ``x``."""
-        return x @ self.astype(x.dtype).materialize_matrix()
+        """``x @ W`` in the dtype of ``x``; a tile of rows is dequantised at a time."""
+        return self._product(x, transpose=False)
 
     def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
-        """``x @ W.T`` on the dense matrix, in the dtype of ``x``."""
-        return x @ jnp.swapaxes(self.astype(x.dtype).materialize_matrix(), -1, -2)
+        """``x @ W.T`` in the dtype of ``x``; a tile of rows is dequantised at a time."""
+        return self._product(x, transpose=True)
+
+    def _product(self, x: jax.Array, *, transpose: bool) -> jax.Array:
+        if is_partitioned_automatically(self.words):  # a loop over rows would gather their codes
+            weight = self.astype(x.dtype).materialize_matrix()
+            return x @ (jnp.swapaxes(weight, -1, -2) if transpose else weight)
+        if self.batch_shape:
+            return jax.vmap(lambda w, x: w._product(x, transpose=transpose))(self, x)
+        y = row_matmul(x.reshape(-1, x.shape[-1]), self.row_codes(), transpose=transpose)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def split_specs(self, split: Split) -> Any:
         """Split by rows at whole groups; columns are not split, a block holds distant ones."""

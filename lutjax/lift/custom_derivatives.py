@@ -130,6 +130,5 @@ def _observes(x: Any) -> bool:
 
 
 def _is_float(x: Any) -> bool:
-    return jnp.issubdtype(
-        logical(x).dtype if isinstance(x, Weight) else jnp.result_type(x), jnp.inexact
-    )
+    dtype = x.array.dtype if isinstance(x, Weight) else jnp.result_type(x)
+    return jnp.issubdtype(dtype, jnp.inexact)

@@ -20,6 +20,7 @@ import numpy as np
 
 from pallas_kernels.layout import BLOCK, unpack
 from pallas_kernels.lut_matmul import dispatch, reference
+from pallas_kernels.manual_axes import vary_over, varying_axes
 
 MAX_FOLDED_ROWS = 2
 """Rows of activations up to which a table per row costs less than dequantising (measured)."""
@@ -77,12 +78,8 @@ def lut_matmul(
 def _tiled(x, words, scales, lut, offsets, *, k, group_size, transpose):
     """The product, float32 ``[M, N]``; a loop over tiles of rows if the weight is large."""
     n, p = words.shape[-1], lut.shape[-1]
-    rows = _tile_rows(n, p)
-    full = k // rows if k > rows else 0
-    groups = np.arange(k, dtype=np.int32) // np.int32(group_size)
 
     def product(x, words, groups):
-        """One tile: ``x`` is ``[M, R]`` (or ``[M, N]``), ``words`` those of its rows."""
         weight = reference.dequantize(
             words,
             scales[groups],
@@ -94,9 +91,31 @@ def _tiled(x, words, scales, lut, offsets, *, k, group_size, transpose):
         )
         return _dot(x, weight, transpose)
 
+    groups = np.arange(k, dtype=np.int32) // np.int32(group_size)
+    zeros = jnp.zeros((x.shape[0], n), jnp.float32)
+    zeros = vary_over(zeros, varying_axes(x, words, scales, lut, offsets))
+    return over_tiles(product, x, words, groups, zeros, block=BLOCK * p, transpose=transpose)
+
+
+def over_tiles(product, x, words, groups, zeros, *, block, transpose):
+    """A product with a weight of which one tile of rows after another is dequantised.
+
+    Args:
+      product: ``(x, words, groups) -> float32[M, N or R]``, the product with R rows of the weight;
+        its ``x`` is ``[M', R]``, or all of ``x`` when transposed.
+      x: ``[M', K]``, or ``[M, N]`` when transposed.
+      words: Codes; the leading axis is that of rows or of blocks of them.
+      groups: ``int32[K]``, an entry for each row that ``product`` is given for those of the tile.
+      zeros: ``float32[M, N]``, where sums start.
+      block: Rows of one entry of ``words``; a tile has whole blocks.
+      transpose: Whether results are joined instead of added.
+    """
+    k = len(groups)
+    rows = _tile_rows(zeros.shape[-1], block)
+    full = k // rows if k > rows else 0
     if not full:
         return product(x, words, groups)
-    blocks = rows // (BLOCK * p)
+    blocks = rows // block
     tiles = words[: full * blocks].reshape(full, blocks, *words.shape[1:])
     tile_groups = groups[: full * rows].reshape(full, rows)
     rest = (words[full * blocks :], groups[full * rows :])
@@ -109,13 +128,12 @@ def _tiled(x, words, scales, lut, offsets, *, k, group_size, transpose):
     def add(y, tile):
         return y + product(*tile), None
 
-    y, _ = jax.lax.scan(add, jnp.zeros((x.shape[0], n), jnp.float32), (parts, tiles, tile_groups))
+    y, _ = jax.lax.scan(add, zeros, (parts, tiles, tile_groups))
     return y + product(x[:, full * rows :], *rest) if len(rest[1]) else y
 
 
-def _tile_rows(n: int, p: int) -> int:
+def _tile_rows(n: int, block: int) -> int:
     """Rows of a tile: whole blocks of codes."""
-    block = BLOCK * p
     weights = _TILE if dispatch.compiling_for("cpu") else _TILE_ACCELERATOR
     return max(weights // n // block, 1) * block
 

@@ -2,6 +2,7 @@
 
 from pallas_kernels.sparse_matmul.api import IMPLEMENTATIONS, sparse_matmul
 from pallas_kernels.sparse_matmul.blocks import BlockCodes
+from pallas_kernels.sparse_matmul.masked import row_matmul
 from pallas_kernels.sparse_matmul.rows import RowCodes, dequantize_rows, pack_rows, unpack_rows
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "RowCodes",
     "dequantize_rows",
     "pack_rows",
+    "row_matmul",
     "sparse_matmul",
     "unpack_rows",
 ]

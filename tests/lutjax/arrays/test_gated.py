@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -172,6 +173,28 @@ def test_row_layout_is_the_same_weight(bits):
         np.testing.assert_array_equal(rows.materialize(), array.materialize())
         x = jax.random.normal(jax.random.key(1), (2, 3, 40))
         np.testing.assert_allclose(rows.matmul(x), array.matmul(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("gate", [False, True])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_row_layout_is_never_held_dense(gate, transpose):
+    k, n = 8192, 4096  # 32 tiles on a CPU
+    rows = jax.eval_shape(
+        lambda w: RowLutArray.of(lutjax.quantize(w, bits=4, group_size=32), 32),
+        jax.ShapeDtypeStruct((k, n), jnp.float32),
+    )
+    x = jax.ShapeDtypeStruct((32, n if transpose else k), jnp.float32)
+
+    def loss(x, scales, w):
+        w = dataclasses.replace(w, scales=scales)
+        w = GatedArray.of(w, 0.5) if gate else w
+        product = lutjax.lift(lambda w, x: x @ (w.T if transpose else w), strict=True)
+        return jnp.sum(product(w, x) ** 2)
+
+    for fn in (loss, jax.grad(loss), jax.grad(loss, argnums=1)):
+        compiled = jax.jit(fn).lower(x, rows.scales, rows).compile()
+        # A quarter of the float32 weight; a tile and what it is made of are less.
+        assert compiled.memory_analysis().temp_size_in_bytes < k * n
 
 
 def test_row_layout_of_dense_weights_runs_the_tpu_kernel():

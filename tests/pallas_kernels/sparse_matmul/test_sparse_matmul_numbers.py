@@ -10,7 +10,8 @@ import pytest
 from sparse_cases import CASES, TOLERANCE, Case, make, oracle, relative_error, run
 
 from pallas_kernels import native
-from pallas_kernels.sparse_matmul import IMPLEMENTATIONS
+from pallas_kernels.lut_matmul import xla
+from pallas_kernels.sparse_matmul import IMPLEMENTATIONS, row_matmul
 
 # What an implementation must run at least, so that a change cannot quietly give cases up.
 AT_LEAST = {
@@ -39,6 +40,26 @@ def test_numbers(name, case):
         pytest.skip(y)
     assert y.dtype == operands[0].dtype
     assert relative_error(y, oracle(case, operands, dense)) < TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(m=5, k=77, bits=4, lanes=32, offsets=True, dtype="float32"),
+        Case(m=3, bits=3, lanes=16, splits=(100, 156), per_row=True, dtype="float32"),
+        Case(m=2, bits=2, tables=256, dtype="float32"),
+    ],
+    ids=str,
+)
+def test_loops_over_tiles_of_rows(case, monkeypatch):
+    monkeypatch.setattr(xla, "_TILE", 24 * case.n)
+    (x, weight, thresholds), dense = make(case)
+    operands = (x, weight, thresholds)
+    expected = oracle(case, operands, dense)
+    assert relative_error(run("masked", case, operands), expected) < TOLERANCE[case.dtype]
+    z = jax.numpy.asarray(expected, x.dtype)
+    back = row_matmul(z, weight, transpose=True)
+    assert relative_error(back, np.asarray(z, np.float64) @ dense.T) < TOLERANCE[case.dtype]
 
 
 @pytest.mark.parametrize("name", ["reference", "masked", "xla", "cpu_native"])
