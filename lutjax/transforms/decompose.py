@@ -38,7 +38,7 @@ from lutjax.transforms.quantize import (
     weight_view,
 )
 from lutjax.transforms.recipe import LutConfig, Recipe, Rule
-from lutjax.transforms.svd import SvdMethod, low_rank_factors
+from lutjax.transforms.svd import SvdMethod, balanced, low_rank_factors
 
 Method = Literal["lq", "loftq", "lorc", "svd", "lora"]
 
@@ -331,7 +331,8 @@ class _Steps:
 
         def factorize(key, residual):
             left, right = low_rank_factors(key, seen(residual), rank, svd)
-            return solve_triangular(lower, left, trans=1, lower=True), right
+            # Factors of one size, which an optimiser with steps of one size can train.
+            return balanced(solve_triangular(lower, left, trans=1, lower=True), right)
 
         def rounded(a):
             return quantize_array(a, rule, hessian=hessian)

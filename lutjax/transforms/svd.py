@@ -84,5 +84,22 @@ def low_rank_factors(
     return u * root[None, :], root[:, None] * vt
 
 
+def balanced(
+    left: Float[Array, "k r"], right: Float[Array, "r n"]
+) -> tuple[Float[Array, "k r"], Float[Array, "r n"]]:
+    """The factors of the same product that have the roots of its singular values on both sides.
+
+    >>> left, right = balanced(4 * jnp.eye(2), jnp.eye(2))
+    >>> jnp.abs(left).tolist(), (left @ right).round(5).tolist()
+    ([[2.0, 0.0], [0.0, 2.0]], [[4.0, 0.0], [0.0, 4.0]])
+    """
+    u, first = jnp.linalg.qr(left, mode="reduced")
+    v, second = jnp.linalg.qr(right.T, mode="reduced")
+    core = jnp.matmul(first, second.T, precision=jax.lax.Precision.HIGHEST)
+    a, s, b = jnp.linalg.svd(core, full_matrices=False)
+    root = jnp.sqrt(s)
+    return u @ (a * root[None, :]), (root[:, None] * b) @ v.T
+
+
 def _orthonormal(a: Float[Array, "m c"]) -> Float[Array, "m c"]:
     return jnp.linalg.qr(a, mode="reduced")[0]
