@@ -83,7 +83,7 @@ def error_weights(fisher: Importance | None) -> Float[Array, "k n"]:
     [[1.41...], [2.0]]
     """
     if fisher is None:
-        return jnp.ones((1, 1))
+        return jnp.ones((1, 1), jnp.float32)
     if not isinstance(fisher, RowColumnMeans):
         return jnp.sqrt(fisher)
     mean = fisher.rows.mean()
@@ -105,7 +105,7 @@ def side_weights(
     [1.0, 9.99...e-05]
     """
     if fisher is None:
-        return jnp.ones(k), jnp.ones(n)
+        return jnp.ones(k, jnp.float32), jnp.ones(n, jnp.float32)
     if isinstance(fisher, RowColumnMeans):
         means = fisher
     else:
