@@ -8,7 +8,8 @@ learning rate that is best for it with NormalFloat. Weights are quantised alike 
 what differs is what the codes and the low-rank part start from. Fisher information comes from 32
 samples of 128 tokens, the inputs from 32 windows of 512; all of them, and what is trained on, are
 other windows of the same text. Plans are those of benchmarks/higgs.py. Takes about 40 minutes on
-two cores. Writes lq_lora_inputs.json and lq_lora_inputs.md.
+two cores. Writes lq_lora_inputs.json and lq_lora_inputs.md, and goes on where these end; delete
+them to start anew.
 """
 
 from __future__ import annotations
@@ -110,6 +111,14 @@ def markdown(data: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"Learning rates: {rates}.", ""])
 
 
+def dense(study: Study, training: Training) -> dict[str, float]:
+    """The model as it is, and with a trained adapter."""
+    paths = tuple(matrix.path for matrix in study.matrices)
+    new = lora.init(study.params, study.settings.rank, jax.random.key(0), targets=paths)
+    after = min(training.after(study.params, new, rate) for rate in RATES)
+    return {"before": training.before(study.params, new), "after": after}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -117,28 +126,26 @@ def main() -> None:
         "--cache", type=Path, default=Path(tempfile.gettempdir()) / "lutjax-lq-lora"
     )
     options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    file = options.output / "lq_lora_inputs.json"
     study = Study(Settings(), options.cache)
     training = Training(study)
-    new = lora.init(
-        study.params,
-        study.settings.rank,
-        jax.random.key(0),
-        targets=tuple(m.path for m in study.matrices),
+    data: dict[str, Any] = (
+        json.loads(file.read_text())
+        if file.exists()
+        else {
+            "jax": jax.__version__,
+            "dense": dense(study, training),
+            "learning_rates": {},
+            "rows": {},
+        }
     )
-    data: dict[str, Any] = {
-        "jax": jax.__version__,
-        "dense": {
-            "before": training.before(study.params, new),
-            "after": min(training.after(study.params, new, rate) for rate in RATES),
-        },
-        "learning_rates": {},
-        "rows": {},
-    }
-    options.output.mkdir(parents=True, exist_ok=True)
     made = starts(study)
     for name, recipe in tqdm(compared(study.params).items(), unit="recipe"):
-        row = data["rows"][name] = {}
+        row = data["rows"].setdefault(name, {})
         for method, start in made.items():
+            if method in row:
+                continue
             base, adapter, bits = split(study, start(recipe))
             if method not in data["learning_rates"]:
                 found = {rate: training.after(base, adapter, rate) for rate in RATES}
@@ -149,7 +156,7 @@ def main() -> None:
                 "after": training.after(base, adapter, data["learning_rates"][method]),
             }
             tqdm.write(f"{name}, {method}: {row[method]}")
-            (options.output / "lq_lora_inputs.json").write_text(json.dumps(data, indent=1) + "\n")
+            file.write_text(json.dumps(data, indent=1) + "\n")
             (options.output / "lq_lora_inputs.md").write_text(markdown(data))
 
 
