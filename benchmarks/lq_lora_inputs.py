@@ -4,12 +4,11 @@
 
 The protocol is that of benchmarks/lq_lora.py: SmolLM2-135M-Instruct, 4 held-out windows of 256
 tokens, before and after 16 steps that train low-rank parts of rank 32 alone, each method with the
-learning rate that is best for it with NormalFloat. Weights are quantised alike for all methods;
-what differs is what the codes and the low-rank part start from. Fisher information comes from 32
+learning rate that is best for it. All weights are 3-bit NormalFloat in groups of 64; what differs
+is how they are rounded and what the low-rank part starts from. Fisher information comes from 32
 samples of 128 tokens, the inputs from 32 windows of 512; all of them, and what is trained on, are
-other windows of the same text. Plans are those of benchmarks/higgs.py. Takes about 40 minutes on
-two cores. Writes lq_lora_inputs.json and lq_lora_inputs.md, and goes on where these end; delete
-them to start anew.
+other windows of the same text. Takes about 20 minutes on two cores. Writes lq_lora_inputs.json and
+lq_lora_inputs.md, and goes on where these end; delete them to start anew.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from higgs import recipes
 from lq_lora import Settings, Study, Training
 from tqdm import tqdm
 
@@ -39,7 +37,7 @@ from lutjax.calibrate import decompose_decoder, quantize_decoder
 from lutjax.transforms import Summary
 
 RESULTS = Path(__file__).parent / "results"
-BUDGETS = [2.5]
+RECIPE = Recipe.uniform(3)  # NormalFloat in groups of 64
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 WINDOWS = 32
 METHODS = {
@@ -50,38 +48,19 @@ METHODS = {
 }
 
 
-def compared(params: Any) -> dict[str, Recipe]:
-    """The recipes by what they are called."""
-    alphas = json.loads((RESULTS / "higgs_sensitivities.json").read_text())
-    planned = recipes(params, alphas, BUDGETS)
-    return {
-        "NormalFloat, 3 bits, groups of 64": Recipe.uniform(3),
-        "HIGGS, 3 bits for all": Recipe.higgs(3),
-        **{f"HIGGS, planned at {b}": planned[f"HIGGS, planned at {b}"][0] for b in BUDGETS},
-    }
-
-
-def starts(study: Study) -> dict[str, Callable[[Recipe], Any]]:
-    """What makes base and adapter from a recipe, by method."""
+def starts(study: Study) -> dict[str, Callable[[], Any]]:
+    """What makes the compressed parameters, by method."""
     config, params, rank = study.model.config, study.params, study.settings.rank
     places = [i * len(study.others) // WINDOWS for i in range(WINDOWS)]
     tokens, key = jnp.asarray(study.others[places]), jax.random.key(0)
-    fed = {"batch_size": 8, "progress": True}
+    low_rank: dict[str, Any] = {"rank": rank, "key": key, "progress": True}
+    fisher = {"fisher": study.fisher, "rounds": study.settings.rounds}
+    fed: dict[str, Any] = {"batch_size": 8}
     return {
-        "nearest": lambda recipe: lutjax.quantize(params, recipe),
-        "feedback": lambda recipe: quantize_decoder(config, params, tokens, recipe, **fed),
-        "fisher": lambda recipe: lutjax.decompose(
-            params,
-            recipe,
-            rank=rank,
-            rounds=study.settings.rounds,
-            key=key,
-            fisher=study.fisher,
-            progress=True,
-        ),
-        "inputs": lambda recipe: decompose_decoder(
-            config, params, tokens, recipe, rank=rank, key=key, **fed
-        ),
+        "nearest": lambda: lutjax.quantize(params, RECIPE),
+        "feedback": lambda: quantize_decoder(config, params, tokens, RECIPE, **fed, progress=True),
+        "fisher": lambda: lutjax.decompose(params, RECIPE, **fisher, **low_rank),
+        "inputs": lambda: decompose_decoder(config, params, tokens, RECIPE, **fed, **low_rank),
     }
 
 
@@ -96,19 +75,14 @@ def split(study: Study, params: Any) -> tuple[Any, Any, float]:
 
 
 def markdown(data: dict[str, Any]) -> str:
-    lines = [
-        "Perplexity before → after training the low-rank parts (rank 32, not counted in the bits); "
-        f"the dense model: {data['dense']['before']:.2f} → {data['dense']['after']:.2f}.",
-        "",
-        "| weights | bits a weight | " + " | ".join(METHODS.values()) + " |",
-        "|---|---|" + "---|" * len(METHODS),
+    dense, rows = data["dense"], data["rows"]
+    lines = ["| start | before training | after | learning rate |", "|---|---|---|---|"]
+    lines.append(f"| dense, new adapter | {dense['before']:.2f} | {dense['after']:.2f} | |")
+    lines += [
+        f"| {METHODS[m]} | {row['before']:.2f} | {row['after']:.2f} | {row['learning_rate']} |"
+        for m, row in rows.items()
     ]
-    for name, row in data["rows"].items():
-        cells = [f"{row[m]['before']:.2f} → {row[m]['after']:.2f}" for m in METHODS if m in row]
-        bits = next(iter(row.values()))["bits_per_weight"]
-        lines.append(f"| {name} | {bits:.3f} | " + " | ".join(cells) + " |")
-    rates = ", ".join(f"{METHODS[m]}: {rate}" for m, rate in data["learning_rates"].items())
-    return "\n".join([*lines, "", f"Learning rates: {rates}.", ""])
+    return "\n".join(lines) + "\n"
 
 
 def dense(study: Study, training: Training) -> dict[str, float]:
@@ -130,34 +104,23 @@ def main() -> None:
     file = options.output / "lq_lora_inputs.json"
     study = Study(Settings(), options.cache)
     training = Training(study)
-    data: dict[str, Any] = (
-        json.loads(file.read_text())
-        if file.exists()
-        else {
-            "jax": jax.__version__,
-            "dense": dense(study, training),
-            "learning_rates": {},
-            "rows": {},
+    new = {"jax": jax.__version__, "dense": None, "rows": {}}
+    data: dict[str, Any] = json.loads(file.read_text()) if file.exists() else new
+    data["dense"] = data["dense"] or dense(study, training)
+    for method, start in tqdm(starts(study).items(), unit="method"):
+        if method in data["rows"]:
+            continue
+        base, adapter, bits = split(study, start())
+        found = {rate: training.after(base, adapter, rate) for rate in RATES}
+        rate = min(found, key=lambda rate: found[rate])
+        data["rows"][method] = {
+            "bits_per_weight": bits,
+            "before": training.before(base, adapter),
+            "after": found[rate],
+            "learning_rate": rate,
         }
-    )
-    made = starts(study)
-    for name, recipe in tqdm(compared(study.params).items(), unit="recipe"):
-        row = data["rows"].setdefault(name, {})
-        for method, start in made.items():
-            if method in row:
-                continue
-            base, adapter, bits = split(study, start(recipe))
-            if method not in data["learning_rates"]:
-                found = {rate: training.after(base, adapter, rate) for rate in RATES}
-                data["learning_rates"][method] = min(found, key=lambda rate: found[rate])
-            row[method] = {
-                "bits_per_weight": bits,
-                "before": training.before(base, adapter),
-                "after": training.after(base, adapter, data["learning_rates"][method]),
-            }
-            tqdm.write(f"{name}, {method}: {row[method]}")
-            file.write_text(json.dumps(data, indent=1) + "\n")
-            (options.output / "lq_lora_inputs.md").write_text(markdown(data))
+        file.write_text(json.dumps(data, indent=1) + "\n")
+        (options.output / "lq_lora_inputs.md").write_text(markdown(data))
 
 
 if __name__ == "__main__":

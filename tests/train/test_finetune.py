@@ -66,8 +66,6 @@ def config(tmp_path_factory) -> FinetuneConfig:
         data=str(text),
         output=directory / "run",
         rank=4,
-        bits=4,
-        group_size=16,
         sequence_length=16,
         batch_size=4,
         steps=24,
@@ -80,7 +78,9 @@ def config(tmp_path_factory) -> FinetuneConfig:
 @pytest.fixture(scope="module")
 def qlora_run(config):
     """A run that nothing interrupts."""
-    config = dataclasses.replace(config, method="qlora", output=config.output / "whole")
+    config = dataclasses.replace(
+        config, method="qlora", group_size=16, output=config.output / "whole"
+    )
     with standard_promotion():
         return config, finetune(config, quiet=True)
 
@@ -243,7 +243,13 @@ def losses_of(config: FinetuneConfig) -> list[tuple[int, float | None]]:
 
 def test_lq_lora_writes_a_delta_for_the_original(config):
     config = dataclasses.replace(
-        config, method="lq-lora", bits=3, steps=2, eval_fraction=0, output=config.output / "lq"
+        config,
+        method="lq-lora",
+        bits=3,
+        group_size=16,
+        steps=2,
+        eval_fraction=0,
+        output=config.output / "lq",
     )
     result = finetune(config, quiet=True)
     assert result.evaluations == {}
@@ -260,6 +266,8 @@ def test_lq_lora_writes_a_delta_for_the_original(config):
         config,
         model=str(config.output / "model"),
         method="lora",
+        bits=4,
+        group_size=64,
         steps=1,
         output=config.output / "more",
     )
@@ -328,7 +336,7 @@ def test_adapters_that_are_not_finite_stop_the_run(config, tmp_path, monkeypatch
 def test_results_are_those_of_the_run(config, tmp_path):
     """A run in the place of one whose checkpoints were deleted replaces its results."""
     config = dataclasses.replace(
-        config, method="qlora", steps=2, eval_fraction=0.0, output=tmp_path / "run"
+        config, method="qlora", group_size=16, steps=2, eval_fraction=0.0, output=tmp_path / "run"
     )
     finetune(config, quiet=True)
     (config.output / "classes.json").write_text("[]")  # of another task
@@ -370,7 +378,7 @@ def test_a_base_of_other_settings_is_refused(qlora_run, tmp_path):
     with pytest.raises(ValueError, match=message):
         finetune(other, quiet=True)
     with pytest.raises(ValueError, match=r"method: 'qlora' in base.json, 'lora' asked for"):
-        finetune(dataclasses.replace(config, method="lora"), quiet=True)
+        finetune(dataclasses.replace(config, method="lora", group_size=64), quiet=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "base.json"]
 
 
@@ -440,6 +448,7 @@ def classifier_run(config):
         data=str(data),
         text_fields=("sentence", "other"),
         method="qlora",
+        group_size=16,
         output=directory / "classifier",
         sequence_length=48,
         accumulate=2,
