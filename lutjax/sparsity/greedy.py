@@ -252,4 +252,5 @@ def _error(
     error = jnp.linalg.norm((lift(fn)(gated, x) - y).astype(jnp.float32), axis=-1)
     size = jnp.linalg.norm(y.astype(jnp.float32), axis=-1)
     relative = jnp.where(size > 0, error / jnp.where(size > 0, size, 1), 0)
-    return jnp.sqrt(jnp.sum(relative**2) / jnp.maximum(jnp.sum(size > 0), 1))
+    count = jnp.sum(size > 0, dtype=jnp.float32)
+    return jnp.sqrt(jnp.sum(relative**2) / jnp.maximum(count, 1))
