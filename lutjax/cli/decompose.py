@@ -73,20 +73,13 @@ class Decompose:
     def run(self) -> None:
         """Decomposes, and prints the result's size and error."""
         single_threaded_lapack()
-        from lutjax.arrays import format_bytes
-        from lutjax.cli.inspect import left_dense, summary_of
+        from lutjax.cli.inspect import print_compressed
 
         recipe = self._recipe()
         if self.text is None:
             refuse_without(self, "--text", "samples", "window")
         error = self._by_inputs(recipe) if self.weighting == "inputs" else self._by_fisher(recipe)
-        summary = summary_of(str(self.output))
-        print(
-            f"{self.output}: {format_bytes(summary.nbytes)}, "
-            f"{summary.compressed.bits_per_weight:.3f} bits a weight with the low-rank parts in "
-            f"{len(summary.compressed.leaves)} matrices{error}\n{left_dense(summary)}",
-            end="",
-        )
+        print_compressed(self.output, "with the low-rank parts in {} matrices" + error)
 
     def _by_fisher(self, recipe: Recipe) -> str:
         import jax

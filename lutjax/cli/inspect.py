@@ -59,17 +59,30 @@ def summary_of(path: str, *, keep_quantized: bool = False) -> Summary:
     return summarize(nest(specs))
 
 
-def left_dense(summary: Summary) -> str:
-    """A line about matrices that a default recipe would compress and that are dense; or nothing."""
-    from lutjax import Recipe
+def print_compressed(output: Path, what: str) -> None:
+    """Prints the size of a checkpoint that was made, and whether matrices in it stayed dense.
 
+    Args:
+      output: the checkpoint.
+      what: the end of the line; `{}` stands for the number of compressed matrices.
+    """
+    from lutjax import Recipe
+    from lutjax.arrays import format_bytes
+
+    summary = summary_of(str(output))
+    found = summary.compressed
+    print(
+        f"{output}: {format_bytes(summary.nbytes)}, {found.bits_per_weight:.3f} bits a weight "
+        + what.format(len(found.leaves))
+    )
     default = Recipe.uniform()
     paths = [
         leaf.path
         for leaf in summary.leaves
         if not leaf.compressed and len(leaf.shape) > 1 and default.rule_for(leaf.path)
     ]
-    return f"{len(paths)} matrices stay dense, such as {paths[0]}\n" if paths else ""
+    if paths:
+        print(f"{len(paths)} matrices stay dense, such as {paths[0]}")
 
 
 def _dense_specs(path: str, keep_quantized: bool) -> dict[str, Any]:

@@ -68,10 +68,9 @@ class Quantize:
 
     def run(self) -> None:
         """Compresses, and prints the result's size."""
-        from lutjax.arrays import format_bytes
         from lutjax.calibrate import quantize_decoder
         from lutjax.cli.calibration import compress_on_text
-        from lutjax.cli.inspect import left_dense, summary_of
+        from lutjax.cli.inspect import print_compressed
         from lutjax.io import compress_checkpoint
 
         if self.text is None:
@@ -96,13 +95,7 @@ class Quantize:
                     config, params, tokens, recipe, progress=True
                 ),
             )
-        summary = summary_of(str(self.output))
-        print(
-            f"{self.output}: {format_bytes(summary.nbytes)}, "
-            f"{summary.compressed.bits_per_weight:.3f} bits a weight in "
-            f"{len(summary.compressed.leaves)} compressed matrices\n{left_dense(summary)}",
-            end="",
-        )
+        print_compressed(self.output, "in {} compressed matrices")
 
     def _recipe(self) -> Recipe:
         from lutjax import DoubleQuant, Recipe
