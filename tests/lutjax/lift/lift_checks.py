@@ -60,7 +60,7 @@ def assert_close(actual: Any, expected: Any, tolerance: float = TOLERANCE) -> No
             np.testing.assert_array_equal(a, e)
 
 
-def check(fn, params, *args, strict=True, gradients=True, tolerance=TOLERANCE):
+def assert_lifted(fn, params, *args, strict=True, gradients=True, tolerance=TOLERANCE):
     """``lift(fn)`` equals ``fn`` on the materialised weights, gradients of ``args`` included.
 
     All of it is one program, because compiling is what takes the time.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lift_checks import assert_close, check, normal, weight
+from lift_checks import assert_close, assert_lifted, normal, weight
 
 import lutjax
 
@@ -21,7 +21,7 @@ def square(seed=0):
 
 def test_jit_inside():
     layer = jax.jit(lambda w, x: jnp.tanh(x @ w))
-    check(lambda p, x: layer(p["b"], layer(p["a"], x)), {"a": square(), "b": square(1)}, X)
+    assert_lifted(lambda p, x: layer(p["b"], layer(p["a"], x)), {"a": square(), "b": square(1)}, X)
 
 
 def test_scan_over_stacked_weights_and_with_a_constant_one():
@@ -34,14 +34,14 @@ def test_scan_over_stacked_weights_and_with_a_constant_one():
 
         return jax.lax.scan(body, x, p["layers"], reverse=True, unroll=2)
 
-    check(fn, params, X)
+    assert_lifted(fn, params, X)
 
 
 def test_scan_returns_weights_compressed():
     def fn(w, x):
         return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), w.T), x, w)
 
-    _, ys = check(fn, weight(3, 32, 32), X)
+    _, ys = assert_lifted(fn, weight(3, 32, 32), X)
     assert ys.shape == (3, 32, 32) and lutjax.is_compressed(ys)
 
 
@@ -54,8 +54,8 @@ def test_loops_may_carry_weights_that_do_not_change():
     def unknown_count(p, x, n):
         return jax.lax.fori_loop(0, n, step, (p, x))[1]
 
-    check(lambda p, x: jax.lax.fori_loop(0, 3, step, (p, x))[1], params, X)
-    check(unknown_count, params, X, jnp.int32(3), gradients=False)
+    assert_lifted(lambda p, x: jax.lax.fori_loop(0, 3, step, (p, x))[1], params, X)
+    assert_lifted(unknown_count, params, X, jnp.int32(3), gradients=False)
 
 
 def test_while_with_weights_in_condition_and_body():
@@ -65,7 +65,7 @@ def test_while_with_weights_in_condition_and_body():
 
         return jax.lax.while_loop(condition, lambda x: 0.01 * x @ w, x)
 
-    check(fn, square(), X, gradients=False)
+    assert_lifted(fn, square(), X, gradients=False)
 
 
 def test_a_carry_that_changes_is_materialized():
@@ -73,14 +73,14 @@ def test_a_carry_that_changes_is_materialized():
         return jax.lax.fori_loop(0, 2, lambda i, c: (c[0] * 0.5, c[1] @ c[0]), (w, x))[1]
 
     with pytest.warns(lutjax.MaterializationWarning, match="scan carry"):
-        check(fn, square(), X, strict=False)
+        assert_lifted(fn, square(), X, strict=False)
 
 
 @pytest.mark.parametrize("index", [0, 1, 5])
 def test_switch(index):
     params = {"a": square(), "b": square(1)}
     branches = [lambda p, x: x @ p["a"], lambda p, x: x @ p["b"].T, lambda p, x: x]
-    check(lambda p, x, i: jax.lax.switch(i, branches, p, x), params, X, jnp.int32(index))
+    assert_lifted(lambda p, x, i: jax.lax.switch(i, branches, p, x), params, X, jnp.int32(index))
 
 
 def test_cond_chooses_between_weights():
@@ -88,10 +88,10 @@ def test_cond_chooses_between_weights():
         w = jax.lax.cond(flag, lambda p: p["a"], lambda p: p["b"], p)
         return x @ w
 
-    check(fn, {"a": square(), "b": square(1)}, X, jnp.array(True))
+    assert_lifted(fn, {"a": square(), "b": square(1)}, X, jnp.array(True))
     different = {"a": square(), "b": weight(32, 32, bits=2)}
     with pytest.warns(lutjax.MaterializationWarning, match="cond output"):
-        check(fn, different, X, jnp.array(False), strict=False)
+        assert_lifted(fn, different, X, jnp.array(False), strict=False)
 
 
 POLICIES = {
@@ -111,7 +111,7 @@ def test_remat(policy):
         h = jax.ad_checkpoint.checkpoint_name(jnp.sin(x @ w), "h")
         return jnp.sin(h @ w.T)
 
-    check(lambda p, x: block(p["b"], block(p["a"], x)), {"a": square(), "b": square(1)}, X)
+    assert_lifted(lambda p, x: block(p["b"], block(p["a"], x)), {"a": square(), "b": square(1)}, X)
 
 
 def products_in(jaxpr) -> int:
@@ -170,7 +170,7 @@ def test_custom_derivatives_survive(rule, where):
                 "vmap": lambda f: jax.vmap(f, in_axes=(0, None))}[where]  # fmt: skip
         return wrap(rule)(x[:, None] if where == "vmap" else x, w)
 
-    check(fn, square(), X)
+    assert_lifted(fn, square(), X)
     # ... and differ from the derivative that JAX would have taken.
     gradient = jax.grad(lambda x: lutjax.lift(fn, strict=True)(square(), x).sum())(X)
     plain = (lambda x, w: x @ w) if rule is scaled_gradient else (lambda x, w: jnp.sin(x) @ w)
@@ -189,8 +189,10 @@ def test_custom_rules_without_weights_survive():
         return x
 
     clip_gradient.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -0.1, 0.1),))
-    check(lambda w, x: clip_gradient(x) @ w, square(), X)
-    check(lambda w, x: jax.jit(lambda w, x: clip_gradient(jax.nn.relu(x @ w)))(w, x), square(), X)
+    assert_lifted(lambda w, x: clip_gradient(x) @ w, square(), X)
+    assert_lifted(
+        lambda w, x: jax.jit(lambda w, x: clip_gradient(jax.nn.relu(x @ w)))(w, x), square(), X
+    )
 
 
 def test_custom_rule_with_integer_and_key_operands():
@@ -210,7 +212,7 @@ def test_custom_rule_with_integer_and_key_operands():
     def fn(w, x):
         return lookup(w, jnp.array([1, 4]), x, jax.random.key(0))
 
-    check(fn, square(), X)
+    assert_lifted(fn, square(), X)
 
 
 @pytest.mark.parametrize("rule", [scaled_gradient, doubled_slope, lambda x, w: x @ jax.nn.relu6(w)])
@@ -292,7 +294,7 @@ def test_under_grad_vmap_scan_and_jit_outside():
 
 def test_lift_within_lift():
     inner = lutjax.lift(lambda w, x: jnp.sin(x @ w), strict=True)
-    check(lambda w, x: jax.vmap(lambda x: inner(w, x))(x), square(), X)
+    assert_lifted(lambda w, x: jax.vmap(lambda x: inner(w, x))(x), square(), X)
 
 
 def test_effects_are_kept(capfd):
@@ -317,7 +319,7 @@ def test_keys_weak_types_and_integers():
 
     args = (jax.random.key(3), X, jnp.asarray(2.0), jnp.int32(4))
     assert args[2].weak_type
-    check(fn, square(), *args, gradients=False)
+    assert_lifted(fn, square(), *args, gradients=False)
 
 
 def test_named_scopes_reach_the_compiled_program():
@@ -330,4 +332,4 @@ def test_named_scopes_reach_the_compiled_program():
 
 
 def test_numpy_inputs():
-    check(lambda w, x: x @ w, square(), np.asarray(X))
+    assert_lifted(lambda w, x: x @ w, square(), np.asarray(X))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lift_checks import check, normal, weight
+from lift_checks import assert_lifted, normal, weight
 
 import lutjax
 
@@ -46,13 +46,13 @@ def test_einsum(subscripts, shape, axis, batch_ndim):
         y = jnp.einsum(f"{x_axes},{w_axes}->{out}", x, w)
         return y, jnp.einsum(f"{w_axes},{x_axes}->{out}", w, x)
 
-    check(either_order, w, x)
+    assert_lifted(either_order, w, x)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 5, 8])
 def test_bits(bits):
     w = weight(40, 24, bits=bits, group_size=32)  # a shorter last group
-    check(lambda w, x: (x @ w) @ w.T, w, normal(3, 40))
+    assert_lifted(lambda w, x: (x @ w) @ w.T, w, normal(3, 40))
 
 
 def test_result_dtype_is_that_of_dot_general():
@@ -82,7 +82,7 @@ def test_float64_is_not_pretended():
 
 
 def test_empty_batch():
-    check(lambda w, x: x @ w, weight(32, 24), jnp.zeros((0, 32)))
+    assert_lifted(lambda w, x: x @ w, weight(32, 24), jnp.zeros((0, 32)))
 
 
 TOKENS = jnp.array([[0, 5, 31], [2, 40, 7]])
@@ -94,24 +94,26 @@ def test_take(mode, axis):
     def fn(w, i):
         return jnp.take(w, i, axis=axis, mode=mode)
 
-    check(fn, weight(40, 48), TOKENS)  # 40 is out of range along axis 0
-    check(fn, weight(40, 48, axis=1), TOKENS)
+    assert_lifted(fn, weight(40, 48), TOKENS)  # 40 is out of range along axis 0
+    assert_lifted(fn, weight(40, 48, axis=1), TOKENS)
 
 
 def test_indexing():
     w = weight(40, 48)
-    check(lambda w, i: (w[i], w[i[0]], w[:, i], w[3], w[-1], w[5][:2]), w, TOKENS - 3)
-    check(lambda w, i: w.at[i].get(mode="fill", fill_value=7.0), w, TOKENS)
-    check(lambda w, i: jax.lax.dynamic_slice_in_dim(w, i, 1), w, jnp.int32(100))
-    check(lambda w, i: jax.vmap(lambda j: w[j])(i), w, jnp.array([1, 2]))
+    assert_lifted(lambda w, i: (w[i], w[i[0]], w[:, i], w[3], w[-1], w[5][:2]), w, TOKENS - 3)
+    assert_lifted(lambda w, i: w.at[i].get(mode="fill", fill_value=7.0), w, TOKENS)
+    assert_lifted(lambda w, i: jax.lax.dynamic_slice_in_dim(w, i, 1), w, jnp.int32(100))
+    assert_lifted(lambda w, i: jax.vmap(lambda j: w[j])(i), w, jnp.array([1, 2]))
 
 
 @pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8, jnp.int16])
 def test_narrow_indices(dtype):
     table, kernel = weight(300, 32, axis=-1), weight(32, 8, 64, axis=0)
-    check(lambda w, i: jnp.take(w, i, axis=0, mode="clip"), table, jnp.array([1, 120], dtype))
-    check(lambda w, i: jax.lax.dynamic_slice_in_dim(w, i, 1), table, jnp.array(100, dtype))
-    check(
+    assert_lifted(
+        lambda w, i: jnp.take(w, i, axis=0, mode="clip"), table, jnp.array([1, 120], dtype)
+    )
+    assert_lifted(lambda w, i: jax.lax.dynamic_slice_in_dim(w, i, 1), table, jnp.array(100, dtype))
+    assert_lifted(
         lambda w, i, x: jnp.einsum("bk,khd->bhd", x, jax.lax.dynamic_slice_in_dim(w, i, 2, 1)),
         kernel,
         jnp.array(5, dtype),
@@ -122,14 +124,14 @@ def test_narrow_indices(dtype):
 @pytest.mark.parametrize("axis", [(1,), (0,)])
 def test_lookup_in_a_table_with_several_axes(axis):
     table = weight(24, 32, 1, axis=axis)
-    check(lambda w, i: w[i], table, jnp.array([0, 7]))
+    assert_lifted(lambda w, i: w[i], table, jnp.array([0, 7]))
 
 
 def test_lookup_in_stacked_tables():
     tables = weight(3, 24, 32)
     ids = jnp.array([[0, 1], [5, 23], [9, 9]])
-    check(lambda w, i: jax.vmap(lambda w, i: w[i])(w, i), tables, ids)
-    check(lambda w, i: jax.vmap(lambda w, i: w[:, i])(w, i), tables, ids)
+    assert_lifted(lambda w, i: jax.vmap(lambda w, i: w[i])(w, i), tables, ids)
+    assert_lifted(lambda w, i: jax.vmap(lambda w, i: w[:, i])(w, i), tables, ids)
 
 
 def test_tied_head():
@@ -138,7 +140,7 @@ def test_tied_head():
     def fn(table, ids, x):
         return (table[ids] + x) @ table.T
 
-    check(fn, table, jnp.array([1, 49]), normal(2, 32))
+    assert_lifted(fn, table, jnp.array([1, 49]), normal(2, 32))
     assert len(lutjax.lift.report(fn, table, jnp.array([1]), normal(1, 32)).fused) == 2
 
 
@@ -151,8 +153,8 @@ def test_choosing_an_expert_keeps_it_compressed():
     def several(w, x, i):
         return jnp.einsum("tk,tkn->tn", x, w[i])
 
-    check(one, experts, normal(2, 32), jnp.int32(2))
-    check(several, experts, normal(3, 32), jnp.array([3, 0, 3]))
+    assert_lifted(one, experts, normal(2, 32), jnp.int32(2))
+    assert_lifted(several, experts, normal(3, 32), jnp.array([3, 0, 3]))
 
 
 def test_random_functions_of_a_low_rank_and_a_sum_array():
@@ -163,4 +165,4 @@ def test_random_functions_of_a_low_rank_and_a_sum_array():
         w = p["w"] + p["a"]
         return x @ w, (x @ w) @ w.T, w[i], w[:, 8:16], p["a"][i]
 
-    check(fn, params, normal(2, 32), jnp.array([3, 31]))
+    assert_lifted(fn, params, normal(2, 32), jnp.array([3, 31]))

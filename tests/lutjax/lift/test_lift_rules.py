@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from lift_checks import check, normal, weight
+from lift_checks import assert_lifted, normal, weight
 
 import lutjax
 
@@ -47,7 +47,7 @@ def test_rearranged_matrix(name, form):
         pytest.skip("one orientation is enough")
     w = W[form]()
     turned = (lambda w: w) if form == "matrix" else (lambda w: w.T)
-    check(lambda w, x: REARRANGED[name](turned(w), x), w, normal(2, 64))
+    assert_lifted(lambda w, x: REARRANGED[name](turned(w), x), w, normal(2, 64))
 
 
 STACKED = {
@@ -68,7 +68,7 @@ STACKED = {
 
 @pytest.mark.parametrize("name", STACKED)
 def test_stacked(name):
-    check(STACKED[name], weight(3, 64, 48), normal(2, 64))
+    assert_lifted(STACKED[name], weight(3, 64, 48), normal(2, 64))
 
 
 def test_multi_head_kernel_is_cut_by_heads():
@@ -80,7 +80,7 @@ def test_multi_head_kernel_is_cut_by_heads():
         flat = x @ w.reshape(32, 32)
         return some, more, flat
 
-    check(fn, w, normal(2, 32))
+    assert_lifted(fn, w, normal(2, 32))
 
 
 ONE_HEAD = {
@@ -101,7 +101,7 @@ ONE_HEAD = {
 
 @pytest.mark.parametrize("name", ONE_HEAD)
 def test_an_axis_within_one_of_size_one_is_cut_and_joined(name):
-    check(ONE_HEAD[name], weight(32, 1, 16, axis=0), normal(2, 32))
+    assert_lifted(ONE_HEAD[name], weight(32, 1, 16, axis=0), normal(2, 32))
 
 
 MATERIALIZED = {  # name of the primitive that is blamed
@@ -125,7 +125,7 @@ MATERIALIZED = {  # name of the primitive that is blamed
 def test_what_is_not_handled_is_dense_and_reported(name):
     w, x, fn = weight(64, 48), normal(2, 64), MATERIALIZED[name]
     with pytest.warns(lutjax.MaterializationWarning, match=f"kernel by {name}"):
-        check(lambda params, x: fn(params["kernel"], x), {"kernel": w}, x, strict=False)
+        assert_lifted(lambda params, x: fn(params["kernel"], x), {"kernel": w}, x, strict=False)
     with pytest.raises(lutjax.MaterializationError, match=f"'kernel' LutArray.*'{name}'"):
         lutjax.lift(lambda params, x: fn(params["kernel"], x), strict=True)({"kernel": w}, x)
 
@@ -133,12 +133,12 @@ def test_what_is_not_handled_is_dense_and_reported(name):
 def test_a_cast_to_eight_bits_rounds():
     w = weight(64, 48)
     with pytest.warns(lutjax.MaterializationWarning, match="convert_element_type"):
-        check(lambda w: w.astype(jnp.float8_e4m3fn).astype(jnp.float32), w, strict=False)
+        assert_lifted(lambda w: w.astype(jnp.float8_e4m3fn).astype(jnp.float32), w, strict=False)
 
 
 def test_weights_of_different_kinds_are_not_stacked_but_concatenated():
     params = {"a": weight(64, 48), "b": weight(64, 48, bits=3)}
-    check(lambda p, x: x @ jnp.concatenate([p["a"], p["b"]], axis=1), params, normal(2, 64))
+    assert_lifted(lambda p, x: x @ jnp.concatenate([p["a"], p["b"]], axis=1), params, normal(2, 64))
 
     def stack(p, x):
         return x @ jnp.stack([p["a"], p["b"]])
