@@ -270,9 +270,8 @@ def _write(path: str | os.PathLike, values: dict[str, Any], metadata: dict[str, 
         for part, array in parts.items():
             tensors[f"{name}{_SEPARATOR}{part}"] = np.ascontiguousarray(array)
     temporary = Path(f"{path}.tmp{os.getpid()}")
-    temporary.write_bytes(
-        serialized(tensors, metadata)
-    )  # save_file would keep others from reading it
+    # save_file would keep others from reading it.
+    temporary.write_bytes(serialized(tensors, metadata))
     temporary.replace(path)
 
 

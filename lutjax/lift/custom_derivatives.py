@@ -110,7 +110,7 @@ def _gradient_of_parts(weight: Weight, gradient: jax.Array) -> Any:
 
 
 def _empty(array: jax.Array) -> jax.Array:
-    """A placeholder for a residual that will not be needed; the structure stays as it is."""
+    """Stands for a residual that will not be needed; the structure stays as it is."""
     return jnp.zeros((0,), array.dtype)
 
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int32
 
+from lutjax.transforms.quantize import concrete
+
 
 class ScaleBySpamState(NamedTuple):
     """State of :func:`scale_by_spam`: steps so far and the two moments."""
@@ -55,7 +57,8 @@ def scale_by_spam(
     >>> updates.round(3).tolist()
     [1.0, 1.0, 1.0]
     """
-    if not isinstance(reset_every, jax.core.Tracer) and reset_every < 1:  # injected ones are traced
+    known = concrete(reset_every)  # injected ones are traced
+    if known is not None and known < 1:
         raise ValueError(f"reset_every={reset_every} must be at least 1")
 
     def init(params: Any) -> ScaleBySpamState:

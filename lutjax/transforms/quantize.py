@@ -80,12 +80,12 @@ def quantize(
     _check_recipe(recipe)
     hessians = {} if hessians is None else hessians
     if is_compressed(params) or jax.tree_util.all_leaves([params]):
-        check_hessian_paths(hessians, ["array"])
+        _check_hessian_paths(hessians, ["array"])
         return quantize_array(
             params, recipe.rules[0], hessian=hessians.get("array"), allow_nonfinite=allow_nonfinite
         )
     plan = match_rules(recipe, params)
-    check_hessian_paths(hessians, (path for path, _ in named_leaves(params)))
+    _check_hessian_paths(hessians, (path for path, _ in named_leaves(params)))
 
     def convert(key_path, leaf):
         path = path_string(key_path)
@@ -258,7 +258,7 @@ def check_hessian(
     return jnp.asarray(hessian, jnp.float32)
 
 
-def check_hessian_paths(hessians: Mapping[str, Any], paths: Iterable[str]) -> None:
+def _check_hessian_paths(hessians: Mapping[str, Any], paths: Iterable[str]) -> None:
     """Raises ValueError if there is a Hessian for a path that does not exist."""
     known = list(paths)
     for path in hessians:
