@@ -6,7 +6,8 @@ from lutjax.calibrate.decompose import decompose_blocks, decompose_decoder
 from lutjax.calibrate.fisher import Fisher, fisher
 from lutjax.calibrate.hessians import hessians
 from lutjax.calibrate.histogram import MagnitudeHistogram
-from lutjax.calibrate.losses import next_token_loss
+from lutjax.calibrate.learn_scales import learn_scales, rescale, scale_factors
+from lutjax.calibrate.losses import kl_divergence, next_token_loss
 from lutjax.calibrate.noise import noise_sensitivities
 from lutjax.calibrate.observe import ObservedArray, observe
 from lutjax.calibrate.probe import ProbedArray
@@ -23,6 +24,8 @@ __all__ = [
     "decompose_decoder",
     "fisher",
     "hessians",
+    "kl_divergence",
+    "learn_scales",
     "measure_costs",
     "next_token_loss",
     "noise_sensitivities",
@@ -30,4 +33,6 @@ __all__ = [
     "plannable",
     "quantize_blocks",
     "quantize_decoder",
+    "rescale",
+    "scale_factors",
 ]

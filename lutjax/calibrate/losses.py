@@ -37,3 +37,27 @@ def next_token_loss(
         return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
 
     return loss
+
+
+def kl_divergence(
+    logits: Float[Array, "*rows n"], targets: Float[Array, "*rows n"]
+) -> Float[Array, ""]:
+    """How far the distributions of two arrays of logits differ: the mean of KL(targets ‖ logits).
+
+    Args:
+      logits: Of the distributions to judge.
+      targets: Logits of what they should be.
+
+    Returns:
+      The mean over all rows, in nats.
+
+    Raises:
+      ValueError: If the shapes differ.
+
+    >>> round(float(kl_divergence(jnp.log(jnp.array([0.25, 0.75])), jnp.zeros(2))), 4)
+    0.1438
+    """
+    if logits.shape != targets.shape:
+        raise ValueError(f"logits have shape {logits.shape} and targets {targets.shape}")
+    found, aim = (jax.nn.log_softmax(a.astype(jnp.float32), axis=-1) for a in (logits, targets))
+    return jnp.mean(jnp.sum(jnp.exp(aim) * (aim - found), axis=-1))

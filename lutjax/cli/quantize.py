@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ from lutjax.cli.options import refuse_beside, refuse_without
 
 if TYPE_CHECKING:
     from lutjax import Recipe
+    from lutjax.models import DecoderConfig
 
 _CODES = ("codebook", "scale_dtype", "double_quant")
 
@@ -30,6 +32,8 @@ class Quantize:
     lutjax quantize ./model -o model-3bit --bits 3 --group-size 128
 
     lutjax quantize ./model -o model-3bit --higgs --bits 3 --text book.txt
+
+    lutjax quantize ./model -o model-2bit --bits 2 --text book.txt --learn-scales 1
 
     lutjax quantize model.gguf -o model-int4 --keep-quantized
     """
@@ -65,16 +69,18 @@ class Quantize:
     """Windows of the text to calibrate on."""
     window: int = 512
     """Tokens in each of them."""
+    learn_scales: int = 0
+    """Passes over them in which the scales learn to give the dense model's outputs; a pass takes
+    the time of training on them. 1 is a good start, the more so the fewer the bits."""
 
     def run(self) -> None:
         """Compresses, and prints the result's size."""
-        from lutjax.calibrate import quantize_decoder
         from lutjax.cli.calibration import compress_on_text
         from lutjax.cli.inspect import print_compressed
         from lutjax.io import compress_checkpoint
 
         if self.text is None:
-            refuse_without(self, "--text", "samples", "window")
+            refuse_without(self, "--text", "samples", "window", "learn_scales")
             compress_checkpoint(
                 self.model,
                 self.output,
@@ -84,18 +90,30 @@ class Quantize:
             )
         else:
             refuse_beside(self, "--text", "keep_quantized")
-            recipe = self._recipe()
+            if self.learn_scales < 0:
+                raise ValueError(f"--learn-scales {self.learn_scales} must not be negative")
+            compress = functools.partial(self._on_text, self._recipe())
             compress_on_text(
-                self.model,
-                self.output,
-                self.text,
-                self.samples,
-                self.window,
-                lambda config, params, tokens: quantize_decoder(
-                    config, params, tokens, recipe, progress=True
-                ),
+                self.model, self.output, self.text, self.samples, self.window, compress
             )
         print_compressed(self.output, "in {} compressed matrices")
+
+    def _on_text(self, recipe: Recipe, config: DecoderConfig, dense: Any, tokens: Any) -> Any:
+        from lutjax.calibrate import learn_scales, quantize_decoder
+        from lutjax.models import Decoder
+
+        params = quantize_decoder(config, dense, tokens, recipe, progress=True)
+        if self.learn_scales == 0:
+            return params
+        model = Decoder(config)
+        return learn_scales(
+            lambda params, tokens: model.apply({"params": params}, tokens),
+            params,
+            dense,
+            [row[None] for row in tokens],
+            epochs=self.learn_scales,
+            progress=True,
+        )
 
     def _recipe(self) -> Recipe:
         from lutjax import DoubleQuant, Recipe

@@ -8,12 +8,13 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_checkpoint import dense_params, write_hf
 
 import lutjax
-from lutjax.calibrate import quantize_decoder
+from lutjax.calibrate import kl_divergence, quantize_decoder
 from lutjax.cli import main
 from lutjax.cli.main import COMMANDS
 from lutjax.evaluate import windows
@@ -68,6 +69,26 @@ def test_quantize_with_a_text(capsys, tmp_path, source, text):
     path = ("layers", "0", "mlp", "up_proj", "kernel")
     weights = [functools.reduce(dict.__getitem__, path, p).words for p in (params, rounded)]
     assert (weights[0] != weights[1]).any()
+
+
+def test_quantize_with_scales_that_learn(capsys, tmp_path, source, text):
+    out, options = tmp_path / "out", ("--group-size", 16, "--bits", 2, "--text", text)
+    few = ("--samples", 4, "--window", 16, "--learn-scales", 2)
+    with jax.numpy_dtype_promotion("standard"):  # optax needs it
+        ok(capsys, "quantize", source, "-o", out, *options, *few)
+    model, params, _ = lutjax.load(out)
+    _, dense, tokenizer = lutjax.load(source)
+    tokens = windows(tokenizer.encode(TEXT, add_special_tokens=False), 16, 4)
+    start = quantize_decoder(model.config, dense, tokens, lutjax.Recipe.uniform(2, 16))
+    dense_logits = model.apply({"params": dense}, tokens)
+    errors = [
+        float(kl_divergence(lutjax.lift(model.apply)({"params": p}, tokens), dense_logits))
+        for p in (params, start)
+    ]
+    assert errors[0] < errors[1]
+    weights = [p["layers"]["0"]["mlp"]["up_proj"]["kernel"] for p in (params, start)]
+    np.testing.assert_array_equal(weights[0].words, weights[1].words)
+    assert weights[0].scales.dtype == jnp.bfloat16
 
 
 def test_version(capsys):
@@ -188,6 +209,8 @@ def test_double_quantisation_and_dtype(capsys, tmp_path, source):
         (("--recipe", "nothing.json"), "nothing.json"),
         (("--keep-quantized",), "keep_quantized"),
         (("--samples", 3), "--samples needs --text"),
+        (("--learn-scales", 1), "--learn-scales needs --text"),
+        (("--text", "t", "--learn-scales", -1), "--learn-scales -1 must not be negative"),
         (("--text", "t", "--keep-quantized"), "either --text or --keep-quantized"),
         (("--text", "no-such-file"), "no-such-file"),
     ],
