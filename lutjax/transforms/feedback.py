@@ -40,7 +40,7 @@ def round_with_feedback(
     Args:
       matrix: ``float32[K, N]``.
       hessian: ``float32[K, K]``, ``X.T @ X`` of the inputs, up to a factor.
-      scales: The scale of every entry, not zero.
+      scales: The scale of every entry; where it is zero, the offset or zero is what is read back.
       offsets: What is added to it, or None.
       lut: The table, in any order; p rows share a code, 1 or 2 of one scale.
 
@@ -83,7 +83,7 @@ def round_with_feedback(
             corner = jax.lax.dynamic_slice_in_dim(fed, row, p, axis=1)
             # inv(corner.T)
             metric = solve_triangular(corner, jnp.eye(p, dtype=corner.dtype), trans=1)
-            codes, rounded = choose(values / scale, metric)
+            codes, rounded = choose(values / jnp.where(scale == 0, 1, scale), metric)
             error = metric @ (values - rounded * scale)
             return own - _product(fed.T, error), (codes, error)
 
@@ -148,6 +148,8 @@ def factor(hessian: Float[Array, "k k"]) -> Float[Array, "k k"]:
     [[2.0, 0.0], [1.0, 1.0]]
     """
     identity = jnp.eye(hessian.shape[0], dtype=hessian.dtype)
+    # Above zero, or the search would not end.
+    least = DAMPING * jnp.abs(jnp.diagonal(hessian)).mean() + jnp.finfo(hessian.dtype).tiny
 
     def cholesky(damping: jax.Array) -> jax.Array:
         return jnp.linalg.cholesky(hessian + damping * identity)
@@ -156,7 +158,7 @@ def factor(hessian: Float[Array, "k k"]) -> Float[Array, "k k"]:
         return jnp.isnan(state[1]).any() & jnp.isfinite(state[0])
 
     def more(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        damping = jnp.where(state[0] > 0, 10 * state[0], jnp.diagonal(hessian).min())
+        damping = jnp.where(state[0] > 0, 10 * state[0], least)
         return damping, cholesky(damping)
 
     none = jnp.float32(0)

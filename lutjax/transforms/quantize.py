@@ -81,8 +81,11 @@ def quantize(
     hessians = {} if hessians is None else hessians
     if is_compressed(params) or jax.tree_util.all_leaves([params]):
         _check_hessian_paths(hessians, ["array"])
+        rule = recipe.rule_for("array")
+        if rule is None:
+            raise ValueError("the recipe has no rule for a single array; use the pattern '*'")
         return quantize_array(
-            params, recipe.rules[0], hessian=hessians.get("array"), allow_nonfinite=allow_nonfinite
+            params, rule, hessian=hessians.get("array"), allow_nonfinite=allow_nonfinite
         )
     plan = match_rules(recipe, params)
     _check_hessian_paths(hessians, (path for path, _ in named_leaves(params)))
@@ -240,7 +243,7 @@ def check_hessian(
     """The second moments of what enters a weight of logical ``shape``, in float32.
 
     Raises:
-      ValueError: If they are of another shape, or have NaN or infinity.
+      ValueError: If they are of another shape, have NaN or infinity, or are no second moments.
     """
     k = math.prod(shape[batch_ndim + axis] for axis in view.k_axes)
     expected = (*shape[:batch_ndim], k, k)
@@ -254,6 +257,11 @@ def check_hessian(
         raise ValueError(
             f"the Hessian of {path!r} has NaN or infinite values; calibrate again without the "
             f"batch that makes them"
+        )
+    if values is not None and (np.diagonal(values, axis1=-2, axis2=-1) < 0).any():
+        raise ValueError(
+            f"the Hessian of {path!r} has negative numbers on its diagonal; it must be X.T @ X of "
+            f"what enters the weight, see lutjax.calibrate.hessians"
         )
     return jnp.asarray(hessian, jnp.float32)
 
@@ -354,7 +362,7 @@ def _quantize(
         rounded = round_with_feedback
         for _ in batch:
             rounded = jax.vmap(rounded)
-        codes = rounded(matrix, hessian, divisor, shift, lut)
+        codes = rounded(matrix, hessian, _expand(used, group_size, k), shift, lut)
     array = LutArray(
         words=pack(codes, config.bits),
         scales=stored,

@@ -239,6 +239,8 @@ class Recipe:
         """
         paths = list(paths)
         for rule in self.rules:
+            if rule.pattern in paths:
+                continue
             if not any(fnmatch.fnmatchcase(path, rule.pattern) for path in paths):
                 similar = ", ".join(near_misses(rule.pattern, paths)) or "there are no weights"
                 raise ValueError(

@@ -9,7 +9,7 @@ import pytest
 
 import lutjax
 from lutjax import LutConfig, Recipe, Rule, codebooks
-from lutjax.transforms.feedback import round_with_feedback
+from lutjax.transforms.feedback import factor, round_with_feedback
 
 RNG = np.random.default_rng(0)
 
@@ -110,6 +110,20 @@ def test_products_err_less_with_every_kind_of_table(name):
     assert error(fed_back) < 0.75 * error(plain)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_groups_of_zeros_cost_the_others_nothing(name):
+    # Their scale is zero, and so is what is read back, whatever the table has instead of a zero.
+    x = jnp.asarray(inputs(72), jnp.float32)
+    w = jnp.asarray(RNG.normal(size=(72, 16)), jnp.float32).at[:32, ::2].set(0)
+    recipe = Recipe((Rule("*", CONFIGS[name]),))
+    plain = lutjax.quantize(w, recipe)
+    fed_back = lutjax.quantize(w, recipe, hessians={"array": x.T @ x})
+    errors = [
+        float(jnp.linalg.norm((x @ (w - q.materialize()))[:, ::2])) for q in (fed_back, plain)
+    ]
+    assert errors[0] < errors[1]
+
+
 @pytest.mark.parametrize("name", ["nf", "affine", "fitted", "higgs"])
 def test_64_bit_mode_changes_nothing(name):
     x, w = inputs(72).astype(np.float32), RNG.normal(size=(72, 16)).astype(np.float32)
@@ -178,11 +192,18 @@ def test_shapes_are_known_without_values():
     assert array.shape == (64, 8) and array.dtype == jnp.bfloat16
 
 
+def test_a_search_for_enough_damping_ends():
+    # Traced values cannot be refused.
+    found = jax.jit(factor)(jnp.diag(jnp.array([4.0, -1.0, 1.0])))
+    assert np.isfinite(found).all()
+
+
 @pytest.mark.parametrize(
     ("hessians", "message"),
     [
         ({"kernel": np.eye(63)}, r"'kernel' has the shape \(63, 63\).*needs \(64, 64\)"),
         ({"kernel": np.full((64, 64), np.nan)}, "'kernel' has NaN"),
+        ({"kernel": -np.eye(64)}, "'kernel' has negative numbers on its diagonal"),
         ({"kernal": np.eye(64)}, "'kernal', but no such parameter; similar: kernel"),
     ],
 )

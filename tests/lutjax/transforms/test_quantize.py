@@ -211,6 +211,19 @@ def test_defaults_leave_embeddings_norms_and_head_dense_unless_named_in_full():
     assert compressed_paths(Recipe((Rule("*kernel", C),), dense=())) == [up, head]
 
 
+def test_a_single_array_takes_the_rule_that_matches_its_name():
+    recipe = Recipe((Rule("*down*", LutConfig(8, 16)), Rule("*", LutConfig(3, 16))))
+    assert lutjax.quantize(jnp.asarray(WEIGHT), recipe).bits == 3
+    with pytest.raises(ValueError, match="no rule for a single array; use the pattern"):
+        lutjax.quantize(jnp.asarray(WEIGHT), Recipe((Rule("kernel", LutConfig(8, 16)),)))
+
+
+def test_names_in_full_may_have_brackets():
+    params = {"a[0]": {"kernel": jnp.asarray(WEIGHT)}}
+    recipe = Recipe((Rule("a[0]/kernel", LutConfig(3, 16)),))
+    assert lutjax.quantize(params, recipe)["a[0]"]["kernel"].bits == 3
+
+
 def test_recipes_survive_json():
     double = lutjax.DoubleQuant(bits=6)
     rules = (
