@@ -105,30 +105,37 @@ def fits(k: int, config: LutConfig) -> bool:
     return config.group_size == COLUMN or int(config.group_size) <= k
 
 
-@functools.lru_cache(maxsize=1024)
-def gaussian_error(config: LutConfig) -> float:
+def gaussian_error(config: LutConfig, k: int = 4096) -> float:
     """Relative mean squared error of quantising independent normal weights, by simulation.
 
     A stand-in for measured costs where only shapes are known, and a first sieve of candidates; for
     rotated weights, which are nearly normal, it is their error.
+
+    Args:
+      config: The configuration.
+      k: Rows of the matrix, for configurations with one scale a column.
 
     >>> 0.03 < gaussian_error(LutConfig(3, 64)) < 0.05
     True
     """
     if config.scaling == "rms":  # known without, for groups that are not tiny
         return codebooks.gaussian_error(config.bits, config.vector_size)
-    weights = np.random.default_rng(0).standard_normal((192, 256)).astype(np.float32)
+    return _simulated_error(config, k if config.group_size == COLUMN else int(config.group_size))
+
+
+@functools.lru_cache(maxsize=1024)
+def _simulated_error(config: LutConfig, group: int) -> float:
     table = config.table()
     if table is None or config.scaling == "range":
         raise ValueError(f"codebook {config.codebook!r} is not supported; use one with a sign")
-    group = 192 if config.group_size == COLUMN else min(int(config.group_size), 192)
-    groups = weights.reshape(-1, group, 256)
+    block = 1 if config.double_quant is None else min(config.double_quant.block, 256)
+    shape = (-(-192 // group), group, -(-256 // block) * block)
+    groups = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     scales = np.abs(groups).max(axis=1)
     if config.double_quant is not None:
         second = config.double_quant
         top = 2**second.bits - 1
         above = scales - scales.min()
-        block = min(second.block, 256)
         steps = above.reshape(len(above), -1, block).max(axis=-1) / top
         steps = np.repeat(steps, block, axis=-1)
         scales = scales.min() + np.round(above / np.where(steps > 0, steps, 1)) * steps

@@ -140,7 +140,7 @@ class CostTable:
     ) -> CostTable:
         """The relative errors on normal numbers, times a weight for each matrix."""
         costs = [
-            [w * gaussian_error(c) if fits(m.k, c) else math.inf for c in candidates]
+            [w * gaussian_error(c, m.k) if fits(m.k, c) else math.inf for c in candidates]
             for m, w in zip(matrices, weights, strict=True)
         ]
         return cls(tuple(matrices), tuple(candidates), np.array(costs))

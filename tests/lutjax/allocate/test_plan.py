@@ -83,6 +83,16 @@ def test_gaussian_errors_match_the_published_ones():
     assert gaussian_error(LutConfig.higgs(2)) == pytest.approx(0.1076, rel=0.02)
 
 
+@pytest.mark.parametrize("group_size", [16, 100, 128, 512, "column"])
+@pytest.mark.parametrize("double_quant", [None, lutjax.DoubleQuant(bits=4, block=100)])
+def test_simulated_errors_are_those_of_quantising(group_size, double_quant):
+    config = LutConfig(3, group_size, scale_dtype="float32", double_quant=double_quant)
+    w = jax.random.normal(jax.random.key(0), (1024, 200))
+    q = lutjax.quantize(w, Recipe((lutjax.Rule("*", config),))).materialize()
+    measured = float(jnp.sum((w - q) ** 2) / jnp.sum(w**2))
+    assert gaussian_error(config, k=1024) == pytest.approx(measured, rel=0.03)
+
+
 def test_higgs_plans_follow_the_sensitivities(tmp_path):
     matrices = [Matrix(f"{i}/kernel", 512, 64) for i in range(4)]
     candidates = higgs_grid((2, 2.5, 3, 3.5, 4))
