@@ -62,6 +62,8 @@ def solve_ilp(costs: Costs, sizes: Sizes, budget: int) -> Choice:
     [1, 0, 1]
     """
     costs, sizes = _checked(costs, sizes, budget)
+    # Costs that nobody can avoid would hide the others from a gap relative to all of them.
+    costs = costs - costs.min(axis=1, keepdims=True)
     greedy = solve_greedy(costs, sizes, budget)
     rows, columns = np.nonzero(_core(costs, sizes, budget, greedy))
     value, size = costs[rows, columns], sizes[rows, columns].astype(np.float64)
@@ -84,9 +86,9 @@ def solve_ilp(costs: Costs, sizes: Sizes, budget: int) -> Choice:
             break
         picked = np.nonzero(result.x > 0.5)[0]
         choice = columns[picked[np.argsort(rows[picked])]]
-        excess = _total(sizes, choice) - budget
+        excess = int(_total(sizes, choice)) - budget
         if excess <= 0:
-            return choice
+            return min(choice, greedy, key=lambda choice: _total(costs, choice))
         limit -= excess
     return greedy
 
@@ -332,5 +334,5 @@ def _hull(cost: np.ndarray, size: np.ndarray, allowed: np.ndarray) -> list[int]:
     return hull
 
 
-def _total(sizes: Sizes, choice: Choice) -> int:
-    return int(sizes[np.arange(len(sizes)), choice].sum())
+def _total(numbers: Costs | Sizes, choice: Choice) -> float:
+    return numbers[np.arange(len(numbers)), choice].sum()

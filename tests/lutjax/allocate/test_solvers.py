@@ -66,6 +66,20 @@ def test_against_brute_force(seed):
             np.testing.assert_allclose(cost, best, rtol=1e-6)  # HiGHS stops at this gap
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_costs_that_nobody_can_avoid_hide_no_others(seed):
+    rng = np.random.default_rng(seed)
+    costs = np.sort(rng.random((5, 4)), axis=1)[:, ::-1] + 1e-6
+    sizes = np.cumsum(rng.integers(5, 15, (5, 4)), axis=1)
+    budget = int(sizes[:, 1].sum() + rng.integers(0, 20))
+    best = brute_force(costs, sizes, budget)
+    costs[0] += 1e7
+    choice = solve_ilp(costs, sizes, budget)
+    costs[0] -= 1e7
+    assert sizes[range(5), choice].sum() <= budget
+    np.testing.assert_allclose(costs[range(5), choice].sum(), best, rtol=1e-6)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_larger_instances_agree_and_hold_the_budget(seed):
     rng = np.random.default_rng(seed)
