@@ -45,7 +45,7 @@ def convert_decoder(
     fns, blocks, x = decoder_blocks(config, params, tokens)
     done = convert_blocks(fns, blocks, x, plan, convert, batch_size=batch_size, progress=progress)
     rest = {name: leaf for name, leaf in params.items() if name != "layers"}
-    rest = _convert(rest, "", plan, lambda path, leaf, rule: convert(path, leaf, rule, None))
+    rest = _convert(rest, plan, convert, {})
     return rest | {"layers": {path.removeprefix("layers/"): done[path] for path in done}}
 
 
@@ -84,29 +84,25 @@ def convert_blocks(
     runs = {each: jax.jit(lift(each)) for each in set(fns.values())}
     done: dict[str, Any] = {}
     for path, params in progress_bar(blocks.items(), "compress", "block", show=progress):
-        prefix = f"{path}/"
-        rules = {
-            name: plan[prefix + name] for name, _ in named_leaves(params) if prefix + name in plan
-        }
+        full = {name: "/".join(filter(None, (path, name))) for name, _ in named_leaves(params)}
+        rules = {name: plan[whole] for name, whole in full.items() if whole in plan}
         done[path] = params
         if rules:
             # Blocks are observed alike, whatever their configurations, and so compiled once.
             alike = (Rule(n, LutConfig(), r.axis, r.batch_ndim) for n, r in rules.items())
             found = hessians(fns[path], params, batches, recipe=Recipe(tuple(alike)))
-
-            def with_moments(full, leaf, rule, prefix=prefix, found=found):
-                return convert(full, leaf, rule, found[full.removeprefix(prefix)])
-
-            done[path] = _convert(params, prefix, plan, with_moments)
+            # A block may be one matrix; its name within the block is empty then.
+            moments = {full[name]: hessian for name, hessian in found.items()}
+            done[path] = _convert({path: params}, plan, convert, moments)[path]
         batches = [runs[fns[path]](done[path], batch) for batch in batches]
     return done
 
 
 def _convert(
-    params: Any, prefix: str, plan: Mapping[str, Rule], convert: Callable[[str, Array, Rule], Any]
+    params: Any, plan: Mapping[str, Rule], convert: Convert, moments: Mapping[str, Array]
 ) -> Any:
     def one(key_path: Any, leaf: Any) -> Any:
-        path = prefix + path_string(key_path)
-        return convert(path, leaf, plan[path]) if path in plan else leaf
+        path = path_string(key_path)
+        return convert(path, leaf, plan[path], moments.get(path)) if path in plan else leaf
 
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_compressed)

@@ -27,6 +27,15 @@ def normal(*shape):
     return jnp.asarray(RNG.normal(size=shape), jnp.float32)
 
 
+def test_a_block_may_be_one_matrix():
+    blocks, x = {"0": normal(32, 32), "1": normal(32, 32)}, normal(40, 32)
+    done = quantize_blocks(lambda w, x: x @ w, blocks, x, Recipe.uniform(3, 32))
+    named = {path: {"kernel": w} for path, w in blocks.items()}
+    expected = quantize_blocks(lambda p, x: x @ p["kernel"], named, x, Recipe.uniform(3, 32))
+    for path in blocks:
+        np.testing.assert_array_equal(done[path].words, expected[path]["kernel"].words)
+
+
 def test_they_are_sums_over_batches_and_uses():
     params = {"a": normal(6, 4), "b": normal(4, 3)}
     batches = [normal(2, 5, 6), normal(2, 5, 6)]
