@@ -12,7 +12,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from lutjax.arrays import DoubleQuant, LutArray, QuantizedScales, quantize_scales
+from lutjax.arrays import (
+    DoubleQuant,
+    LutArray,
+    PackedLutArray,
+    QuantizedScales,
+    RowLutArray,
+    quantize_scales,
+)
 from lutjax.calibrate.losses import kl_divergence
 from lutjax.lift import lift
 from lutjax.paths import path_string
@@ -34,15 +41,16 @@ def learn_scales(
 
     Codes, tables and all other parameters stay as they are, and so do the form, the size and the
     speed of the result. What is trained, by Adam with cosine decay, are logarithms of factors, so
-    scales keep their signs, small and large ones learn alike, and rounding to the dtype in which
-    they are stored comes once, at the end. For another objective or optimiser, see :func:`rescale`.
+    scales keep their signs and small and large ones learn alike; outputs are those of scales as
+    they are stored, rounded. For another objective or optimiser, see :func:`rescale`.
 
     A step takes the memory and time of one of training, without what an optimiser holds for all
     weights, and an output of the dense model.
 
     Args:
       fn: ``fn(params, batch)``, by default to logits; it is lifted.
-      params: Compressed parameters, before :func:`lutjax.prepack`.
+      params: Compressed parameters, before :func:`lutjax.prepack`. A weight under two paths becomes
+        two that learn apart.
       dense: The parameters that they stand for, for outputs to aim at.
       batches: What ``fn`` takes as its second argument; of one shape, or it compiles again. An
         epoch takes them in this order.
@@ -101,7 +109,9 @@ def learn_scales(
         if not math.isfinite(float(value)):
             fix = "lower learning_rate" if number else "the model or the data is not sound"
             raise ValueError(f"step {number}: the loss is {float(value)}; {fix}")
-    return _stored(rescale(params, factors), params)
+    # A weight that had no gradient is not rounded again either.
+    moved = {path: factor for path, factor in factors.items() if factor.any()}
+    return _with_scales(params, moved, _stored)
 
 
 def scale_factors(params: Any) -> dict[str, Float[Array, "*batch g n"]]:
@@ -114,17 +124,18 @@ def scale_factors(params: Any) -> dict[str, Float[Array, "*batch g n"]]:
       By the path of each :class:`LutArray`, float32 of the shape of its scales.
 
     Raises:
-      ValueError: If there is no such weight.
+      ValueError: If there is no such weight, or one is prepacked.
     """
-    found = {
-        path_string(key): jnp.zeros(leaf.scales.shape)
-        for key, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_lut)
-        if _is_lut(leaf)
-    }
+    found = {}
+    for key, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_has_codes):
+        if isinstance(leaf, LutArray):
+            found[path_string(key)] = jnp.zeros(leaf.scales.shape, jnp.float32)
+        elif _has_codes(leaf):
+            raise ValueError(
+                f"{path_string(key)} is prepacked: {leaf!r}; learn first, then prepack"
+            )
     if not found:
-        raise ValueError(
-            "params has no lookup-table weights with scales to learn; quantize first, prepack after"
-        )
+        raise ValueError("params has no lookup-table weights with scales to learn; quantize first")
     return found
 
 
@@ -136,7 +147,8 @@ def rescale(params: Any, factors: Mapping[str, Float[Array, "*batch g n"]]) -> A
       factors: Of the form that :func:`scale_factors` gives; weights that it lacks stay.
 
     Returns:
-      The parameters, with float32 scales where there is a factor.
+      The parameters, with float32 scales where there is a factor. They have the values that can be
+      stored as the scales were; gradients are those without that rounding.
 
     Raises:
       ValueError: If a path is that of no quantised weight, or a shape differs.
@@ -147,40 +159,46 @@ def rescale(params: Any, factors: Mapping[str, Float[Array, "*batch g n"]]) -> A
     >>> float(rescale(params, double)["kernel"].materialize()[0, 0])
     2.0
     """
+
+    def straight_through(scales: jax.Array, old: Any) -> jax.Array:
+        stored = _stored(scales, old)
+        read = stored.expand() if isinstance(stored, QuantizedScales) else stored
+        return scales + jax.lax.stop_gradient(read.astype(jnp.float32) - scales)
+
+    return _with_scales(params, factors, straight_through)
+
+
+def _has_codes(leaf: Any) -> bool:
+    return isinstance(leaf, (LutArray, PackedLutArray, RowLutArray))
+
+
+def _with_scales(
+    params: Any, factors: Mapping[str, jax.Array], change: Callable[[jax.Array, Any], Any]
+) -> Any:
+    """Puts ``change(scales times exp(factor), old scales)`` where there is a factor."""
     unknown = set(factors)
 
     def one(key: tuple, leaf: Any) -> Any:
         path = path_string(key)
-        if path not in factors or not _is_lut(leaf):
+        if path not in factors or not isinstance(leaf, LutArray):
             return leaf
         unknown.discard(path)
-        scales = leaf.expanded_scales()
-        if factors[path].shape != scales.shape:
+        scales, factor = leaf.expanded_scales().astype(jnp.float32), factors[path]
+        if factor.shape != scales.shape:
             raise ValueError(
-                f"{path}: factors of shape {factors[path].shape} for scales of shape {scales.shape}"
+                f"{path}: factors of shape {factor.shape} for scales of shape {scales.shape}"
             )
-        scales = scales.astype(jnp.float32) * jnp.exp(factors[path])
-        return dataclasses.replace(leaf, scales=scales)
+        return dataclasses.replace(leaf, scales=change(scales * jnp.exp(factor), leaf.scales))
 
-    scaled = jax.tree_util.tree_map_with_path(one, params, is_leaf=_is_lut)
+    changed = jax.tree_util.tree_map_with_path(one, params, is_leaf=_has_codes)
     if unknown:
         raise ValueError(f"{sorted(unknown)[0]!r} is the path of no lookup-table weight")
-    return scaled
+    return changed
 
 
-def _is_lut(leaf: Any) -> bool:
-    return isinstance(leaf, LutArray)
-
-
-def _stored(scaled: Any, like: Any) -> Any:
-    """Scales in the form in which they were stored."""
-
-    def one(new: Any, old: Any) -> Any:
-        if not _is_lut(new):
-            return new
-        if isinstance(old.scales, QuantizedScales):
-            form = DoubleQuant(old.scales.bits, old.scales.block, str(old.scales.steps.dtype))
-            return dataclasses.replace(new, scales=quantize_scales(new.scales, form))
-        return dataclasses.replace(new, scales=new.scales.astype(old.scales.dtype))
-
-    return jax.tree.map(one, scaled, like, is_leaf=_is_lut)
+def _stored(scales: jax.Array, like: jax.Array | QuantizedScales) -> jax.Array | QuantizedScales:
+    """Scales in the form in which others are stored."""
+    if isinstance(like, QuantizedScales):
+        form = DoubleQuant(like.bits, like.block, str(like.steps.dtype))
+        return quantize_scales(scales, form)
+    return scales.astype(like.dtype)
