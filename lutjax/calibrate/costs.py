@@ -121,6 +121,12 @@ def measure_costs(
     if workers < 1:
         raise ValueError(f"workers={workers} must be at least 1")
     matrices = plannable(params, recipe)
+    for matrix in matrices:
+        if fisher is not None and matrix.path not in fisher:
+            raise ValueError(
+                f"the Fisher information has nothing for {matrix.path!r}; calibrate with the same "
+                f"recipe, or exclude that path from the recipe"
+            )
     weights = dict(named_leaves(params))
     settings = {
         "rank": rank,

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
@@ -485,7 +486,7 @@ def _check_rank(rank: int, shape: tuple[int, ...], rule: Rule, path: str) -> Non
     batch_ndim, view = weight_view(shape, rule, path)
     inner = shape[batch_ndim:]
     k, n = (math.prod(inner[a] for a in axes) for axes in (view.k_axes, view.n_axes))
-    if not isinstance(rank, int) or not 1 <= rank <= min(k, n):
+    if not isinstance(rank, (int, np.integer)) or not 1 <= rank <= min(k, n):
         raise ValueError(
             f"rank={rank!r} does not fit {path!r} with K={k} and N={n}; use 1 to {min(k, n)}"
         )

@@ -123,6 +123,12 @@ def test_plannable_from_shapes():
     assert plannable(shapes) == plannable(params())
 
 
+def test_every_matrix_needs_fisher_information():
+    params = {"kernel": jnp.ones((64, 32))}
+    with pytest.raises(ValueError, match="Fisher information has nothing for 'kernel'"):
+        measure_costs(params, [LutConfig(2)], rank=2, key=jax.random.key(0), fisher={})
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="no candidates"):
         measure_costs(params(), (), rank=2, key=KEY)

@@ -416,6 +416,12 @@ def refusal(weight=None, **changes) -> str:
     return str(caught.value)
 
 
+def test_rank_may_be_a_number_of_numpy():
+    params = {"mlp": {"kernel": matrix()}}
+    small = decompose(params, Recipe.uniform(3, 32), rank=np.int64(4), key=KEY, rounds=1)
+    assert small["mlp"]["kernel"].parts[1].rank == 4
+
+
 @pytest.mark.parametrize("rank", [0, -1, 65, 2.0])
 def test_rank_out_of_range(rank):
     assert re.search(
