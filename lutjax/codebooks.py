@@ -356,10 +356,15 @@ def _count_below(values: jax.Array, boundaries: jax.Array) -> jax.Array:
     # Branch-free binary search: one pass over the values per bit.
     padded = count + 1
     rank = jnp.zeros(values.shape, jnp.int32)
+    shared = boundaries.size == count  # then no indices of columns are needed
     full = jnp.broadcast_to(boundaries, (*values.shape[:-2], count, values.shape[-1]))
     step = padded // 2
     while step:
-        probe = jnp.take_along_axis(full, rank + (step - 1), axis=-2, mode="promise_in_bounds")
+        place = rank + (step - 1)
+        if shared:
+            probe = boundaries.reshape(-1).at[place].get(mode="promise_in_bounds")
+        else:
+            probe = jnp.take_along_axis(full, place, axis=-2, mode="promise_in_bounds")
         rank = jnp.where(values > probe, rank + step, rank)
         step //= 2
     return rank.astype(jnp.uint8)
