@@ -65,8 +65,8 @@ def hessians(
     for path, total in totals.items():
         if not total.any():
             raise ValueError(
-                f"nothing but zeros enters {path!r} where it can be seen: in products x @ w that "
-                f"lead to an output; name the weights to look at with recipe="
+                f"nothing but zeros enters {path!r} where it can be seen: in products x @ w of at "
+                f"most 32 bits that lead to an output; name the weights to look at with recipe="
             )
     return {
         path: total.reshape(*total.shape[:-1], sizes[path], sizes[path])
