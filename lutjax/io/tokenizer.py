@@ -49,6 +49,8 @@ class Tokenizer:
     def from_directory(cls, directory: str | Path) -> Tokenizer:
         """Reads tokenizer.json, and tokenizer_config.json and generation_config.json if present.
 
+        A truncation or padding that tokenizer.json holds is left out.
+
         Raises:
           FileNotFoundError: if there is no tokenizer.json.
           ValueError: if a file is not sound.
@@ -60,6 +62,9 @@ class Tokenizer:
             backend = _library().Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is not a tokenizer: {error}") from error
+        # Of the batches it was last used for; a text is neither cut nor padded here.
+        backend.no_truncation()
+        backend.no_padding()
         config = _optional_json(directory / "tokenizer_config.json")
         generation = _optional_json(directory / "generation_config.json")
         template = config.get("chat_template")

@@ -95,6 +95,19 @@ def test_saved_and_read_back(tmp_path):
     assert again.eos_ids == (again.backend.token_to_id("<|end|>"),)
 
 
+def test_a_saved_truncation_or_padding_is_left_out(tmp_path):
+    tokenizer = Tokenizer.from_gguf(metadata())
+    expected = tokenizer.encode("ab 123"), tokenizer.encode("a" * 20)
+    tokenizer.backend.enable_truncation(8)
+    tokenizer.backend.enable_padding(length=16)
+    tokenizer.save(tmp_path)
+    again = Tokenizer.from_directory(tmp_path)
+    assert (again.encode("ab 123"), again.encode("a" * 20)) == expected
+    again.save(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert (saved["truncation"], saved["padding"]) == (None, None)
+
+
 def test_chat_template():
     tokenizer = Tokenizer.from_gguf(metadata())
     messages = [{"role": "user", "content": "hi"}]
