@@ -255,6 +255,8 @@ def load_corpus(config: PretrainConfig) -> Corpus:
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(config.tokenizer)
+        tokenizer.no_truncation()  # of the batches it was last used for
+        tokenizer.no_padding()
 
         def encode(text: str) -> Any:
             return tokenizer.encode(text).ids

@@ -7,6 +7,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from train import pretrain as command
 from train.methods import METHODS
@@ -184,6 +185,19 @@ def test_bad_methods_and_texts(config, tmp_path):
         pretrain(dataclasses.replace(config, text=(str(short),)))
     with pytest.raises(FileNotFoundError):
         load_corpus(dataclasses.replace(config, text=("missing.txt",)))
+
+
+def test_a_saved_truncation_of_the_tokenizer_is_left_out(config, tmp_path):
+    vocab = {chr(code): code for code in range(128)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    tokenizer.save(str(tmp_path / "whole.json"))
+    tokenizer.enable_truncation(8)
+    tokenizer.save(str(tmp_path / "cut.json"))
+    whole, cut = (
+        load_corpus(dataclasses.replace(config, tokenizer=str(tmp_path / name)))
+        for name in ("whole.json", "cut.json")
+    )
+    np.testing.assert_array_equal(cut.train, whole.train)
 
 
 def test_the_range_test_finds_the_lowest_precision_that_learns(config, monkeypatch):
