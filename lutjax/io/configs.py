@@ -158,14 +158,6 @@ def config_from_gguf(
     layers = _integer(fields, "block_count", source)
     if fields.get("expert_count"):
         raise ValueError(f"{source} is a mixture of experts, which is not supported")
-    scaling = None
-    kind = fields.get("rope.scaling.type", "none")
-    if rope_factors is not None:
-        scaling = RopeScaling("factors", factors=tuple(map(float, rope_factors)))
-    elif kind == "linear":
-        scaling = RopeScaling("linear", factor=fields["rope.scaling.factor"])
-    elif kind != "none":
-        raise ValueError(f"{source}: rope.scaling.type {kind!r} is not supported")
     window = fields.get("attention.sliding_window") or None
     if model_type == "gemma2" and window is None:
         window = gemma.DEFAULTS["gemma2"]["sliding_window"]
@@ -180,7 +172,7 @@ def config_from_gguf(
         max_position_embeddings=fields.get("context_length", 2048),
         rms_norm_eps=fields.get("attention.layer_norm_rms_epsilon", 1e-5),
         rope_theta=float(fields.get("rope.freq_base", 10000.0)),
-        rope_scaling=scaling,
+        rope_scaling=_gguf_rope_scaling(fields, rope_factors, source),
         tie_embeddings=tied,
         qkv_bias=model_type == "qwen2",
         qk_norm=model_type in ("qwen3", "gemma3_text"),
@@ -209,6 +201,13 @@ def _integer(data: Mapping[str, Any], key: str, source: str) -> int:
     if not isinstance(value, int):
         raise ValueError(f"{source}: {key!r} is {value!r}, not an integer")
     return value
+
+
+def _positive(data: Mapping[str, Any], key: str, source: str) -> float:
+    value = data[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{source}: {key!r} is {value!r}, not a positive number")
+    return float(value)
 
 
 def _decimal(value: float) -> float:
@@ -262,6 +261,22 @@ def _rope_scaling(rope: Mapping[str, Any] | None, source: str) -> RopeScaling | 
     raise ValueError(
         f"{source}: RoPE scaling {kind!r} is not supported; supported are default, linear, llama3"
     )
+
+
+def _gguf_rope_scaling(
+    fields: Mapping[str, Any], factors: np.ndarray | None, source: str
+) -> RopeScaling | None:
+    """As llama.cpp reads it: linear if no type is given, and divided by a tensor's factors too."""
+    kind = fields.get("rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
+        raise ValueError(f"{source}: rope.scaling.type {kind!r} is not supported")
+    key = "rope.scaling.factor" if "rope.scaling.factor" in fields else "rope.scale_linear"
+    factor = 1.0
+    if kind == "linear" and fields.get(key, 0.0) != 0.0:  # 0 is for files without scaling
+        factor = _positive(fields, key, source)
+    if factors is not None:
+        return RopeScaling("factors", factors=tuple(factor * float(value) for value in factors))
+    return None if factor == 1.0 else RopeScaling("linear", factor=factor)
 
 
 def _sliding_window(

@@ -182,7 +182,7 @@ def test_names_of_gemma_are_those_of_the_gguf_package(config, family):
         assert table.get_name(hf, try_suffixes=(".weight",)) == ours, path
 
 
-def read_metadata(architecture, **fields):
+def read_metadata(architecture, *, rope_factors=None, **fields):
     needed = {
         "embedding_length": 60,
         "feed_forward_length": 96,
@@ -192,7 +192,9 @@ def read_metadata(architecture, **fields):
     }
     metadata = {f"{architecture}.{key}": value for key, value in (needed | fields).items()}
     metadata["general.architecture"] = architecture
-    return config_from_gguf(metadata, tied=True, vocab_size=8, rope_factors=None, source="a file")
+    return config_from_gguf(
+        metadata, tied=True, vocab_size=8, rope_factors=rope_factors, source="a file"
+    )
 
 
 def test_gemma_metadata():
@@ -217,6 +219,45 @@ def test_gemma_metadata():
     assert (fourth.sliding_layers, fourth.sliding_rope_theta) == ((True, True, False) * 4, 2e4)
     listed = read_metadata("gemma3", **window, **{pattern: [True] * 11 + [False]})
     assert listed.sliding_layers == (True,) * 11 + (False,)
+
+
+TYPE, FACTOR, OLD_FACTOR = "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"
+
+
+@pytest.mark.parametrize(
+    ("fields", "factor"),
+    [
+        ({}, None),
+        ({TYPE: "linear"}, None),
+        ({TYPE: "linear", FACTOR: 4.0}, 4.0),
+        ({FACTOR: 4.0}, 4.0),
+        ({OLD_FACTOR: 4.0}, 4.0),
+        ({FACTOR: 2.0, OLD_FACTOR: 4.0}, 2.0),
+        ({FACTOR: 1.0}, None),
+        ({FACTOR: 0.0}, None),
+        ({TYPE: "none", FACTOR: 4.0}, None),
+    ],
+)
+def test_linear_rope_scaling_is_what_llama_cpp_reads(fields, factor):
+    expected = None if factor is None else RopeScaling("linear", factor=factor)
+    assert read_metadata("llama", **fields).rope_scaling == expected
+    factors = np.linspace(1, 8, 8)
+    both = read_metadata("llama", rope_factors=factors, **fields).rope_scaling
+    assert both == RopeScaling("factors", factors=tuple((factors * (factor or 1.0)).tolist()))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({TYPE: "yarn", FACTOR: 4.0}, r"rope\.scaling\.type 'yarn' is not supported"),
+        ({FACTOR: -1.0}, r"a file: 'rope\.scaling\.factor' is -1\.0, not a positive number"),
+        ({OLD_FACTOR: "4"}, r"a file: 'rope\.scale_linear' is '4', not a positive number"),
+    ],
+)
+def test_rope_scaling_that_is_refused(fields, message):
+    for factors in (None, np.ones(8)):
+        with pytest.raises(ValueError, match=message):
+            read_metadata("llama", rope_factors=factors, **fields)
 
 
 # Largest error relative to the largest of a block's values: half a step and the float16 step's own.
