@@ -60,7 +60,9 @@ class SafetensorsReader:
 
     @classmethod
     def open_directory(cls, directory: str | Path) -> SafetensorsReader:
-        """Reads the headers of `model.safetensors`, or of the shards that the index lists.
+        """Reads the headers of `model.safetensors`, or else of the shards that the index lists.
+
+        An index beside the single file is an older one, and transformers leaves it out as well.
 
         Raises:
           FileNotFoundError: if a file is missing.
@@ -68,7 +70,7 @@ class SafetensorsReader:
         """
         directory = Path(directory)
         index = directory / INDEX_NAME
-        if not index.is_file():
+        if (directory / SINGLE_NAME).is_file() or not index.is_file():
             return cls.open_file(directory / SINGLE_NAME)
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:

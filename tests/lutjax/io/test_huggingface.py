@@ -346,6 +346,14 @@ def test_unsound_index(sharded, change, message):
         open_checkpoint(sharded)
 
 
+def test_the_single_file_goes_before_an_index(sharded, tiny_config):
+    values = random_values(tiny_config)
+    newer = hf_tensors({path: value + 1 for path, value in values.items()})
+    save_file(newer, sharded / "model.safetensors")
+    for path, value in open_checkpoint(sharded).parameters():
+        np.testing.assert_array_equal(value, values[path] + 1)
+
+
 def test_index_without_a_map(sharded):
     (sharded / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match="weight_map"):
