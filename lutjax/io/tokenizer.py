@@ -49,6 +49,7 @@ class Tokenizer:
     def from_directory(cls, directory: str | Path) -> Tokenizer:
         """Reads tokenizer.json, and tokenizer_config.json and generation_config.json if present.
 
+        Where generation_config.json does not say what ends a generation, config.json does.
         A truncation or padding that tokenizer.json holds is left out.
 
         Raises:
@@ -66,15 +67,13 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         config = _optional_json(directory / "tokenizer_config.json")
-        generation = _optional_json(directory / "generation_config.json")
         template = config.get("chat_template")
         if isinstance(template, list):  # several named templates
             template = {entry["name"]: entry["template"] for entry in template}.get("default")
         if (directory / "chat_template.jinja").is_file():
             template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
         bos, eos = (_token_text(config.get(key)) for key in ("bos_token", "eos_token"))
-        eos_ids = generation.get("eos_token_id", [])
-        eos_ids = [eos_ids] if isinstance(eos_ids, int) else list(eos_ids or [])
+        eos_ids = _end_ids(directory)
         if eos is not None and backend.token_to_id(eos) is not None:
             eos_ids.append(backend.token_to_id(eos))
         return cls(backend, tuple(dict.fromkeys(eos_ids)), bos, eos, template)
@@ -297,6 +296,23 @@ def _byte_level_bpe(
             ]
         )
     return backend
+
+
+def _end_ids(directory: Path) -> list[int]:
+    """What ends a generation, from the first file that says it."""
+    model = directory / "config.json"
+    config = _optional_json(model)
+    generation = directory / "generation_config.json"
+    text = config.get("text_config")  # of a model with several parts
+    for source, data in ((generation, _optional_json(generation)), (model, config), (model, text)):
+        ids = data.get("eos_token_id") if isinstance(data, dict) else None
+        if ids is None:
+            continue
+        ids = ids if isinstance(ids, list) else [ids]
+        if not all(isinstance(index, int) for index in ids):
+            raise ValueError(f"{source}: 'eos_token_id' is {ids!r}; it must hold integers")
+        return ids
+    return []
 
 
 def _token_text(value: Any) -> str | None:

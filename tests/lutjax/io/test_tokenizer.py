@@ -108,6 +108,34 @@ def test_a_saved_truncation_or_padding_is_left_out(tmp_path):
     assert (saved["truncation"], saved["padding"]) == (None, None)
 
 
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        (None, {"eos_token_id": 2}, (2,)),
+        (None, {"eos_token_id": [0, 2]}, (0, 2)),
+        ({}, {"eos_token_id": 0}, (0,)),
+        ({"eos_token_id": None}, {"text_config": {"eos_token_id": [1, 2]}}, (1, 2)),
+        ({"eos_token_id": 3}, {"eos_token_id": 2}, (3,)),
+        (None, {"text_config": {}}, ()),
+        (None, None, ()),
+    ],
+)
+def test_what_ends_a_generation(tmp_path, generation, config, expected):
+    Tokenizer.from_gguf(metadata(**{"tokenizer.ggml.eos_token_id": None})).save(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    for name, data in (("generation_config.json", generation), ("config.json", config)):
+        if data is not None:
+            (tmp_path / name).write_text(json.dumps(data))
+    assert Tokenizer.from_directory(tmp_path).eos_ids == expected
+
+
+def test_ends_of_a_generation_that_are_no_ids(tmp_path):
+    Tokenizer.from_gguf(metadata()).save(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(ValueError, match=r"generation_config\.json: 'eos_token_id' is \['</s>'\]"):
+        Tokenizer.from_directory(tmp_path)
+
+
 def test_chat_template():
     tokenizer = Tokenizer.from_gguf(metadata())
     messages = [{"role": "user", "content": "hi"}]
