@@ -17,7 +17,7 @@ from lutjax.io.compressed import CompressedCheckpoint, is_compressed_directory, 
 from lutjax.io.gguf import GGUFReader
 from lutjax.io.grid import check_keeps_quantized, grid_array, has_grid
 from lutjax.io.huggingface import download, is_hub_id, open_directory, refuse_pickle
-from lutjax.io.tokenizer import Tokenizer
+from lutjax.io.tokenizer import Tokenizer, can_rebuild
 from lutjax.models.decoder import Decoder
 
 
@@ -140,19 +140,17 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
 
     Returns:
       The tokenizer, or None if a directory has no tokenizer.json. Where a GGUF file has one that
-      cannot be rebuilt (SentencePiece, as Gemma has), that of a tokenizer.json beside the file.
+      cannot be rebuilt (SentencePiece, as Gemma has, or a pre-tokenizer that is unknown or not
+      named), that of a tokenizer.json beside the file.
 
     Raises:
       ValueError: if it is of an unsupported kind, or the tokenizer.json is another model's.
     """
     if isinstance(checkpoint.reader, GGUFReader):
-        metadata, beside = checkpoint.reader.metadata, checkpoint.source.parent
-        rebuilt = metadata.get("tokenizer.ggml.model") == "gpt2"
-        if rebuilt or not (beside / "tokenizer.json").is_file():
-            return Tokenizer.from_gguf(metadata, str(checkpoint.source))
-        tokenizer = Tokenizer.from_directory(beside)
-        tokenizer.check_tokens(metadata, str(checkpoint.source))
-        return tokenizer
+        path, metadata = checkpoint.source, checkpoint.reader.metadata
+        if can_rebuild(metadata) or not (path.parent / "tokenizer.json").is_file():
+            return Tokenizer.from_gguf(metadata, str(path))
+        return Tokenizer.beside_gguf(path, metadata)
     if (checkpoint.source / "tokenizer.json").is_file():
         return Tokenizer.from_directory(checkpoint.source)
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ _SPLITS = {
 }
 PRE_TOKENIZERS = ("smollm", "gpt-2", "default", *_SPLITS)
 """The GGUF pre-tokenizers that can be rebuilt."""
+
+_PUT_BESIDE = "put the tokenizer.json of the model's Hugging Face directory beside it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +85,8 @@ class Tokenizer:
     def from_gguf(cls, metadata: Mapping[str, Any], source: str = "the GGUF file") -> Tokenizer:
         """Rebuilds a byte-level BPE tokenizer from GGUF metadata.
 
+        Where the file does not name a pre-tokenizer, GPT-2's is taken, with a warning.
+
         Raises:
           ValueError: if the file has no tokenizer, or one of an unsupported kind.
         """
@@ -89,22 +94,29 @@ class Tokenizer:
         if model != "gpt2":
             raise ValueError(
                 f"{source} has a tokenizer of kind {model!r}; only 'gpt2' (byte-level BPE) is "
-                "rebuilt. Put the tokenizer.json of the model's Hugging Face directory beside it"
+                f"rebuilt: {_PUT_BESIDE}"
             )
-        pre = metadata.get("tokenizer.ggml.pre", "default")
-        if pre not in PRE_TOKENIZERS:
+        pre = metadata.get("tokenizer.ggml.pre")
+        if pre is not None and pre not in PRE_TOKENIZERS:
             raise ValueError(
-                f"{source} has the pre-tokenizer {pre!r}; supported are {', '.join(PRE_TOKENIZERS)}"
+                f"{source} has the pre-tokenizer {pre!r}; only {', '.join(PRE_TOKENIZERS)} are "
+                f"rebuilt: {_PUT_BESIDE}"
             )
         missing = {"tokenizer.ggml.tokens", "tokenizer.ggml.merges"} - metadata.keys()
         if missing:
             raise ValueError(f"{source} lacks {', '.join(sorted(missing))}")
+        if pre is None:
+            warnings.warn(
+                f"{source} does not name its pre-tokenizer; text is split as for GPT-2, which may "
+                f"be wrong: {_PUT_BESIDE}",
+                stacklevel=2,
+            )
         tokens: list[str] = metadata["tokenizer.ggml.tokens"]
         backend = _byte_level_bpe(
             tokens,
             metadata["tokenizer.ggml.merges"],
             metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens)),
-            pre,
+            pre or "default",
         )
 
         def token(kind: str) -> str | None:
@@ -120,29 +132,37 @@ class Tokenizer:
             backend.post_processor = _library().processors.TemplateProcessing(
                 single=f"{bos} $A", special_tokens=[(bos, tokens.index(bos))]
             )
-        ends = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
         return cls(
             backend,
-            tuple(dict.fromkeys(index for index in ends if index is not None)),
+            _end_ids_of_gguf(metadata),
             bos,
             token("eos"),
             metadata.get("tokenizer.chat_template"),
         )
 
-    def check_tokens(self, metadata: Mapping[str, Any], source: str) -> None:
-        """Refuses a tokenizer of another model than that of GGUF metadata.
+    @classmethod
+    def beside_gguf(cls, path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
+        """Reads the tokenizer.json beside a GGUF file, with the file's ends of a generation.
+
+        Args:
+          path: the GGUF file.
+          metadata: its metadata.
 
         Raises:
-          ValueError: if an ordinary token is another one.
+          FileNotFoundError: if there is no tokenizer.json.
+          ValueError: if it is not sound, or an ordinary token is another one than the file's.
         """
+        tokenizer = cls.from_directory(path.parent)
         tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
         kinds = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
         for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
-            if kind == _NORMAL and self.backend.id_to_token(index) != token:
+            if kind == _NORMAL and tokenizer.backend.id_to_token(index) != token:
                 raise ValueError(
-                    f"the tokenizer.json beside {source} is another model's: its token {index} is "
-                    f"{self.backend.id_to_token(index)!r}, not {token!r}"
+                    f"the tokenizer.json beside {path} is another model's: its token {index} is "
+                    f"{tokenizer.backend.id_to_token(index)!r}, not {token!r}"
                 )
+        ends = tokenizer.eos_ids + _end_ids_of_gguf(metadata)
+        return dataclasses.replace(tokenizer, eos_ids=tuple(dict.fromkeys(ends)))
 
     @property
     def vocab_size(self) -> int:
@@ -296,6 +316,17 @@ def _byte_level_bpe(
             ]
         )
     return backend
+
+
+def can_rebuild(metadata: Mapping[str, Any]) -> bool:
+    """Whether GGUF metadata describes a tokenizer in full, and of a kind that is rebuilt."""
+    known = metadata.get("tokenizer.ggml.pre") in PRE_TOKENIZERS
+    return known and metadata.get("tokenizer.ggml.model") == "gpt2"
+
+
+def _end_ids_of_gguf(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    ends = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
+    return tuple(dict.fromkeys(index for index in ends if index is not None))
 
 
 def _end_ids(directory: Path) -> list[int]:

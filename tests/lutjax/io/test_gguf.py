@@ -12,7 +12,7 @@ import pytest
 from checkpoints import FAMILIES_OF_GEMMA, post_norms, random_values
 from tiny_checkpoint import tiny_tokenizer
 
-from lutjax.io import load, load_params, open_checkpoint
+from lutjax.io import load, load_params, load_tokenizer, open_checkpoint
 from lutjax.io.checkpoint import parameter_shapes
 from lutjax.io.configs import config_from_gguf
 from lutjax.io.grid import abstract_grid_array, grid_array
@@ -67,7 +67,7 @@ def random_blocks(kind, shape) -> np.ndarray:
     return blocks.reshape(rows, -1)
 
 
-def write_gguf(path, config, values, kind=Q.F32, metadata=(), extra=()):
+def write_gguf(path, config, values, kind=Q.F32, metadata=(), numbers=(), extra=()):
     arch = config.model_type.removesuffix("_text")
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(config.num_layers)
@@ -90,6 +90,8 @@ def write_gguf(path, config, values, kind=Q.F32, metadata=(), extra=()):
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
     for key, value in metadata:
         (writer.add_array if isinstance(value, list) else writer.add_string)(key, value)
+    for key, value in dict(numbers).items():
+        writer.add_uint32(key, value)
     for name, value in values.items():
         tensor = value.T if is_transposed(name) else value
         if arch == "llama" and ("/q_proj/" in name or "/k_proj/" in name):
@@ -160,7 +162,7 @@ def test_a_sentencepiece_tokenizer_is_read_beside_the_file(tmp_path, config):
         ("tokenizer.ggml.token_type", [1, 1, 1, 3]),
     ]
     write_gguf(tmp_path / "m.gguf", config, random_values(config), metadata=metadata)
-    with pytest.raises(ValueError, match=r"m\.gguf has a tokenizer of kind 'llama'.*Put the token"):
+    with pytest.raises(ValueError, match=r"m\.gguf has a tokenizer of kind 'llama'.*put the token"):
         load(tmp_path / "m.gguf")
     tiny_tokenizer(config.vocab_size).save(tmp_path)
     _, _, tokenizer = load(tmp_path / "m.gguf")
@@ -170,6 +172,26 @@ def test_a_sentencepiece_tokenizer_is_read_beside_the_file(tmp_path, config):
     write_gguf(tmp_path / "m.gguf", config, random_values(config), metadata=metadata)
     with pytest.raises(ValueError, match="another model's: its token 1 is 'b', not 'x'"):
         load(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("pre", ["tekken", None])
+def test_a_tokenizer_with_an_unknown_pre_tokenizer_is_read_beside_the_file(tmp_path, config, pre):
+    config = dataclasses.replace(config, vocab_size=39)
+    tiny = tiny_tokenizer(config.vocab_size)
+    tokens = [tiny.backend.id_to_token(index) for index in range(config.vocab_size)]
+    metadata = [
+        ("tokenizer.ggml.model", "gpt2"),
+        ("tokenizer.ggml.tokens", tokens),
+        ("tokenizer.ggml.merges", ["c a"]),
+        *([] if pre is None else [("tokenizer.ggml.pre", pre)]),
+    ]
+    numbers = {"tokenizer.ggml.eos_token_id": 3, "tokenizer.ggml.eot_token_id": 5}
+    values = random_values(config)
+    write_gguf(tmp_path / "m.gguf", config, values, metadata=metadata, numbers=numbers)
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    tiny.save(tmp_path)
+    tokenizer = load_tokenizer(checkpoint)
+    assert (tokenizer.encode("cab"), tokenizer.eos_ids) == ([2, 0, 1], (3, 5))
 
 
 @pytest.mark.parametrize("family", GEMMA_IN_GGUF)

@@ -166,7 +166,7 @@ def test_stream_never_breaks_characters():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokenizer.ggml.pre": "mystery"}, "'mystery'; supported are smollm"),
+        ({"tokenizer.ggml.pre": "mystery"}, "'mystery'; only smollm, .* put the token"),
         ({"tokenizer.ggml.model": "llama"}, "'llama'; only 'gpt2'"),
         ({"tokenizer.ggml.model": None}, "None; only 'gpt2'"),
     ],
@@ -174,6 +174,14 @@ def test_stream_never_breaks_characters():
 def test_unsupported_kinds(change, message):
     with pytest.raises(ValueError, match=message):
         Tokenizer.from_gguf(metadata(**change))
+
+
+def test_a_pre_tokenizer_without_a_name():
+    unnamed = metadata("gpt-2")
+    del unnamed["tokenizer.ggml.pre"]
+    with pytest.warns(UserWarning, match=r"GGUF file does not name its pre-tokenizer.*put the"):
+        tokenizer = Tokenizer.from_gguf(unnamed)
+    assert pieces(tokenizer, " a 123") == ["Ġa", "Ġ1", "2", "3"]
 
 
 def test_missing_merges():
