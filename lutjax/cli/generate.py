@@ -89,7 +89,7 @@ class Generate:
             stop_tokens=tokenizer.eos_ids,
             on_token=on_token,
         )
-        print("" if self.stream else tokenizer.decode(tokens))
+        print(stream.finish() if self.stream else tokenizer.decode(tokens))
         if len(times) > 1:
             speed = (len(times) - 1) / (times[-1] - times[0])
             print(f"{len(times)} tokens, {speed:.1f} tokens/s", file=sys.stderr)

@@ -253,9 +253,17 @@ class TextStream:
             return ""  # the rest of the character is in the next token
         new = text[len(self._printed) :]
         self._printed = text
-        if text.endswith("\n"):  # a safe point to forget what came before
-            self._ids, self._printed = [], ""
+        # A newline is a safe point to forget what came before. It stays itself, because decoders
+        # as Llama 2's take the space away that their first token begins with.
+        if text.endswith("\n") and (alone := self._tokenizer.decode([token])).endswith("\n"):
+            self._ids, self._printed = [token], alone
         return new
+
+    def finish(self) -> str:
+        """Ends the stream; returns what was pending, an incomplete character as U+FFFD."""
+        pending = self._tokenizer.decode(self._ids)[len(self._printed) :]
+        self._ids, self._printed = [], ""
+        return pending
 
 
 @functools.lru_cache(maxsize=8)

@@ -145,6 +145,12 @@ def test_quantize_eval_inspect_generate(capsys, tmp_path, source, text):
     assert ok(capsys, "generate", out, *options, "--temperature", 2, "--seed", 1) == drawn
 
 
+def test_a_stream_prints_what_is_pending_at_its_end(capsys, source, monkeypatch):
+    monkeypatch.setattr("lutjax.io.TextStream.finish", lambda stream: "<end>")
+    options = ("--prompt", "abc", "--max-new-tokens", 2, "--stream")
+    assert ok(capsys, "generate", source, *options).endswith("<end>\n")
+
+
 def test_inspect_of_a_dense_model_reads_no_weight(capsys, source, monkeypatch):
     monkeypatch.setattr("lutjax.io.readers.read_bytes", lambda info: pytest.fail("read"))
     table = ok(capsys, "inspect", source)

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 
 from lutjax.cli.models import text_windows
 from lutjax.io import TextStream, Tokenizer, demo_model_path
@@ -161,6 +162,29 @@ def test_stream_never_breaks_characters():
     parts = [stream.push(token) for token in tokenizer.encode(text)]
     assert "".join(parts) == text
     assert not any("\N{REPLACEMENT CHARACTER}" in part for part in parts)
+    assert stream.finish() == ""
+
+
+def test_a_stream_that_ends_within_a_character():
+    tokenizer = Tokenizer.from_gguf(metadata())
+    ids = tokenizer.encode("ab 日")[:-1]
+    stream = TextStream(tokenizer)
+    parts = [stream.push(token) for token in ids]
+    assert "".join(parts) == "ab "
+    assert stream.finish() == tokenizer.decode(ids).removeprefix("ab ") != ""
+
+
+def test_stream_keeps_the_space_after_a_newline():
+    vocab = {"<unk>": 0, "▁a": 1, "b": 2, "<0x0A>": 3, "</s>": 4}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    backend.add_special_tokens(["</s>"])
+    parts = tokenizers.decoders
+    llama_2 = [parts.Replace("▁", " "), parts.ByteFallback(), parts.Fuse(), parts.Strip(" ", 1, 0)]
+    backend.decoder = parts.Sequence(llama_2)
+    stream = TextStream(Tokenizer(backend))
+    ids = [1, 2, 3, 1, 3, 3, 4, 1, 1]
+    pushed = [stream.push(token) for token in ids]
+    assert pushed == ["a", "b", "\n", " a", "\n", "\n", "", " a", " a"]
 
 
 @pytest.mark.parametrize(
