@@ -148,6 +148,27 @@ def test_chat_template():
         plain.render_chat(messages)
 
 
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{% if tools is none and documents is none %}plain{% endif %}", "plain"),
+        ("{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}x{% endfor %}", "x"),
+        ("{% for m in messages %}x{% break %}{% endfor %}", "x"),
+        ("a{% generation %}b{% set a = 'c' %}{% endgeneration %}{{ a }}d", "abd"),
+        ("{{ messages[0] | tojson }}", '{"role": "user", "content": "é <\'&>"}'),
+        (
+            "{{ ['b', {'z': 1, 'a': 2}] | tojson(indent=1) }}",
+            '[\n "b",\n {\n  "z": 1,\n  "a": 2\n }\n]',
+        ),
+        ("{{ strftime_now('%d %b, year') | length > 10 }}", "True"),
+    ],
+)
+def test_chat_templates_find_what_transformers_gives_them(template, expected):
+    tokenizer = Tokenizer.from_gguf(metadata(**{"tokenizer.chat_template": template}))
+    messages = [{"role": role, "content": "é <'&>"} for role in ("user", "assistant")]
+    assert tokenizer.render_chat(messages) == expected
+
+
 def test_templates_cannot_reach_python():
     hostile = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     tokenizer = Tokenizer.from_gguf(metadata(**{"tokenizer.chat_template": hostile}))
