@@ -183,11 +183,12 @@ def _load_compressed(
             f"{checkpoint.source} was saved without a configuration; read it with "
             "lutjax.io.read_params"
         )
-    config, parameters = checkpoint.config, dict(checkpoint.parameters())
+    config, parameters = checkpoint.config, checkpoint.parameters()
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
-        parameters = {path: leaf.astype(jnp.dtype(dtype)) for path, leaf in parameters.items()}
+        target = jnp.dtype(dtype)
+        parameters = ((path, leaf.astype(target)) for path, leaf in parameters)
     tokenizer = None
     if (checkpoint.source / "tokenizer.json").is_file():
         tokenizer = Tokenizer.from_directory(checkpoint.source)
-    return Decoder(config), nest(parameters), tokenizer
+    return Decoder(config), nest(dict(parameters)), tokenizer

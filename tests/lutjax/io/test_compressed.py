@@ -5,6 +5,7 @@ import json
 import resource
 import subprocess
 import sys
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from lutjax.arrays import ConcatArray, DenseArray, GatedArray, MatrixView
 from lutjax.codebooks import kmeans
 from lutjax.io import compress_checkpoint, open_compressed, read_params
 from lutjax.io.checkpoint import nest
+from lutjax.io.compressed import CompressedCheckpoint
 from lutjax.models import stack_layers
 from lutjax.packing import pack
 
@@ -191,6 +193,23 @@ def test_parameters_that_do_not_fit_the_configuration(tmp_path, tiny_config):
     with pytest.raises(ValueError, match=r"'norm/scale' has shape \(3,\)"):
         lutjax.save(tmp_path / "out", nest(params), tiny_config)
     assert not list(tmp_path.iterdir())
+
+
+def test_parameters_are_converted_while_they_are_read(tmp_path, tiny_config, monkeypatch):
+    lutjax.save(tmp_path / "out", nest(dense_params(tiny_config)), tiny_config)
+    read, leaves, alive = CompressedCheckpoint.read, [], []
+
+    def watched(checkpoint, path):
+        alive.append(sum(leaf() is not None for leaf in leaves))
+        leaf = read(checkpoint, path)
+        leaves.append(weakref.ref(leaf))
+        return leaf
+
+    monkeypatch.setattr(CompressedCheckpoint, "read", watched)
+    _, params, _ = lutjax.load(tmp_path / "out", jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    assert len(leaves) > 10
+    assert max(alive) <= 1  # the one before
 
 
 @pytest.mark.parametrize("kind", ["directory", "file", "dangling link"])
