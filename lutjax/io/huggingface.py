@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from lutjax.io.checkpoint import Checkpoint
+from lutjax.io.compressed import METADATA_NAME
 from lutjax.io.configs import TEXT_PREFIX, config_from_hf
 from lutjax.io.quantized import QuantizedReader, method_from_config
-from lutjax.io.safetensors import INDEX_NAME, SINGLE_NAME, SafetensorsReader, read_json
+from lutjax.io.safetensors import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    SafetensorsReader,
+    read_index,
+    read_json,
+)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+_HUB_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    METADATA_NAME,
+    INDEX_NAME,
+    SINGLE_NAME,
+)
+"""Whole paths, as a repository may hold the weights again in other formats and folders."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -73,7 +91,7 @@ def is_hub_id(text: str) -> bool:
 
 
 def download(repo_id: str) -> Path:
-    """Downloads a hub repository's JSON and safetensors files, or finds them in the local cache.
+    """Downloads what is read of a hub repository, or finds it in the local cache.
 
     Args:
       repo_id: owner/name.
@@ -84,13 +102,22 @@ def download(repo_id: str) -> Path:
     Raises:
       FileNotFoundError: if there is no such repository, or the hub cannot be reached.
       ImportError: if `huggingface_hub` is missing.
+      ValueError: if the index of the safetensors files is not sound.
     """
+    directory = _snapshot(repo_id, _HUB_FILES)
+    if (directory / SINGLE_NAME).is_file() or not (directory / INDEX_NAME).is_file():
+        return directory
+    shards = set(read_index(directory / INDEX_NAME).values())
+    return _snapshot(repo_id, (*_HUB_FILES, *sorted(shards)))
+
+
+def _snapshot(repo_id: str, files: Iterable[str]) -> Path:
     try:
         import huggingface_hub
     except ImportError as error:
         raise ImportError(f"downloading {repo_id!r} needs: pip install 'lutjax[hf]'") from error
     try:
-        return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=_HUB_FILES))
+        return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=list(files)))
     except Exception as error:  # the client raises many kinds, from HTTP to the local cache's
         raise FileNotFoundError(
             f"{repo_id!r} is neither a local path nor could it be downloaded from the hub: {error}"

@@ -72,13 +72,9 @@ class SafetensorsReader:
         index = directory / INDEX_NAME
         if (directory / SINGLE_NAME).is_file() or not index.is_file():
             return cls.open_file(directory / SINGLE_NAME)
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index} has no 'weight_map'")
+        weight_map = read_index(index)
         infos: dict[str, TensorInfo] = {}
         for shard in dict.fromkeys(weight_map.values()):
-            if not isinstance(shard, str) or Path(shard).name != shard:
-                raise ValueError(f"{index} names the shard {shard!r}, which is not a file name")
             if not (directory / shard).is_file():
                 raise FileNotFoundError(f"{index} names the shard {shard}, which is missing")
             infos |= _read_header(directory / shard)
@@ -129,6 +125,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} does not hold a JSON object")
     return value
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Reads which file in the same directory has which tensor.
+
+    Raises:
+      FileNotFoundError: if there is no such index.
+      ValueError: if it is not sound.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path} has no 'weight_map'")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise ValueError(f"{path} names the shard {shard!r}, which is not a file name")
+    return weight_map
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from checkpoints import FAMILIES_OF_GEMMA, hf_tensors, random_values, write_hf
 from safetensors.numpy import load_file, save_file
+from tiny_checkpoint import assert_same_bits, tiny_tokenizer
 
-from lutjax.io import load, load_params, open_checkpoint
+from lutjax.io import load, load_params, open_checkpoint, save
 from lutjax.io.configs import SUPPORTED, config_from_hf, config_to_hf
 from lutjax.models import RopeScaling, generate
 
@@ -385,21 +386,57 @@ def test_unknown_kind_of_file(hf_directory):
         open_checkpoint(hf_directory / "model.safetensors")
 
 
-def test_hub_ids_are_downloaded(monkeypatch, hf_directory, tiny_config):
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A repository with a folder of its own, and the cache that it is downloaded to."""
     import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
 
-    asked = []
+    repository, cache = tmp_path / "repository", tmp_path / "cache"
 
     def snapshot_download(repo_id, allow_patterns):
-        asked.append((repo_id, allow_patterns))
-        return str(hf_directory)
+        assert repo_id == "someone/some-model"
+        files = [str(f.relative_to(repository)) for f in repository.rglob("*") if f.is_file()]
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns):
+            (cache / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(repository / file, cache / file)
+        return str(cache)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert open_checkpoint("someone/some-model").config == tiny_config
-    ((repo_id, patterns),) = asked
-    assert repo_id == "someone/some-model"
-    assert "*.safetensors" in patterns
-    assert not any("bin" in pattern or "pt" in pattern for pattern in patterns)
+    return repository, cache
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_only_what_is_read_is_downloaded(hub, tiny_config, shards):
+    repository, cache = hub
+    write_hf(repository, tiny_config, hf_tensors(random_values(tiny_config)), shards)
+    tiny_tokenizer(tiny_config.vocab_size).save(repository)
+    read = {str(path.relative_to(repository)) for path in repository.iterdir()}
+    others = (
+        "consolidated.safetensors",
+        "model.fp16.safetensors",
+        "original/model.safetensors",
+        "onnx/config.json",
+        "pytorch_model.bin",
+        "vocab.json",
+        "README.md",
+    )
+    for name in others:
+        (repository / name).parent.mkdir(exist_ok=True)
+        (repository / name).write_text("{}")
+    model, params, tokenizer = load("someone/some-model")
+    assert model.config == tiny_config
+    assert tokenizer.encode("cab") == [2, 0, 1]
+    assert params["norm"]["scale"].shape == (tiny_config.hidden_size,)
+    assert {str(f.relative_to(cache)) for f in cache.rglob("*") if f.is_file()} == read
+
+
+def test_a_saved_model_is_downloaded(hub, hf_directory, tiny_config):
+    _, params, _ = load(hf_directory)
+    save(hub[0], params, tiny_config, max_shard_bytes=4000)
+    assert len(list(hub[0].glob("*.safetensors"))) > 1
+    _, found, _ = load("someone/some-model")
+    assert_same_bits(found, params)
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch):
