@@ -173,10 +173,16 @@ def open_gguf(path: str | Path, *, check_finite: bool = True) -> Checkpoint:
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if the file is not sound or the architecture is not supported.
+      ValueError: if the file is not sound or a part of a split one, or the architecture is not
+        supported.
     """
     path = Path(path)
     reader = GGUFReader(path)
+    if (parts := reader.metadata.get("split.count", 1)) > 1:
+        raise ValueError(
+            f"{path} is one of {parts} parts of a model; merge them: llama-gguf-split --merge "
+            "first-part.gguf merged.gguf"
+        )
     embedding = reader.infos.get(checkpoint_name("embed_tokens/embedding", "gguf"))
     if embedding is None:
         raise ValueError(f"{path} has no tensor 'token_embd.weight'; it is not a language model")

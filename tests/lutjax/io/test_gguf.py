@@ -411,6 +411,15 @@ def test_missing_and_misshapen_tensors(tmp_path, config):
         open_checkpoint(tmp_path / "b.gguf")
 
 
+def test_a_part_of_a_split_file(tmp_path, config):
+    values = random_values(config)
+    write_gguf(tmp_path / "m.gguf", config, values, numbers={"split.count": 2})
+    with pytest.raises(ValueError, match=r"m\.gguf is one of 2 parts.*llama-gguf-split --merge"):
+        open_checkpoint(tmp_path / "m.gguf")
+    write_gguf(tmp_path / "m.gguf", config, values, numbers={"split.count": 1})
+    assert open_checkpoint(tmp_path / "m.gguf").config == config
+
+
 def test_unknown_architecture(tmp_path, config):
     odd = dataclasses.replace(config, model_type="mamba")
     write_gguf(tmp_path / "m.gguf", odd, random_values(config))
