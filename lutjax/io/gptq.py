@@ -48,7 +48,7 @@ class GPTQ:
         """Reads the `quantization_config` of a config.json.
 
         Raises:
-          ValueError: if it has other bits, groups or another format.
+          ValueError: if it has other bits, groups or another format, or options by layer.
         """
         bits, group_size = config.get("bits"), config.get("group_size", -1)
         layout = config.get("checkpoint_format") or config.get("format") or "gptq"
@@ -59,6 +59,13 @@ class GPTQ:
             raise ValueError(f"{source}: GPTQ with group_size={group_size!r}; it is positive or -1")
         if words != "int32":
             raise ValueError(f"{source}: GPTQ with pack_dtype={words!r}; supported is 'int32'")
+        # Patterns that begin with "-:" are of layers that are left as they are.
+        for pattern, options in (config.get("dynamic") or {}).items():
+            if options and not pattern.startswith("-:"):
+                raise ValueError(
+                    f"{source}: GPTQ with other options for some layers (dynamic: {pattern!r} has "
+                    f"{options!r}) is not supported; quantise all layers with the same"
+                )
         if config.get("is_marlin_format"):
             layout = "marlin"
         if layout not in ("gptq", "gptq_v2"):

@@ -307,6 +307,11 @@ def check_logits(directory, theirs):
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
+def test_layers_that_gptqmodel_left_as_they_are_need_no_options():
+    skipped = GPTQ_4 | {"dynamic": {r"-:.*down": {}}}
+    assert method_from_config(skipped, "a file") == method_from_config(GPTQ_4, "a file")
+
+
 # What is refused
 
 
@@ -478,6 +483,11 @@ COMPRESSED = CASES["compressed-4"].config
         (GPTQ_4 | {"checkpoint_format": "marlin"}, "checkpoint_format='marlin'"),
         (GPTQ_4 | {"is_marlin_format": True}, "checkpoint_format='marlin'"),
         (GPTQ_4 | {"pack_dtype": "int16"}, "pack_dtype='int16'"),
+        (
+            GPTQ_4 | {"dynamic": {"+:.*down": {"bits": 8}}},
+            r"dynamic: '\+:\.\*down' has {'bits': 8}",
+        ),
+        (GPTQ_4 | {"dynamic": {".*down": {"group_size": 64}}}, r"dynamic: '\.\*down' has"),
         (AWQ | {"bits": 8}, "AWQ with bits=8; supported is 4"),
         (AWQ | {"version": "gemv"}, "AWQ with version='gemv'; supported is 'gemm'"),
         (AWQ | {"group_size": None}, "AWQ with group_size=None"),
