@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lutjax.io import gemma
+from lutjax.io.config_values import integer, positive
 from lutjax.models.config import DecoderConfig, RopeScaling
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gemma3")
@@ -16,6 +17,9 @@ SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_te
 
 TEXT_PREFIX = {"gemma3": "language_model."}
 """What begins the names of the text model's tensors, for models with several parts."""
+
+# Where null means what a missing key means.
+_NULLABLE = ("num_key_value_heads", "head_dim")
 
 # GGUF's names of architectures where they are not the `model_type`.
 _FROM_GGUF = {"gemma3": "gemma3_text"}
@@ -46,27 +50,26 @@ def config_from_hf(data: Mapping[str, Any], source: str = "config.json") -> Deco
         raise _unknown_architecture(model_type, source)
     if model_type in TEXT_PREFIX:
         return config_from_hf(_text_config(data, source), source)
-    data = gemma.DEFAULTS.get(model_type, {}) | dict(data)
+    given = {key: data[key] for key in data if data[key] is not None or key not in _NULLABLE}
+    data = gemma.DEFAULTS.get(model_type, {}) | given
     _refuse_unsupported(data, model_type, source)
-    heads = _integer(data, "num_attention_heads", source)
-    hidden = _integer(data, "hidden_size", source)
-    layers = _integer(data, "num_hidden_layers", source)
-    # transformers 5 writes rope_parameters, which holds the base as well.
-    rope = data.get("rope_parameters") or data.get("rope_scaling")
-    if rope is not None and "full_attention" in rope:  # Gemma 3 has one for each kind of layer
-        rope = rope["full_attention"]
-    theta = (rope or {}).get("rope_theta", data.get("rope_theta", 10000.0))
+    heads = integer(data, "num_attention_heads", source)
+    hidden = integer(data, "hidden_size", source)
+    layers = integer(data, "num_hidden_layers", source)
+    rope = _rope(data, source)
     return DecoderConfig(
-        vocab_size=_integer(data, "vocab_size", source),
+        vocab_size=integer(data, "vocab_size", source),
         hidden_size=hidden,
-        intermediate_size=_integer(data, "intermediate_size", source),
+        intermediate_size=integer(data, "intermediate_size", source),
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=data.get("num_key_value_heads") or heads,
-        head_dim=data.get("head_dim") or (128 if model_type == "qwen3" else hidden // heads),
-        max_position_embeddings=data.get("max_position_embeddings", 2048),
-        rms_norm_eps=float(data.get("rms_norm_eps", 1e-6)),
-        rope_theta=float(theta),
+        num_kv_heads=integer(data, "num_key_value_heads", source, heads),
+        head_dim=integer(
+            data, "head_dim", source, 128 if model_type == "qwen3" else hidden // heads
+        ),
+        max_position_embeddings=integer(data, "max_position_embeddings", source, 2048),
+        rms_norm_eps=positive(data, "rms_norm_eps", source, 1e-6),
+        rope_theta=positive(rope if "rope_theta" in rope else data, "rope_theta", source, 1e4),
         rope_scaling=_rope_scaling(rope, source),
         tie_embeddings=bool(data.get("tie_word_embeddings", False)),
         qkv_bias=model_type == "qwen2",
@@ -153,9 +156,9 @@ def config_from_gguf(
         for key, value in metadata.items()
         if key.startswith(f"{architecture}.")
     }
-    heads = _integer(fields, "attention.head_count", source)
-    hidden = _integer(fields, "embedding_length", source)
-    layers = _integer(fields, "block_count", source)
+    heads = integer(fields, "attention.head_count", source)
+    hidden = integer(fields, "embedding_length", source)
+    layers = integer(fields, "block_count", source)
     if fields.get("expert_count"):
         raise ValueError(f"{source} is a mixture of experts, which is not supported")
     window = fields.get("attention.sliding_window") or None
@@ -164,14 +167,14 @@ def config_from_gguf(
     return DecoderConfig(
         vocab_size=vocab_size,
         hidden_size=hidden,
-        intermediate_size=_integer(fields, "feed_forward_length", source),
+        intermediate_size=integer(fields, "feed_forward_length", source),
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=fields.get("attention.head_count_kv", heads),
-        head_dim=fields.get("attention.key_length", hidden // heads),
-        max_position_embeddings=fields.get("context_length", 2048),
-        rms_norm_eps=fields.get("attention.layer_norm_rms_epsilon", 1e-5),
-        rope_theta=float(fields.get("rope.freq_base", 10000.0)),
+        num_kv_heads=integer(fields, "attention.head_count_kv", source, heads),
+        head_dim=integer(fields, "attention.key_length", source, hidden // heads),
+        max_position_embeddings=integer(fields, "context_length", source, 2048),
+        rms_norm_eps=positive(fields, "attention.layer_norm_rms_epsilon", source, 1e-5),
+        rope_theta=positive(fields, "rope.freq_base", source, 1e4),
         rope_scaling=_gguf_rope_scaling(fields, rope_factors, source),
         tie_embeddings=tied,
         qkv_bias=model_type == "qwen2",
@@ -194,20 +197,6 @@ def _unknown_architecture(name: Any, source: str) -> ValueError:
     return ValueError(
         f"{source} has the architecture {name!r}; supported are {', '.join(SUPPORTED)}"
     )
-
-
-def _integer(data: Mapping[str, Any], key: str, source: str) -> int:
-    value = data.get(key)
-    if not isinstance(value, int):
-        raise ValueError(f"{source}: {key!r} is {value!r}, not an integer")
-    return value
-
-
-def _positive(data: Mapping[str, Any], key: str, source: str) -> float:
-    value = data[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{source}: {key!r} is {value!r}, not a positive number")
-    return float(value)
 
 
 def _decimal(value: float) -> float:
@@ -236,31 +225,44 @@ def _refuse_unsupported(data: Mapping[str, Any], model_type: str, source: str) -
             )
 
 
-def _rope_scaling(rope: Mapping[str, Any] | None, source: str) -> RopeScaling | None:
-    kind = (rope or {}).get("rope_type", (rope or {}).get("type", "default"))
-    if rope is None or kind == "default":
+def _rope(data: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    """What config.json says of the rotary frequencies beside their base; empty if nothing."""
+    # transformers 5 writes rope_parameters, which holds the base as well.
+    key = "rope_parameters" if data.get("rope_parameters") else "rope_scaling"
+    rope = data.get(key) or {}
+    if isinstance(rope, dict) and "full_attention" in rope:
+        rope = rope["full_attention"]  # Gemma 3 has one for each kind of layer
+    if not isinstance(rope, dict):
+        raise ValueError(f"{source}: {key!r} is {data[key]!r}, not a JSON object")
+    return rope
+
+
+def _rope_scaling(rope: Mapping[str, Any], source: str) -> RopeScaling | None:
+    where = f"{source}: RoPE scaling {dict(rope)}"
+    kind = rope.get("rope_type", rope.get("type"))
+    if kind is None and "factor" in rope:
+        raise ValueError(f"{where} does not name its 'rope_type'; it may be 'linear'")
+    if kind in (None, "default"):
         return None
-    try:
-        if kind == "linear":
-            return RopeScaling("linear", factor=float(rope["factor"]))
-        if kind == "factors":
-            return RopeScaling("factors", factors=tuple(rope["factors"]))
-        if kind == "llama3":
-            scaling = RopeScaling(
-                "llama3",
-                factor=float(rope["factor"]),
-                low_freq_factor=float(rope["low_freq_factor"]),
-                high_freq_factor=float(rope["high_freq_factor"]),
-                original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
-            )
-            if not math.isclose(scaling.low_freq_factor, scaling.high_freq_factor):
-                return scaling
-            raise ValueError(f"{source}: low_freq_factor equals high_freq_factor in {dict(rope)}")
-    except KeyError as error:
-        raise ValueError(f"{source}: RoPE scaling {dict(rope)} lacks {error}") from error
-    raise ValueError(
-        f"{source}: RoPE scaling {kind!r} is not supported; supported are default, linear, llama3"
+    if kind == "linear":
+        return RopeScaling("linear", factor=positive(rope, "factor", where))
+    if kind == "factors":
+        return RopeScaling("factors", factors=tuple(rope.get("factors") or ()))
+    if kind != "llama3":
+        raise ValueError(
+            f"{source}: RoPE scaling {kind!r} is not supported; supported are default, linear, "
+            "llama3"
+        )
+    scaling = RopeScaling(
+        "llama3",
+        factor=positive(rope, "factor", where),
+        low_freq_factor=positive(rope, "low_freq_factor", where),
+        high_freq_factor=positive(rope, "high_freq_factor", where),
+        original_max_position_embeddings=integer(rope, "original_max_position_embeddings", where),
     )
+    if math.isclose(scaling.low_freq_factor, scaling.high_freq_factor):
+        raise ValueError(f"{where} has a low_freq_factor that equals its high_freq_factor")
+    return scaling
 
 
 def _gguf_rope_scaling(
@@ -273,7 +275,7 @@ def _gguf_rope_scaling(
     key = "rope.scaling.factor" if "rope.scaling.factor" in fields else "rope.scale_linear"
     factor = 1.0
     if kind == "linear" and fields.get(key, 0.0) != 0.0:  # 0 is for files without scaling
-        factor = _positive(fields, key, source)
+        factor = positive(fields, key, source)
     if factors is not None:
         return RopeScaling("factors", factors=tuple(factor * float(value) for value in factors))
     return None if factor == 1.0 else RopeScaling("linear", factor=factor)
@@ -282,13 +284,14 @@ def _gguf_rope_scaling(
 def _sliding_window(
     data: Mapping[str, Any], model_type: str, layers: int, source: str
 ) -> int | None:
-    window = data.get("sliding_window")
-    if model_type in ("llama", "gemma") or window is None:
+    switched_off = model_type.startswith("qwen") and not data.get("use_sliding_window", False)
+    if model_type in ("llama", "gemma") or switched_off or data.get("sliding_window") is None:
         return None
+    window = integer(data, "sliding_window", source)
     if model_type in ("mistral", "gemma2", "gemma3_text"):
         return window
-    first = data.get("max_window_layers", 28)
-    if not data.get("use_sliding_window", False) or first >= layers:
+    first = integer(data, "max_window_layers", source, 28, least=0)
+    if first >= layers:
         return None
     if first > 0:
         raise ValueError(

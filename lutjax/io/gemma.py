@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lutjax.io.config_values import positive
 from lutjax.models.config import DecoderConfig
 
 _COMMON: dict[str, Any] = {
@@ -160,5 +161,8 @@ def _sliding_rope_theta(data: Mapping[str, Any], source: str) -> float | None:
             f"{source}: RoPE scaling {rope['rope_type']!r} in layers with a sliding window is not "
             "supported"
         )
-    theta = rope.get("rope_theta", data.get("rope_local_base_freq"))
-    return None if theta is None else float(theta)
+    if "rope_theta" in rope:
+        return positive(rope, "rope_theta", source)
+    if data.get("rope_local_base_freq") is None:
+        return None
+    return positive(data, "rope_local_base_freq", source)

@@ -282,6 +282,19 @@ def test_rope_scaling_that_is_refused(fields, message):
             read_metadata("llama", rope_factors=factors, **fields)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope.freq_base": 0.0}, r"a file: 'rope\.freq_base' is 0\.0, not a positive number"),
+        ({"attention.head_count": 0}, r"a file: 'attention\.head_count' is 0, not an integer of"),
+        ({"attention.head_count_kv": [2] * 12}, r"a file: 'attention\.head_count_kv' is \[2"),
+    ],
+)
+def test_numbers_that_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        read_metadata("llama", **fields)
+
+
 # Largest error relative to the largest of a block's values: half a step and the float16 step's own.
 @pytest.mark.parametrize(
     ("kind", "error"),

@@ -81,10 +81,12 @@ def test_hugging_face_defaults():
     config = config_from_hf(data)
     assert (config.num_kv_heads, config.head_dim, config.rms_norm_eps) == (4, 4, 1e-6)
     assert (config.rope_theta, config.tie_embeddings) == (10000.0, False)
+    null = dict.fromkeys(("num_key_value_heads", "head_dim", "rope_scaling", "sliding_window"))
+    assert config_from_hf(data | null) == config
     # transformers 5 writes the base into rope_parameters.
     newer = data | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
     assert config_from_hf(newer).rope_theta == 1e6
-    window = {"sliding_window": 8, "use_sliding_window": False}
+    window = {"sliding_window": 8, "use_sliding_window": False, "max_window_layers": None}
     assert config_from_hf(data | {"model_type": "qwen2"} | window).sliding_window is None
 
 
@@ -180,6 +182,11 @@ def test_the_text_model_of_a_multimodal_directory(tmp_path):
             "RoPE scaling 'linear' in layers with a sliding window",
         ),
         ({"model_type": "gemma3", "text_config": None}, "'text_config' is None"),
+        ({"rope_parameters": None, "rope_local_base_freq": 0}, "'rope_local_base_freq' is 0"),
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_theta": None}}},
+            "'rope_theta' is None, not a positive number",
+        ),
         ({"model_type": "gemma3n"}, "'gemma3n'; supported are"),
     ],
 )
@@ -200,8 +207,31 @@ def test_unsupported_configurations_of_gemma(change, message):
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "lacks 'low_freq_factor'"),
-        ({"num_key_value_heads": 3}, "num_kv_heads=3"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "'low_freq_factor' is None"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": None}}, "'factor' is None, not a pos"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "'factor' is 0, not a positive"),
+        ({"rope_scaling": {"factor": 4.0}}, "does not name its 'rope_type'"),
+        ({"rope_scaling": "linear"}, "'rope_scaling' is 'linear', not a JSON object"),
+        ({"rope_parameters": {"rope_theta": None}}, "'rope_theta' is None, not a positive number"),
+        ({"rope_theta": None}, "'rope_theta' is None, not a positive number"),
+        ({"rope_theta": -1.0}, r"'rope_theta' is -1\.0"),
+        ({"rms_norm_eps": None}, "'rms_norm_eps' is None"),
+        ({"rms_norm_eps": "1e-5"}, "'rms_norm_eps' is '1e-5'"),
+        ({"num_attention_heads": 0}, "'num_attention_heads' is 0, not an integer of at least 1"),
+        ({"num_hidden_layers": True}, "'num_hidden_layers' is True"),
+        ({"num_key_value_heads": 0}, "'num_key_value_heads' is 0"),
+        ({"max_position_embeddings": None}, "'max_position_embeddings' is None"),
+        ({"head_dim": -4}, "'head_dim' is -4"),
+        ({"model_type": "mistral", "sliding_window": 0}, "'sliding_window' is 0"),
+        (
+            {
+                "model_type": "qwen2",
+                "sliding_window": 4,
+                "use_sliding_window": True,
+                "max_window_layers": None,
+            },
+            "'max_window_layers' is None, not an integer of at least 0",
+        ),
         (
             {
                 "model_type": "qwen2",
@@ -214,8 +244,13 @@ def test_unsupported_configurations_of_gemma(change, message):
     ],
 )
 def test_unsupported_configurations(tiny_config, change, message):
-    with pytest.raises(ValueError, match=message):
-        config_from_hf(config_to_hf(tiny_config) | change)
+    with pytest.raises(ValueError, match=rf"^a/config\.json.*{message}"):
+        config_from_hf(config_to_hf(tiny_config) | change, "a/config.json")
+
+
+def test_heads_that_do_not_fit_each_other(tiny_config):
+    with pytest.raises(ValueError, match="num_kv_heads=3 does not divide num_heads=4"):
+        config_from_hf(config_to_hf(tiny_config) | {"num_key_value_heads": 3})
 
 
 def edit_tensors(directory, edit):
