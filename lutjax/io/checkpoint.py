@@ -62,9 +62,7 @@ class Checkpoint:
             that the decoder has no place for.
         """
         shapes = parameter_shapes(config)
-        expected = {
-            checkpoint_name(path, fmt, post_norms=config.post_norms): path for path in shapes
-        }
+        expected = {_stored_name(path, config, fmt, reader): path for path in shapes}
         for name, path in expected.items():
             transposed = fmt != "lutjax" and is_transposed(path)
             _check_tensor(source, reader, name, shapes[path], transposed, fmt)
@@ -83,7 +81,7 @@ class Checkpoint:
 
     def name(self, path: str) -> str:
         """The name in the checkpoint of the parameter at `path`."""
-        return checkpoint_name(path, self.fmt, post_norms=self.config.post_norms)
+        return _stored_name(path, self.config, self.fmt, self.reader)
 
     def read(self, path: str) -> np.ndarray:
         """Reads one parameter in the decoder's layout (kernels `[in, out]`).
@@ -236,6 +234,17 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(key, {})
         node[last] = leaf
     return tree
+
+
+def _stored_name(
+    path: str, config: DecoderConfig, fmt: CheckpointFormat, reader: TensorReader
+) -> str:
+    name = checkpoint_name(path, fmt, post_norms=config.post_norms)
+    if path == "embed_tokens/embedding" and fmt == "hf" and config.tie_embeddings:
+        # Of two tensors that are one, some tools keep the output head.
+        head = checkpoint_name("lm_head/kernel", fmt)
+        return head if name not in reader.infos and head in reader.infos else name
+    return name
 
 
 def _check_tensor(

@@ -301,6 +301,20 @@ def test_tensors_that_say_nothing_are_ignored(hf_directory):
     assert not any("inv_freq" in path for path in open_checkpoint(hf_directory).shapes)
 
 
+def test_a_tied_embedding_that_is_stored_as_the_head(tmp_path, tiny_config):
+    config = dataclasses.replace(tiny_config, tie_embeddings=True)
+    values = random_values(config)
+    tensors = hf_tensors(values)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    write_hf(tmp_path / "m", config, tensors)
+    checkpoint = open_checkpoint(tmp_path / "m")
+    for path, value in checkpoint.parameters():
+        np.testing.assert_array_equal(value, values[path], err_msg=path)
+    write_hf(tmp_path / "m", tiny_config, tensors)
+    with pytest.raises(ValueError, match=r"'model\.embed_tokens\.weight' is missing"):
+        open_checkpoint(tmp_path / "m")
+
+
 def test_truncated_file(hf_directory):
     path = hf_directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
