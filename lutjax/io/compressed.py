@@ -112,7 +112,7 @@ def save(
     Raises:
       FileExistsError: if something is at `path`.
       TypeError: if `params` holds something else than arrays, or a dtype that cannot be stored.
-      ValueError: if `params` does not fit `config`, or a key holds a slash.
+      ValueError: if `params` does not fit `config`, a key holds a slash, or a dictionary is empty.
       OSError: if the disk is full; nothing is left behind.
 
     >>> import tempfile, lutjax
@@ -267,6 +267,10 @@ def _flat_leaves(params: Any) -> dict[str, Any]:
             if not isinstance(key, str) or not key or "/" in key:
                 raise ValueError(f"the key {key!r} under {prefix or '/'!r} cannot be saved")
             if isinstance(child, Mapping):
+                if not child:
+                    raise ValueError(
+                        f"{prefix + key!r} is an empty dictionary, which cannot be saved; remove it"
+                    )
                 collect(child, f"{prefix}{key}/")
             else:
                 leaves[prefix + key] = child

@@ -173,6 +173,7 @@ def test_the_safetensors_library_reads_the_files(tmp_path):
         ({"a": {"": np.zeros(2)}}, ValueError, "''"),
         ({1: np.zeros(2)}, ValueError, "1"),
         ({"a": [np.zeros(2)]}, TypeError, "'a' holds a list"),
+        ({"a": {"b": {}}}, ValueError, "'a/b' is an empty dictionary"),
         ({"a": 1.0}, TypeError, "'a' holds a float"),
         ([np.zeros(2)], TypeError, "list"),
         ({"a": np.zeros(2, np.complex64)}, TypeError, "complex64"),
