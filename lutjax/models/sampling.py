@@ -10,6 +10,8 @@ from jax import lax
 from jaxtyping import Array, Float32, Int32
 
 _EXCLUDED = -jnp.inf
+# Processors may take smaller temperatures for 0.
+_TINY = jnp.finfo(jnp.float32).tiny
 
 
 @functools.partial(jax.jit, static_argnames="top_k")
@@ -28,7 +30,7 @@ def sample(
       temperature: positive; below 1 sharpens, above 1 flattens.
       top_k: keep the `top_k` likeliest tokens (and any that tie with the last); all if None.
       top_p: keep the smallest set of likeliest tokens whose probability reaches `top_p`, after
-        `top_k` (arXiv 1904.09751); all if None.
+        `top_k` (arXiv 1904.09751); the lowest indices if several tie with the last; all if None.
 
     Returns:
       int32 `[B]`.
@@ -37,18 +39,21 @@ def sample(
     >>> int(sample(logits, jax.random.key(0), 1.0, top_k=1)[0])
     1
     """
-    logits = logits / jnp.asarray(temperature, jnp.float32)
+    temperature = jnp.maximum(jnp.asarray(temperature, jnp.float32), _TINY)
+    # From the row's maximum down, nothing overflows that could still be drawn.
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         threshold = lax.top_k(logits, top_k)[0][:, -1:]
         logits = jnp.where(logits < threshold, _EXCLUDED, logits)
     if top_p is not None:
-        ranked = jnp.sort(logits, axis=-1, descending=True)
+        order = jnp.argsort(logits, axis=-1, stable=True, descending=True)
+        ranked = jnp.take_along_axis(logits, order, axis=-1)
         probabilities = jax.nn.softmax(ranked, axis=-1)
         # A token is kept while the mass before it is below top_p: always at least the first.
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         kept = (before < jnp.asarray(top_p, jnp.float32)).at[:, 0].set(True)
-        threshold = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < threshold, _EXCLUDED, logits)
+        kept = jnp.put_along_axis(jnp.zeros_like(kept), order, kept, axis=-1, inplace=False)
+        logits = jnp.where(kept, logits, _EXCLUDED)
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 
 

@@ -54,6 +54,18 @@ def test_restrictions(arguments, kept):
     assert set(np.flatnonzero(found)) == set(kept)
 
 
+def test_top_p_keeps_the_lowest_of_tied_tokens():
+    found = frequencies([0.0, 1.0, 1.0, 1.0, 1.0, -1.0], temperature=1.0, top_p=0.3)
+    assert set(np.flatnonzero(found)) == {1, 2}  # each of the four has 0.22
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-45, 1e-300])
+@pytest.mark.parametrize("arguments", [{}, {"top_k": 2}, {"top_p": 0.9}])
+def test_tiny_temperatures_are_greedy(temperature, arguments):
+    found = frequencies([-20.0, 30.0, 40.0, 39.5], temperature=temperature, **arguments)
+    assert found.tolist() == [0, 0, 1, 0]
+
+
 def test_rows_are_independent():
     logits = jnp.array([[0.0, 9.0, 1.0], [9.0, 0.0, 1.0]])
     assert sample(logits, jax.random.key(0), 1.0, top_k=1).tolist() == [1, 0]
