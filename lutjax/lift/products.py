@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lutjax.arrays import CompressedArray, is_compressed
+from lutjax.arrays import CompressedArray, PackedLutArray, is_compressed
 from lutjax.lift.registry import NEEDS_DENSE, rule
 
 PRODUCTS = frozenset({"dot_general"})
@@ -45,7 +45,7 @@ def _dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
     free = [axis for axis in range(x.ndim) if axis not in (*shared, *order)]
     free_shape = [x.shape[axis] for axis in free]
     width = int(np.prod([x.shape[axis] for axis in order], dtype=int))
-    if jnp.finfo(out_dtype).bits > jnp.finfo(x.dtype).bits:
+    if jnp.finfo(out_dtype).bits > jnp.finfo(x.dtype).bits and not _is_packed(weight):
         x = x.astype(out_dtype)
     rows = _transposed(x, (*shared, *free, *order))
     count = len(weight.batch_shape)
@@ -71,6 +71,15 @@ def _dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
 
 def _transposed(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
     return x if order == tuple(range(x.ndim)) else jax.lax.transpose(x, order)
+
+
+def _is_packed(weight: CompressedArray) -> bool:
+    """Whether there is a kernel's layout in ``weight``, which takes activations of one dtype."""
+
+    def packed(a: Any) -> bool:
+        return isinstance(a, PackedLutArray)
+
+    return any(map(packed, jax.tree.leaves(weight, is_leaf=packed)))
 
 
 def _fits_kernel(dtype: Any) -> bool:

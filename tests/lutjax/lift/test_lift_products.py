@@ -70,6 +70,28 @@ def test_result_dtype_is_that_of_dot_general():
     assert jax.jit(lutjax.lift(jnp.matmul, strict=True))(x, w).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("rotated", [False, True])
+def test_prepacked_weights_take_their_own_dtype(rotated):
+    w = jnp.asarray(normal(32, 24), jnp.bfloat16)
+    w = (
+        lutjax.quantize(w, lutjax.Recipe.higgs(4, 16))
+        if rotated
+        else lutjax.quantize(w, bits=4, group_size=16)
+    )
+    x = normal(2, 32).astype(jnp.bfloat16)
+
+    def fn(w, x):
+        contract = (((1,), (0,)), ((), ()))
+        return jax.lax.dot_general(x, w, contract, preferred_element_type=jnp.float32)
+
+    lifted = jax.jit(lutjax.lift(fn, strict=True))
+    expected = lifted(w, x)
+    actual = lifted(lutjax.prepack(w, implementation="xla"), x)
+    assert actual.dtype == jnp.float32
+    # The kernel's result is rounded to bfloat16, by up to 2**-9; so are rotated activations.
+    np.testing.assert_allclose(actual, expected, atol=2**-7 * np.abs(expected).max())
+
+
 def test_float64_is_not_pretended():
     with jax.enable_x64(True):
         w = weight(32, 24)
