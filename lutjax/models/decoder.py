@@ -378,8 +378,15 @@ class Decoder(nn.Module):
         if config.tie_embeddings:
             logits = table.attend(x)
         else:
-            head = nn.Dense(config.vocab_size, use_bias=False, dtype=config.dtype, name="lm_head")
-            logits = head(x).astype(jnp.float32)
+            product = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
+            head = nn.Dense(
+                config.vocab_size,
+                use_bias=False,
+                dtype=config.dtype,
+                dot_general=product,
+                name="lm_head",
+            )
+            logits = head(x)
         logits = _softcap(logits, config.final_logit_softcapping)
         if cache is None:
             return logits

@@ -313,6 +313,14 @@ def test_bfloat16_activations_give_float32_logits(tiny_config):
     assert 1e-4 < float(error) < 0.1
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_are_not_rounded_to_bfloat16(tiny_config, tied):
+    config = dataclasses.replace(tiny_config, dtype=jnp.bfloat16, tie_embeddings=tied)
+    logits = run(config, random_params(config), tokens_for(config))
+    rounded = logits == logits.astype(jnp.bfloat16).astype(jnp.float32)
+    assert float(jnp.mean(rounded)) < 0.1
+
+
 def test_the_scale_of_embeddings_is_rounded_first(tiny_config):
     config = dataclasses.replace(tiny_config, scale_embeddings=True, dtype=jnp.bfloat16)
     x = embed(config, jnp.full((1, 1, 20), 1.625))
