@@ -19,6 +19,9 @@ from lutjax.models.rope import apply_rope, rope_frequencies, rope_tables
 # Finite, so that a row of padding, which may attend to nothing, gets no NaN.
 _MASKED = -1e30
 
+CHUNK = 512
+"""How many tokens are read into a cache at once, at most; more are read one chunk after another."""
+
 
 class AttentionContext(NamedTuple):
     """What blocks share: rotary tables, the mask, and where the cache is written."""
@@ -226,18 +229,23 @@ class UnrolledLayers(nn.Module):
         return x, None if caches is None else tuple(new)
 
 
+def _scanned_block(config: DecoderConfig) -> nn.Module:
+    """The block that `_scan_layers` runs."""
+    # A scan body is compiled apart from its backward pass, so CSE cannot undo the remat.
+    return (nn.remat(Block, prevent_cse=False) if config.remat else Block)(config)
+
+
 def _scan_layers(
     config: DecoderConfig,
+    block: nn.Module,
     x: Float[Array, "b t d"],
     caches: LayerCache | None,
     contexts: Mapping[bool, AttentionContext],
 ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
     """The blocks as one scan, with parameters `layers/…` stacked on axis 0."""
-    # A scan body is compiled apart from its backward pass, so CSE cannot undo the remat.
-    block = nn.remat(Block, prevent_cse=False) if config.remat else Block
     alike = len(contexts) == 1
 
-    def step(block: Block, x: Array, layer: Any, contexts: Mapping[bool, Any]) -> Any:
+    def step(block: nn.Module, x: Array, layer: Any, contexts: Mapping[bool, Any]) -> Any:
         cache, windowed = layer
         if alike:
             (context,) = contexts.values()
@@ -255,7 +263,7 @@ def _scan_layers(
         length=config.num_layers,
     )
     layers = (caches, None if alike else jnp.array(config.windowed))
-    return scanned(block(config, name="layers"), x, layers, contexts)
+    return scanned(block, x, layers, contexts)
 
 
 def embed(config: DecoderConfig, rows: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
@@ -313,7 +321,20 @@ class Decoder(nn.Module):
 
     config: DecoderConfig
 
-    @nn.compact
+    def setup(self) -> None:
+        """Declares the parts."""
+        config = self.config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = _scanned_block(config) if config.scan_layers else UnrolledLayers(config)
+        self.norm = RMSNorm(config.rms_norm_eps, config.norm_offset)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Dense(
+                config.vocab_size,
+                use_bias=False,
+                dtype=config.dtype,
+                dot_general=functools.partial(lax.dot_general, preferred_element_type=jnp.float32),
+            )
+
     def __call__(
         self,
         tokens: Int32[Array, "b t"],
@@ -328,7 +349,8 @@ class Decoder(nn.Module):
         Args:
           tokens: int32 `[B, T]`.
           cache: what was read before; the tokens continue it. Its keys and values must have room
-            for T more slots.
+            for T more slots. More than `CHUNK` tokens are read in pieces, so that attention needs
+            memory for `CHUNK` · S scores a head, not T · S.
           mask: bool `[B, T]`, False where `tokens` is padding (on either side). Positions count
             real tokens only, and nothing attends to padding.
           logits_at: int32 `[B, M]`, the indices along T that logits are wanted for; all if None.
@@ -342,10 +364,59 @@ class Decoder(nn.Module):
         Raises:
           ValueError: for `segments` together with `cache` or `mask`.
         """
-        config = self.config
         if segments is not None and not (cache is None and mask is None):
             raise ValueError("segments cannot be combined with cache or mask; use 0 for padding")
         real = jnp.ones(tokens.shape, jnp.bool_) if mask is None else mask
+        if cache is None:
+            x, _ = self._read(tokens, real, segments=segments)
+        else:
+            x, cache = self._read_in_chunks(tokens, real, cache)
+        if logits_at is not None:
+            x = jnp.take_along_axis(x, logits_at[:, :, None], axis=1)
+        x = self.norm(x)
+        logits = self.embed_tokens.attend(x) if self.config.tie_embeddings else self.lm_head(x)
+        logits = _softcap(logits, self.config.final_logit_softcapping)
+        return logits if cache is None else (logits, cache)
+
+    def _read_in_chunks(
+        self, tokens: Int32[Array, "b t"], real: Bool[Array, "b t"], cache: KVCache
+    ) -> tuple[Float[Array, "b t d"], KVCache]:
+        """`_read` of at most CHUNK tokens at once, so that there are never T · S scores."""
+        batch, time = tokens.shape
+        if time <= CHUNK:
+            return self._read(tokens, real, cache)
+        whole = time - time % CHUNK
+
+        def step(decoder: Decoder, cache: KVCache, chunk: tuple[Array, ...]) -> Any:
+            tokens, real = chunk
+            x, cache = decoder._read(tokens, real, cache)
+            return cache, x
+
+        chunks = tuple(a[:, :whole].reshape(batch, -1, CHUNK) for a in (tokens, real))
+        scanned = nn.scan(
+            step,
+            variable_broadcast="params",
+            split_rngs={"params": False},
+            in_axes=1,
+            out_axes=1,
+            check_constancy_invariants=False,  # the check would trace all layers once more
+        )
+        cache, x = scanned(self, cache, chunks)
+        x = x.reshape(batch, whole, -1)
+        if whole < time:
+            last, cache = self._read(tokens[:, whole:], real[:, whole:], cache)
+            x = jnp.concatenate([x, last], axis=1)
+        return x, cache
+
+    def _read(
+        self,
+        tokens: Int32[Array, "b t"],
+        real: Bool[Array, "b t"],
+        cache: KVCache | None = None,
+        segments: Int32[Array, "b t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], Any]:
+        """The residual stream after the last block, and the new cache if there is one."""
+        config = self.config
         count = jnp.cumsum(real, axis=1, dtype=jnp.int32)
         if cache is None:
             positions = count - 1
@@ -364,33 +435,16 @@ class Decoder(nn.Module):
             seen &= segments[:, :, None] == segments[:, None, :]
         contexts = attention_contexts(config, positions, stored, seen, slot)
 
-        table = Embedding(config.vocab_size, config.hidden_size, name="embed_tokens")
-        x = embed(config, table(tokens))
+        x = embed(config, self.embed_tokens(tokens))
         caches: Any = None if cache is None else cache.layers
         new_layers: Any
         if config.scan_layers:
-            x, new_layers = _scan_layers(config, x, caches, contexts)
+            x, new_layers = _scan_layers(config, self.layers, x, caches, contexts)
         else:
-            x, new_layers = UnrolledLayers(config, name="layers")(x, caches, contexts)
-        if logits_at is not None:
-            x = jnp.take_along_axis(x, logits_at[:, :, None], axis=1)
-        x = _norm(config, "norm")(x)
-        if config.tie_embeddings:
-            logits = table.attend(x)
-        else:
-            product = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
-            head = nn.Dense(
-                config.vocab_size,
-                use_bias=False,
-                dtype=config.dtype,
-                dot_general=product,
-                name="lm_head",
-            )
-            logits = head(x)
-        logits = _softcap(logits, config.final_logit_softcapping)
+            x, new_layers = self.layers(x, caches, contexts)
         if cache is None:
-            return logits
-        return logits, KVCache(new_layers, stored, cache.next_slot + tokens.shape[1])
+            return x, None
+        return x, KVCache(new_layers, stored, cache.next_slot + tokens.shape[1])
 
 
 def _positions_within(segments: Int32[Array, "b t"]) -> Int32[Array, "b t"]:

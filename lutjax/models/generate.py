@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from lutjax.models.cache import KVCache, init_cache
 from lutjax.models.config import DecoderConfig
+from lutjax.models.decoder import CHUNK
 from lutjax.models.sampling import greedy, sample
 
 ApplyFn = Callable[..., Any]
@@ -91,7 +92,8 @@ def generate(
     """Continues a batch of prompts.
 
     Prompt and cache lengths are rounded up, so that prompts of similar lengths share one
-    compilation.
+    compilation: up to 512 tokens to a power of two, from there to a multiple of 512. The decoder
+    reads 512 tokens of a prompt at a time, so that memory grows with its length, not the square.
 
     Args:
       apply_fn: `Decoder.apply` or a function with its signature; pass the same object each time.
@@ -190,9 +192,12 @@ def _check_sampling(
 def _pad(
     prompts: Sequence[Sequence[int]],
 ) -> tuple[Int32[np.ndarray, "b t"], Bool[np.ndarray, "b t"]]:
-    """Pads on the right to a power of two, at least 16."""
+    """Pads on the right to a power of two, at least 16, or to whole chunks of the decoder."""
     longest = max(len(prompt) for prompt in prompts)
-    time = max(_PROMPT_BUCKET, 1 << (longest - 1).bit_length())
+    if longest > CHUNK:
+        time = _round_up(longest, CHUNK)
+    else:
+        time = max(_PROMPT_BUCKET, 1 << (longest - 1).bit_length())
     tokens = np.zeros((len(prompts), time), np.int32)
     mask = np.zeros((len(prompts), time), np.bool_)
     for row, prompt in enumerate(prompts):

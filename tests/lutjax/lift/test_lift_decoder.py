@@ -11,7 +11,7 @@ from lift_checks import assert_close
 
 import lutjax
 from lutjax import LutConfig, Recipe, Rule
-from lutjax.models import Decoder, DecoderConfig, init_cache
+from lutjax.models import Decoder, DecoderConfig, decoder, init_cache
 
 CONFIG = DecoderConfig(
     vocab_size=40,
@@ -71,6 +71,25 @@ def test_prefill_decode_and_gradients(scan, change):
     assert not table.materialized and not table.unused
     kernels = 7 if scan else 14
     assert len(table.fused) == kernels + 2  # the lookup and the head
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_prefill_in_chunks(scan, monkeypatch):
+    monkeypatch.setattr(decoder, "CHUNK", 2)  # two chunks in a loop and a shorter one
+    config = dataclasses.replace(CONFIG, scan_layers=scan)
+    model = Decoder(config)
+    params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
+    params = jax.jit(lambda p: lutjax.quantize(p, EVERYTHING))(params)
+    cache = init_cache(config, 2, 8)
+
+    def run(fn, params):
+        return fn({"params": params}, TOKENS, cache=cache)
+
+    lifted = lutjax.lift(model.apply, strict=True)
+    actual, expected = jax.jit(lambda p: (run(lifted, p), run(model.apply, lutjax.materialize(p))))(
+        params
+    )
+    assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])

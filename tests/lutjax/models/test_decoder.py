@@ -13,6 +13,7 @@ from lutjax.models import (
     Decoder,
     DecoderConfig,
     RopeScaling,
+    decoder,
     init_cache,
     stack_layers,
 )
@@ -291,6 +292,26 @@ def test_padding_changes_nothing(config, side):
     without_cache = run(config, params, jnp.asarray(tokens), mask=jnp.asarray(mask))
     np.testing.assert_allclose(without_cache[np.arange(2), last[:, 0]], found[0][:, 0], **TOLERANCE)
     assert bool(jnp.isfinite(without_cache).all())
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_chunks_equal_one_piece(config, scan_layers, monkeypatch):
+    config = dataclasses.replace(config, scan_layers=scan_layers)
+    params = random_params(config)
+    params = stack_layers(params) if scan_layers else params
+    tokens, slots = tokens_for(config, batch=3, time=11), jnp.arange(11)
+    # Chunks of 4, 4 and 3: of padding only at the start of one row and at the end of another.
+    mask = jnp.stack([slots >= 0, slots >= 5, slots < 6])
+    options = {"cache": init_cache(config, 3, 16), "mask": mask}
+    expected, whole = run(config, params, tokens, **options)
+    monkeypatch.setattr(decoder, "CHUNK", 4)
+    logits, cache = run(config, params, tokens, **options)
+    np.testing.assert_allclose(logits[mask], expected[mask], **TOLERANCE)
+    assert cache.positions.tolist() == whole.positions.tolist()
+    assert int(cache.next_slot) == 11
+    at = jnp.array([[10], [10], [5]])
+    logits, _ = run(config, params, tokens, logits_at=at, **options)
+    np.testing.assert_allclose(logits[:, 0], expected[jnp.arange(3), at[:, 0]], **TOLERANCE)
 
 
 def test_logits_at_selects(tiny_config):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from lutjax.io.checkpoint import nest, parameter_shapes
-from lutjax.models import Decoder, decode_step, generate, init_cache, stack_layers
+from lutjax.models import Decoder, decode_step, generate, init_cache, prefill, stack_layers
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [5]]
 
@@ -53,6 +54,31 @@ def test_scanned_layers_generate_the_same(model, params):
         scanned.apply, stack_layers(params), PROMPTS, config=scanned.config, max_new_tokens=4
     )
     assert found == generate(model.apply, params, PROMPTS, config=model.config, max_new_tokens=4)
+
+
+def test_long_prompts_are_padded_to_whole_chunks_and_read_by_chunk(model, params, monkeypatch):
+    for module in ("decoder", "generate"):
+        monkeypatch.setattr(importlib.import_module(f"lutjax.models.{module}"), "CHUNK", 4)
+    read = []
+
+    def apply(variables, tokens, **kwargs):
+        read.append(tokens.shape)
+        return model.apply(variables, tokens, **kwargs)
+
+    prompts = [*PROMPTS, [*range(18)]]
+    found = generate(apply, params, prompts, config=model.config, max_new_tokens=4)
+    assert read == [(4, 20), (4, 1)]
+    assert found == greedy_without_cache(model, params, prompts, 4)
+
+
+def test_memory_of_a_prefill_does_not_grow_with_the_square_of_the_prompt(model, params):
+    def temporaries(time):
+        tokens, cache = np.zeros((1, time), np.int32), init_cache(model.config, 1, time)
+        lowered = prefill.lower(params, tokens, tokens == 0, cache, apply_fn=model.apply)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    # With all scores at once it is 4.
+    assert temporaries(8192) < 2.2 * temporaries(4096)
 
 
 def test_stop_tokens_end_each_row(model, params):

@@ -12,7 +12,7 @@ import pytest
 import lutjax
 from lutjax.arrays import GatedArray, RowLutArray
 from lutjax.calibrate import activation_quantiles
-from lutjax.models import Decoder, generate, init_cache
+from lutjax.models import Decoder, decoder, generate, init_cache
 from lutjax.models.blockwise import decoder_blocks
 from lutjax.sparsity import (
     Gate,
@@ -294,6 +294,20 @@ def test_phases(setting, quantiles):
         phased(apply_fn, 0.5)({"params": both}, TOKENS)
     with pytest.raises(ValueError, match="dense_prefill=2"):
         phased(apply_fn, 2)
+
+
+def test_phases_split_a_prompt_in_chunks_where_they_split_it_whole(setting, monkeypatch):
+    halved = jax.tree.map(lambda leaf: leaf / 2, setting.params)
+    both = PhasedParams(setting.params, halved)
+    cache = init_cache(setting.model.config, 2, TOKENS.shape[1])
+
+    def logits():
+        fn = phased(setting.model.apply, 0.5)
+        return jax.jit(fn)({"params": both}, TOKENS, cache=cache)[0]
+
+    whole = logits()
+    monkeypatch.setattr(decoder, "CHUNK", 5)
+    np.testing.assert_allclose(logits(), whole, rtol=1e-4, atol=1e-4)
 
 
 def test_prepacked_rows_are_the_same_program(setting, quantiles):
