@@ -1,14 +1,7 @@
-"""These tests compile many tiny programs, so compiling is what they would spend their time on."""
+"""Optimisers run under standard promotion."""
 
 import jax
 import pytest
-
-
-@pytest.fixture(autouse=True)
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)

@@ -15,13 +15,6 @@ RNG = np.random.default_rng(0)
 
 
 @pytest.fixture(autouse=True)
-def quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(autouse=True)
 def standard_promotion():
     with jax.numpy_dtype_promotion("standard"):  # optax needs it
         yield
@@ -108,8 +101,10 @@ def test_a_decoder_comes_nearer_to_the_dense_one(recipe):
     start = lutjax.quantize(dense, recipe)
     learnt = learn_scales(fn, start, dense, batches, epochs=10, learning_rate=0.01)
 
+    run = jax.jit(lutjax.lift(fn))
+
     def divergence(params):
-        outputs = [(lutjax.lift(fn)(params, b), fn(dense, b)) for b in batches]
+        outputs = [(run(params, b), run(dense, b)) for b in batches]
         return float(np.mean([kl_divergence(y, aim) for y, aim in outputs]))
 
     assert divergence(learnt) < 0.85 * divergence(start)
