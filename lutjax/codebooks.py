@@ -354,11 +354,11 @@ def _count_below(values: jax.Array, boundaries: jax.Array) -> jax.Array:
             rank += (values > boundaries[..., i : i + 1, :]).astype(jnp.uint8)
         return rank
     # Branch-free binary search: one pass over the values per bit.
-    padded = count + 1
-    rank = jnp.zeros(values.shape, jnp.int32)
+    half = (count + 1) // 2
+    rank = jnp.where(values > boundaries[..., half - 1 : half, :], jnp.int32(half), jnp.int32(0))
     shared = boundaries.size == count  # then no indices of columns are needed
     full = jnp.broadcast_to(boundaries, (*values.shape[:-2], count, values.shape[-1]))
-    step = padded // 2
+    step = half // 2
     while step:
         place = rank + (step - 1)
         if shared:

@@ -278,27 +278,26 @@ def _check_hessian_paths(hessians: Mapping[str, Any], paths: Iterable[str]) -> N
 
 
 def fit_scales(
-    matrix: Float[Array, "*batch k n"], group_size: int, kind: Literal["absmax", "range", "rms"]
-) -> tuple[Float[Array, "*batch g n"], Float[Array, "*batch g n"] | None]:
+    matrix: Float[Array, "k n"], group_size: int, kind: Literal["absmax", "range", "rms"]
+) -> tuple[Float[Array, "g n"], Float[Array, "g n"] | None]:
     """Scales, and offsets for affine tables, of groups of rows.
 
     Returns:
       ``(max |w|, None)``, ``(max w - min w, min w)`` or ``(sqrt(mean w**2), None)``, each
-      ``float32[*batch, ceil(K/G), N]``.
+      ``float32[ceil(K/G), N]``.
     """
-    *batch, k, n = matrix.shape
-    edge = [(0, 0)] * len(batch) + [(0, -k % group_size), (0, 0)]
+    k, n = matrix.shape
+    edge = [(0, -k % group_size), (0, 0)]
     if kind == "rms":
-        squares = jnp.pad(jnp.square(matrix), edge).reshape(*batch, -1, group_size, n)
+        squares = jnp.pad(jnp.square(matrix), edge).reshape(-1, group_size, n)
         first = np.arange(0, k, group_size)
         counts = np.minimum(group_size, k - first).astype(np.float32)  # the last may be shorter
-        means = squares.sum(axis=-2) / counts.reshape(*[1] * len(batch), -1, 1)
-        return jnp.sqrt(means), None
-    groups = jnp.pad(matrix, edge, mode="edge").reshape(*batch, -1, group_size, n)
+        return jnp.sqrt(squares.sum(axis=1) / counts[:, None]), None
+    groups = jnp.pad(matrix, edge, mode="edge").reshape(-1, group_size, n)
     if kind == "absmax":
-        return jnp.abs(groups).max(axis=-2), None
-    low = groups.min(axis=-2)
-    return groups.max(axis=-2) - low, low
+        return jnp.abs(groups).max(axis=1), None
+    low = groups.min(axis=1)
+    return groups.max(axis=1) - low, low
 
 
 # Multiples of a group's usual scale to choose from; of those that are alike the first wins. The
@@ -318,17 +317,20 @@ def _quantize(
     batch_ndim: int,
     view: MatrixView,
 ) -> LutArray | RotatedArray:
-    matrix = view.to_matrix(weight, batch_ndim).astype(jnp.float32)
-    *batch, k, _ = matrix.shape
+    if batch_ndim:  # one after the other, as temporaries are several times a matrix
+        one = functools.partial(_quantize, config=config, batch_ndim=batch_ndim - 1, view=view)
+        return jax.lax.map(lambda pair: one(*pair), (weight, hessian))
+    matrix = view.to_matrix(weight, 0).astype(jnp.float32)
+    k, _ = matrix.shape
     group_size = k if config.group_size == COLUMN else int(config.group_size)
     if config.rotate:
-        matrix = jnp.swapaxes(rotate(jnp.swapaxes(matrix, -1, -2), group_size), -1, -2)
+        matrix = rotate(matrix.T, group_size).T
         if hessian is not None:
-            hessian = rotate(jnp.swapaxes(rotate(hessian, group_size), -1, -2), group_size)
+            hessian = rotate(rotate(hessian, group_size).T, group_size)
     scales, offsets = fit_scales(matrix, group_size, config.scaling)
     if hessian is not None:
-        inputs = jnp.diagonal(hessian, axis1=-2, axis2=-1)
-        inputs += DAMPING * inputs.mean(axis=-1, keepdims=True)
+        inputs = jnp.diagonal(hessian)
+        inputs += DAMPING * inputs.mean()
         if config.table() is not None:
             scales, offsets = _best_scales(matrix, inputs, scales, offsets, group_size, config)
 
@@ -342,27 +344,22 @@ def _quantize(
 
     # Codes are chosen for the scales as they will be read back, rounding included.
     used = stored.expand() if isinstance(stored, QuantizedScales) else stored.astype(jnp.float32)
-    divisor = _expand(jnp.where(used == 0, 1, used), group_size, k)
+    used = _expand(used, group_size, k)
+    divisor = jnp.where(used == 0, 1, used)
     shift = None if offsets is None else _expand(offsets.astype(jnp.float32), group_size, k)
     units = (matrix if shift is None else matrix - shift) / divisor
 
     fixed = config.table()
     if fixed is None:
-        weights = divisor**2 if hessian is None else divisor**2 * inputs[..., None]
-        fit = functools.partial(codebooks.kmeans, bits=config.bits)
-        for _ in batch:
-            fit = jax.vmap(fit)
-        table = fit(units, weights=weights)
+        weights = divisor**2 if hessian is None else divisor**2 * inputs[:, None]
+        table = codebooks.kmeans(units, weights=weights, bits=config.bits)
     else:
-        table = jnp.broadcast_to(jnp.asarray(fixed), (*batch, 1, *fixed.shape))
+        table = jnp.asarray(fixed)[None]
     lut = table if config.vector_size > 1 else table[..., None]
     if hessian is None:
         codes = _nearest(units, table if fixed is None else fixed)
     else:
-        rounded = round_with_feedback
-        for _ in batch:
-            rounded = jax.vmap(rounded)
-        codes = rounded(matrix, hessian, _expand(used, group_size, k), shift, lut)
+        codes = round_with_feedback(matrix, hessian, used, shift, lut)
     array = LutArray(
         words=pack(codes, config.bits),
         scales=stored,
@@ -377,18 +374,18 @@ def _quantize(
 
 
 def _best_scales(
-    matrix: Float[Array, "*batch k n"],
-    inputs: Float[Array, "*batch k"],
-    scales: Float[Array, "*batch g n"],
-    offsets: Float[Array, "*batch g n"] | None,
+    matrix: Float[Array, "k n"],
+    inputs: Float[Array, " k"],
+    scales: Float[Array, "g n"],
+    offsets: Float[Array, "g n"] | None,
     group_size: int,
     config: LutConfig,
-) -> tuple[Float[Array, "*batch g n"], Float[Array, "*batch g n"] | None]:
+) -> tuple[Float[Array, "g n"], Float[Array, "g n"] | None]:
     """The multiple of each group's scale with the least error, rows weighed by their inputs.
 
     Ranges shrink towards their middle.
     """
-    *_, k, _ = matrix.shape
+    k, n = matrix.shape
     fixed = config.table()
     assert fixed is not None
 
@@ -402,33 +399,31 @@ def _best_scales(
         scale = jnp.where(scale == 0, 1, scale)
         shifted = matrix if offset is None else matrix - offset
         off = shifted - _values(_nearest(shifted / scale, fixed), fixed, k) * scale
-        edge = [(0, 0)] * (matrix.ndim - 2) + [(0, -k % group_size), (0, 0)]
-        squares = jnp.pad(jnp.square(off) * inputs[..., None], edge)
-        return squares.reshape(*matrix.shape[:-2], -1, group_size, matrix.shape[-1]).sum(axis=-2)
+        squares = jnp.pad(jnp.square(off) * inputs[:, None], [(0, -k % group_size), (0, 0)])
+        return squares.reshape(-1, group_size, n).sum(axis=1)
 
     factors = jnp.asarray(_FACTORS[config.scaling], jnp.float32)
     return tried(factors[jnp.argmin(jax.lax.map(error, factors), axis=0)])
 
 
 def _nearest(units: jax.Array, table: np.ndarray | jax.Array) -> jax.Array:
-    """Codes of the nearest entries of a fixed table, or of fitted ones ``[*batch, 1, C]``."""
+    """Codes of the nearest entries of a fixed table, or of a fitted one ``[1, C]``."""
     if isinstance(table, np.ndarray) and table.ndim > 1:
         return codebooks.nearest_vectors(units, table)
     return codebooks.nearest_codes(units, table)
 
 
 def _values(codes: jax.Array, table: np.ndarray, k: int) -> jax.Array:
-    """The entries ``[*batch, K, N]`` of a fixed table that codes stand for."""
+    """The entries ``[K, N]`` of a fixed table that codes stand for."""
     entries = jnp.asarray(table)[codes.astype(jnp.int32)]
     if table.ndim == 1:
         return entries
-    entries = jnp.moveaxis(entries, -1, -2)  # [*batch, K / p, p, N]
-    return entries.reshape(*codes.shape[:-2], -1, codes.shape[-1])[..., :k, :]
+    return jnp.moveaxis(entries, -1, -2).reshape(-1, codes.shape[-1])[:k]
 
 
-def _expand(groups: Float[Array, "*batch g n"], group_size: int, k: int) -> jax.Array:
+def _expand(groups: Float[Array, "g n"], group_size: int, k: int) -> Float[Array, "k n"]:
     """Repeats what a group shares for each of its rows."""
-    return jnp.repeat(groups, group_size, axis=-2)[..., :k, :]
+    return jnp.repeat(groups, group_size, axis=0)[:k]
 
 
 def _check_recipe(recipe: Any) -> None:
