@@ -22,8 +22,9 @@ Costs = Float[np.ndarray, "m j"]
 Sizes = Int[np.ndarray, "m j"]
 Choice = Int[np.ndarray, " m"]
 
-# HiGHS stops when it has proved its solution this close to the optimum, relative to its cost.
-_GAP = 1e-6
+# HiGHS stops when it has proved its solution this close to the optimum, relative to its cost, but
+# not further from it than the second number relative to what of that cost can be avoided.
+_GAP, _AVOIDABLE_GAP = 1e-5, 1e-4
 _TIME_LIMIT = 20.0  # seconds; then its best solution so far, which many equal matrices may need
 
 
@@ -63,8 +64,11 @@ def solve_ilp(costs: Costs, sizes: Sizes, budget: int) -> Choice:
     """
     costs, sizes = _checked(costs, sizes, budget)
     # Costs that nobody can avoid would hide the others from a gap relative to all of them.
-    costs = costs - costs.min(axis=1, keepdims=True)
+    least = costs.min(axis=1, keepdims=True)
+    costs = costs - least
     greedy = solve_greedy(costs, sizes, budget)
+    avoidable = _total(costs, greedy)
+    gap = min(_GAP * (1 + least.sum() / avoidable), _AVOIDABLE_GAP) if avoidable > 0 else _GAP
     rows, columns = np.nonzero(_core(costs, sizes, budget, greedy))
     value, size = costs[rows, columns], sizes[rows, columns].astype(np.float64)
     count = len(rows)
@@ -80,7 +84,7 @@ def solve_ilp(costs: Costs, sizes: Sizes, budget: int) -> Choice:
                 LinearConstraint(one_each, 1, 1),
                 LinearConstraint(size[None] / budget, -np.inf, limit / budget),
             ],
-            options={"mip_rel_gap": _GAP, "time_limit": _TIME_LIMIT},
+            options={"mip_rel_gap": gap, "time_limit": _TIME_LIMIT},
         )
         if result.x is None:
             break

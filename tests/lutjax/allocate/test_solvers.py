@@ -63,7 +63,7 @@ def test_against_brute_force(seed):
         if solve is solve_greedy:
             assert best <= cost * (1 + 1e-12)
         else:
-            np.testing.assert_allclose(cost, best, rtol=1e-6)  # HiGHS stops at this gap
+            np.testing.assert_allclose(cost, best, rtol=1e-5)  # HiGHS stops at this gap
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -92,7 +92,7 @@ def test_larger_instances_agree_and_hold_the_budget(seed):
         assert sizes[range(60), choice].sum() <= budget
         found[solve] = costs[range(60), choice].sum()
     assert found[solve_ilp] <= found[solve_greedy] * (1 + 1e-9)
-    assert found[solve_ilp] <= found[solve_dp] * (1 + 1e-6)
+    assert found[solve_ilp] <= found[solve_dp] * (1 + 1e-5)
     # A discretisation to ten thousand units loses little; greedy is optimal up to one upgrade.
     assert found[solve_dp] <= 1.02 * found[solve_ilp]
     assert found[solve_greedy] <= 1.05 * found[solve_ilp]
