@@ -16,7 +16,7 @@ import json
 import sysconfig
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from lutjax import Recipe
 from lutjax.calibrate import quantize_decoder
 from lutjax.evaluate import perplexity, windows
 from lutjax.io import Tokenizer, demo_model_path
+from lutjax.models import Decoder
 from lutjax.transforms import Summary
 
 WINDOW, EVALUATED = 512, 16
@@ -44,6 +45,32 @@ def split(ids: list[int], count: int) -> tuple[np.ndarray, np.ndarray]:
     chosen = others[np.arange(count) * len(others) // count]
     tokens = np.asarray(ids, np.int32)
     return tokens[evaluated], tokens[chosen]
+
+
+class Setting(NamedTuple):
+    """The dense model, the windows that are evaluated, and those of either text to calibrate on."""
+
+    model: Decoder
+    dense: Any
+    text: np.ndarray
+    calibrated: np.ndarray
+    other: np.ndarray
+
+
+def setting(count: int) -> Setting:
+    """The demo model, with ``count`` windows to calibrate on."""
+    from lutjax.cli.models import evaluation_text
+
+    model, dense, tokenizer = lutjax.load(demo_model_path())
+    assert tokenizer is not None
+    ids = tokenizer.encode(evaluation_text(), add_special_tokens=False)
+    return Setting(model, dense, *split(ids, count), source_code(tokenizer, count))
+
+
+def bits_per_weight(params: Any) -> float:
+    """Stored bits a weight of the matrices of the blocks."""
+    leaves = lutjax.summarize(params).leaves
+    return Summary(tuple(leaf for leaf in leaves if "_proj/" in leaf.path)).bits_per_weight
 
 
 def source_code(tokenizer: Tokenizer, count: int) -> np.ndarray:
@@ -81,14 +108,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-
-    from lutjax.cli.models import evaluation_text
-
-    model, dense, tokenizer = lutjax.load(demo_model_path())
-    assert tokenizer is not None
-    ids = tokenizer.encode(evaluation_text(), add_special_tokens=False)
-    text, calibrated = split(ids, arguments.windows)
-    other = source_code(tokenizer, arguments.windows)
+    model, dense, text, calibrated, other = setting(arguments.windows)
     apply = lutjax.lift(model.apply)
     arguments.output.mkdir(parents=True, exist_ok=True)
     cases = [(name, recipe, calibrated) for name, recipe in compared(dense).items()]
@@ -102,12 +122,10 @@ def main() -> None:
         params = quantize_decoder(model.config, dense, jnp.asarray(tokens), recipe, batch_size=8)
         jax.block_until_ready(params)
         seconds = time.perf_counter() - start
-        leaves = lutjax.summarize(params).leaves
-        matrices = Summary(tuple(leaf for leaf in leaves if "_proj/" in leaf.path))
         results.append(
             {
                 "name": name,
-                "bits_per_weight": matrices.bits_per_weight,
+                "bits_per_weight": bits_per_weight(params),
                 "nearest": nearest,
                 "feedback": perplexity(apply, params, text).perplexity,
                 "seconds": seconds,

@@ -19,15 +19,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from feedback import RESULTS, source_code, split
+from feedback import RESULTS, bits_per_weight, setting
 from tqdm import tqdm
 
 import lutjax
 from lutjax import Recipe
 from lutjax.calibrate import learn_scales, quantize_decoder, scale_factors
 from lutjax.evaluate import perplexity
-from lutjax.io import demo_model_path
-from lutjax.transforms import Summary
 
 RECIPES = {
     "NormalFloat, 4 bits, groups of 64": Recipe.uniform(4),
@@ -55,14 +53,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, nargs="+", default=[1])
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-
-    from lutjax.cli.models import evaluation_text
-
-    model, dense, tokenizer = lutjax.load(demo_model_path())
-    assert tokenizer is not None
-    ids = tokenizer.encode(evaluation_text(), add_special_tokens=False)
-    text, calibrated = split(ids, arguments.windows)
-    other = source_code(tokenizer, arguments.windows)
+    model, dense, text, calibrated, other = setting(arguments.windows)
     apply = lutjax.lift(model.apply)
     arguments.output.mkdir(parents=True, exist_ok=True)
 
@@ -75,11 +66,9 @@ def main() -> None:
     for name, recipe, rows in tqdm(cases, unit="recipe"):
         tokens = jnp.asarray(rows)
         params = quantize_decoder(model.config, dense, tokens, recipe, batch_size=8)
-        leaves = lutjax.summarize(params).leaves
-        matrices = Summary(tuple(leaf for leaf in leaves if "_proj/" in leaf.path))
         result: dict[str, Any] = {
             "name": name,
-            "bits_per_weight": matrices.bits_per_weight,
+            "bits_per_weight": bits_per_weight(params),
             "scales": sum(factor.size for factor in scale_factors(params).values()),
             "feedback": perplexity(apply, params, text).perplexity,
             "learnt": {},
