@@ -21,7 +21,7 @@ from lutjax.allocate.grid import fits
 from lutjax.calibrate.hashing import content_hash
 from lutjax.paths import named_leaves
 from lutjax.progress import progress_bar
-from lutjax.transforms.decompose import Method, decompose_array
+from lutjax.transforms.decompose import Method, check_calibrated, decompose_array
 from lutjax.transforms.quantize import match_rules, weight_view
 from lutjax.transforms.recipe import LutConfig, Recipe, Rule
 
@@ -122,11 +122,7 @@ def measure_costs(
         raise ValueError(f"workers={workers} must be at least 1")
     matrices = plannable(params, recipe)
     for matrix in matrices:
-        if fisher is not None and matrix.path not in fisher:
-            raise ValueError(
-                f"the Fisher information has nothing for {matrix.path!r}; calibrate with the same "
-                f"recipe, or exclude that path from the recipe"
-            )
+        check_calibrated("the Fisher information has", fisher, matrix.path)
     weights = dict(named_leaves(params))
     settings = {
         "rank": rank,

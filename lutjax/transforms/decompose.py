@@ -231,12 +231,17 @@ def check_decomposition(
     _check_one_weighting(fisher, hessians)
     for path, (shape, rule) in weights.items():
         _check_rank(rank, shape, rule, path)
-        for name, found in (("the Fisher information has", fisher), ("hessians have", hessians)):
-            if found is not None and path not in found:
-                raise ValueError(
-                    f"{name} nothing for {path!r}; calibrate with the same recipe, or exclude that "
-                    f"path from the recipe"
-                )
+        check_calibrated("the Fisher information has", fisher, path)
+        check_calibrated("hessians have", hessians, path)
+
+
+def check_calibrated(what: str, found: Mapping[str, Any] | None, path: str) -> None:
+    """Raises ValueError if a statistic that is given was not calibrated for ``path``."""
+    if found is not None and path not in found:
+        raise ValueError(
+            f"{what} nothing for {path!r}; calibrate with the same recipe, or exclude that path "
+            f"from the recipe"
+        )
 
 
 def decompose_array(
