@@ -57,7 +57,7 @@ def learn_scales(
       loss: Of an output and what it should be: by default the divergence of the distributions.
       epochs: How often each batch is used.
       learning_rate: At the start, relative to the scales.
-      progress: Show a progress bar, with the loss.
+      progress: Show a progress bar.
 
     Returns:
       The parameters with other scales.
