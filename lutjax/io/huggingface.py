@@ -105,10 +105,10 @@ def download(repo_id: str) -> Path:
       ValueError: if the index of the safetensors files is not sound.
     """
     directory = _snapshot(repo_id, _HUB_FILES)
-    if (directory / SINGLE_NAME).is_file() or not (directory / INDEX_NAME).is_file():
+    weight_map = read_index(directory)
+    if weight_map is None:
         return directory
-    shards = set(read_index(directory / INDEX_NAME).values())
-    return _snapshot(repo_id, (*_HUB_FILES, *sorted(shards)))
+    return _snapshot(repo_id, (*_HUB_FILES, *sorted(set(weight_map.values()))))
 
 
 def _snapshot(repo_id: str, files: Iterable[str]) -> Path:

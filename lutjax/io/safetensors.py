@@ -62,17 +62,15 @@ class SafetensorsReader:
     def open_directory(cls, directory: str | Path) -> SafetensorsReader:
         """Reads the headers of `model.safetensors`, or else of the shards that the index lists.
 
-        An index beside the single file is an older one, and transformers leaves it out as well.
-
         Raises:
           FileNotFoundError: if a file is missing.
           ValueError: if a header or the index is not sound.
         """
         directory = Path(directory)
         index = directory / INDEX_NAME
-        if (directory / SINGLE_NAME).is_file() or not index.is_file():
+        weight_map = read_index(directory)
+        if weight_map is None:
             return cls.open_file(directory / SINGLE_NAME)
-        weight_map = read_index(index)
         infos: dict[str, TensorInfo] = {}
         for shard in dict.fromkeys(weight_map.values()):
             if not (directory / shard).is_file():
@@ -127,13 +125,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_index(path: Path) -> dict[str, str]:
-    """Reads which file in the same directory has which tensor.
+def read_index(directory: Path) -> dict[str, str] | None:
+    """Reads which file of a directory has which tensor; None if all are in `model.safetensors`.
+
+    An index beside the single file is an older one, and transformers leaves it out as well.
 
     Raises:
-      FileNotFoundError: if there is no such index.
-      ValueError: if it is not sound.
+      ValueError: if the index is not sound.
     """
+    path = directory / INDEX_NAME
+    if (directory / SINGLE_NAME).is_file() or not path.is_file():
+        return None
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path} has no 'weight_map'")
