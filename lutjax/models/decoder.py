@@ -182,7 +182,7 @@ class MLP(nn.Module):
         return dense("down_proj", config.hidden_size)(_ACTIVATIONS[config.activation](gate) * up)
 
 
-def _norm(config: DecoderConfig, name: str) -> RMSNorm:
+def _norm(config: DecoderConfig, name: str | None = None) -> RMSNorm:
     return RMSNorm(config.rms_norm_eps, config.norm_offset, name=name)
 
 
@@ -326,7 +326,7 @@ class Decoder(nn.Module):
         config = self.config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = _scanned_block(config) if config.scan_layers else UnrolledLayers(config)
-        self.norm = RMSNorm(config.rms_norm_eps, config.norm_offset)
+        self.norm = _norm(config)
         if not config.tie_embeddings:
             self.lm_head = nn.Dense(
                 config.vocab_size,
