@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lutjax.arrays.split import Split
 from lutjax.arrays.view import MatrixView
@@ -67,6 +67,22 @@ class CompressedArray(abc.ABC):
     @abc.abstractmethod
     def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
         """``x @ W.T`` on the stored matrix, in the dtype of ``x``."""
+
+    def matmul_grouped(
+        self, x: Float[Array, "t m k"], groups: Int[Array, " t"], sizes: Int[Array, " t"]
+    ) -> Float[Array, "t m n"]:
+        """``x[i] @ W[groups[i]]`` on a weight with one batch axis, such as one of experts.
+
+        Args:
+          x: Tiles of rows; those from ``sizes[i]`` on only fill a tile and are zeros.
+          groups: The entry of the batch axis that each tile meets, in range.
+          sizes: How many rows of each tile count.
+        """
+
+        def product(group: jax.Array, rows: jax.Array) -> jax.Array:
+            return entry(self, group).matmul(rows)
+
+        return map_tiles(product, groups, x, self.batch_shape[0])
 
     @abc.abstractmethod
     def with_view(self, view: MatrixView) -> Self:
@@ -261,6 +277,24 @@ def cut(a: jax.Array, start: Any, size: int, axis: int) -> jax.Array:
     if isinstance(start, int):
         return jax.lax.slice_in_dim(a, start, start + size, axis=axis)
     return jax.lax.dynamic_slice_in_dim(a, start, size, axis=axis)
+
+
+def entry(weight: Any, index: jax.Array) -> Any:
+    """One entry of a weight's first batch axis."""
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), weight)
+
+
+def map_tiles(
+    product: Callable[[jax.Array, jax.Array], jax.Array],
+    groups: Int[Array, " t"],
+    x: Float[Array, "t m k"],
+    count: int,
+) -> Float[Array, "t m n"]:
+    """``product(groups[i], x[i])`` for each tile, with a weight of ``count`` entries."""
+    if len(groups) <= count:  # all at once: their entries together are no larger than the weight
+        return jax.vmap(product)(groups, x)
+    # The backward pass would otherwise keep the entry of every tile.
+    return jax.lax.map(lambda tile: jax.checkpoint(product)(*tile), (groups, x))
 
 
 def is_compressed(x: Any) -> bool:

@@ -15,14 +15,15 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lutjax.arrays import CompressedArray, WrapperArray, is_compressed
+from lutjax.arrays.base import entry
 from lutjax.lift import lift
 from lutjax.paths import path_string
 
 Statistic = Callable[[Any, jax.Array], jax.Array]
-"""From a weight without batch axes and its input ``[M, K]`` to ``float32[n]``; summed over uses."""
+"""From a weight without batch axes and its input ``[M, K]`` to ``float32[n]``: a sum over rows."""
 
 
 @functools.partial(
@@ -64,6 +65,26 @@ class ObservedArray(WrapperArray):
         base = jax.lax.stop_gradient(self.base)
         found = self.statistic(base, still.reshape(-1, x.shape[-1])).astype(jnp.float32)
         return _tap(base.matmul(still), x, found, self.totals)
+
+    def matmul_grouped(
+        self, x: Float[Array, "t m k"], groups: Int[Array, " t"], sizes: Int[Array, " t"]
+    ) -> Float[Array, "t m n"]:
+        """Products of tiles, and the statistic of the rows that each entry meets."""
+        still = jax.lax.stop_gradient(x)
+        base = jax.lax.stop_gradient(self.base)
+
+        def add(totals: jax.Array, tile: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+            rows, group, size = tile
+            weight = entry(base, group)
+            found = self.statistic(weight, rows)
+            # Rows that only fill the tile are zeros, and there is a statistic of these too.
+            padding = self.statistic(weight, jnp.zeros_like(rows[:1]))
+            found -= (rows.shape[0] - size).astype(jnp.float32) * padding
+            return totals.at[group].add(found), None
+
+        zeros = jnp.zeros(self.totals.shape, jnp.float32)
+        found, _ = jax.lax.scan(add, zeros, (still, groups, sizes))
+        return _tap(base.matmul_grouped(still, groups, sizes), x, found, self.totals)
 
     def slice_matrix(self, axis: str, start: Any, size: int) -> Self | None:
         """Columns as the base has them: the same inputs enter."""

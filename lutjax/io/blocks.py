@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Float32, Integer, UInt8
@@ -11,10 +12,10 @@ from jaxtyping import Float, Float32, Integer, UInt8
 
 @dataclasses.dataclass(frozen=True)
 class GridSpec:
-    """What a file's headers say of a quantised matrix.
+    """What a file's headers say of a quantised matrix, or of those of a block's experts.
 
     Attributes:
-      shape: `(out, in)`.
+      shape: `(*experts, out, in)`.
       bits: bits of a code.
       group_size: neighbouring codes of a row that share a scale.
       scale_dtype: dtype of the scales.
@@ -22,7 +23,7 @@ class GridSpec:
       reordered: whether columns are sorted into groups, in an order that is part of the data.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     bits: int
     group_size: int
     scale_dtype: np.dtype
@@ -34,30 +35,57 @@ class GridSpec:
 class GridBlocks:
     """A matrix as levels[codes] · scales (+ offsets), computed in float32.
 
+    The matrices of a block's experts are one too, with a leading axis.
+
     Attributes:
-      codes: uint8 `[out, in]`.
+      codes: uint8 `[*experts, out, in]`.
       levels: float32 `[2 ** bits]`, the value of each code.
-      scales: `[out, groups]` in the dtype they are kept in.
-      offsets: `[out, groups]` in the dtype they are kept in, or None.
+      scales: `[*experts, out, groups]` in the dtype they are kept in.
+      offsets: `[*experts, out, groups]` in the dtype they are kept in, or None.
       group_size: neighbouring codes of a row that share a scale; the last group may be shorter.
-      columns: `[in]`, which column of the matrix each column of codes is; None if it is the same.
+      columns: `[*experts, in]`, which column of the matrix each column of codes is; None if it is
+        the same.
     """
 
-    codes: UInt8[np.ndarray, "out in"]
+    codes: UInt8[np.ndarray, "*experts out in"]
     levels: Float32[np.ndarray, " levels"]
-    scales: Float[np.ndarray, "out groups"]
-    offsets: Float[np.ndarray, "out groups"] | None
+    scales: Float[np.ndarray, "*experts out groups"]
+    offsets: Float[np.ndarray, "*experts out groups"] | None
     group_size: int
-    columns: Integer[np.ndarray, " in"] | None = None
+    columns: Integer[np.ndarray, "*experts in"] | None = None
+
+    @classmethod
+    def stack(cls, grids: Sequence[GridBlocks]) -> GridBlocks:
+        """The matrices of several experts, which are quantised alike, as one.
+
+        Raises:
+          ValueError: if their tables differ.
+        """
+        first = grids[0]
+        if any(not np.array_equal(grid.levels, first.levels) for grid in grids):
+            raise ValueError("the experts have different tables")
+        offsets = [grid.offsets for grid in grids if grid.offsets is not None]
+        columns = None
+        if any(grid.columns is not None for grid in grids):
+            same = np.arange(first.codes.shape[1])
+            columns = np.stack([same if g.columns is None else g.columns for g in grids])
+        return cls(
+            np.stack([grid.codes for grid in grids]),
+            first.levels,
+            np.stack([grid.scales for grid in grids]),
+            np.stack(offsets) if offsets else None,
+            first.group_size,
+            columns,
+        )
 
     def rows(self, order: np.ndarray) -> GridBlocks:
-        """The same matrix with its rows in another order."""
+        """The same matrix, of no expert, with its rows in another order."""
         offsets = None if self.offsets is None else self.offsets[order]
         return dataclasses.replace(
             self, codes=self.codes[order], scales=self.scales[order], offsets=offsets
         )
 
-    def dense(self) -> Float32[np.ndarray, "out in"]:
+    def dense(self) -> Float32[np.ndarray, "*experts out in"]:
         """The matrix in float32, one rounding after the product and one after the sum."""
         with np.errstate(invalid="ignore"):  # whoever asks for finite values looks at the result
             values = self.levels[self.codes] * self._repeated(self.scales)
@@ -66,12 +94,12 @@ class GridBlocks:
         if self.columns is None:
             return values
         matrix = np.empty_like(values)
-        matrix[:, self.columns] = values
+        np.put_along_axis(matrix, self.columns[..., None, :], values, axis=-1)
         return matrix
 
     def _repeated(self, values: np.ndarray) -> np.ndarray:
-        wide = np.repeat(values.astype(np.float32), self.group_size, axis=1)
-        return wide[:, : self.codes.shape[1]]
+        wide = np.repeat(values.astype(np.float32), self.group_size, axis=-1)
+        return wide[..., : self.codes.shape[-1]]
 
 
 def integer_blocks(

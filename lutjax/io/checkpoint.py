@@ -16,7 +16,6 @@ from lutjax.io.blocks import GridBlocks, GridSpec
 from lutjax.io.configs import config_from_gguf
 from lutjax.io.gguf import GGUFReader
 from lutjax.io.names import CheckpointFormat, checkpoint_name, is_ignored, is_transposed
-from lutjax.io.quantized import QuantizedReader
 from lutjax.io.readers import TensorReader
 from lutjax.io.safetensors import FLOAT_TYPES
 from lutjax.models.config import DecoderConfig
@@ -71,7 +70,7 @@ class Checkpoint:
             tied_copy = name == head and config.tie_embeddings
             if name in expected or is_ignored(name) or tied_copy:
                 continue
-            if isinstance(reader, QuantizedReader) and reader.is_zero_bias(name):
+            if reader.is_zero_bias(name):
                 continue
             raise ValueError(
                 f"{source}: tensor {name!r} has no place in a {config.model_type!r} decoder of "
@@ -107,12 +106,11 @@ class Checkpoint:
         if self.fmt == "gguf" and self.config.norm_offset and path.endswith("/scale"):
             # GGUF files have the sum of the two. What was added in float32 is taken away exactly.
             tensor = tensor - np.float32(self.config.norm_offset)
-        return tensor.T if self.fmt != "lutjax" and is_transposed(path) else tensor
+        transposed = self.fmt != "lutjax" and is_transposed(path)
+        return tensor.swapaxes(-1, -2) if transposed else tensor
 
     def grid_spec(self, path: str) -> GridSpec | None:
         """What the headers say of a parameter that `read_grid` reads; None for any other."""
-        if not isinstance(self.reader, GGUFReader | QuantizedReader):
-            return None
         return self.reader.grid_spec(self.name(path))
 
     def read_grid(self, path: str) -> GridBlocks:
@@ -125,7 +123,7 @@ class Checkpoint:
             not finite.
         """
         name = self.name(path)
-        if not isinstance(self.reader, GGUFReader | QuantizedReader) or not self.grid_spec(path):
+        if self.grid_spec(path) is None:
             raise ValueError(
                 f"{self.source}: tensor {name!r} ({path}) of type {self.reader.infos[name].dtype} "
                 "is not stored as codes with scales"
@@ -147,7 +145,7 @@ class Checkpoint:
 
     def _row_order(self, path: str) -> np.ndarray | None:
         """Undoes llama.cpp's order of q and k rows, pairs (2i, 2i+1) instead of (i, i + h/2)."""
-        if self.fmt != "gguf" or self.config.model_type not in ("llama", "mistral"):
+        if self.fmt != "gguf" or self.config.model_type not in ("llama", "mistral", "mixtral"):
             return None
         if "/q_proj/" in path:
             heads = self.config.num_heads
@@ -260,13 +258,13 @@ def _check_tensor(
         hint = f"; the nearest name is {near[0]!r}" if near else ""
         raise ValueError(f"{source}: tensor {name!r} is missing{hint}")
     info = reader.infos[name]
-    stored = tuple(reversed(shape)) if transposed else shape
+    stored = (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
     if info.shape != stored:
         raise ValueError(
             f"{source}: tensor {name!r} has shape {list(info.shape)}; the configuration needs "
             f"{list(stored)}"
         )
-    quantized = isinstance(reader, QuantizedReader) and reader.grid_spec(name) is not None
+    quantized = reader.grid_spec(name) is not None
     if fmt != "gguf" and not quantized and info.dtype not in FLOAT_TYPES:
         raise ValueError(
             f"{source}: tensor {name!r} has dtype {info.dtype}; a dense weight must be one of "

@@ -16,8 +16,6 @@ from lutjax.io.compressed import write_checkpoint
 from lutjax.io.grid import abstract_grid_array, check_keeps_quantized, grid_array, has_grid
 from lutjax.io.load import load_tokenizer, open_checkpoint
 from lutjax.io.new_directory import check_destination
-from lutjax.io.quantized import QuantizedReader
-from lutjax.io.safetensors import SafetensorsReader
 from lutjax.io.safetensors_writer import MAX_SHARD_BYTES
 from lutjax.progress import progress_bar
 from lutjax.transforms.quantize import match_rules, quantize_array
@@ -106,7 +104,5 @@ def compress_checkpoint(
 
 def stored_dtype(checkpoint: Checkpoint, path: str) -> np.dtype:
     """The dtype a parameter is kept in: the stored one, float32 for float64 and quantised ones."""
-    if not isinstance(checkpoint.reader, SafetensorsReader | QuantizedReader):
-        return np.dtype(np.float32)
     dtype = checkpoint.reader.dtype(checkpoint.name(path))
     return np.dtype(np.float32) if dtype == np.float64 else dtype

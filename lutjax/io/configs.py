@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from lutjax.io import gemma
+from lutjax.io import experts, gemma
 from lutjax.io.config_values import integer, positive
 from lutjax.models.config import DecoderConfig, RopeScaling
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gemma3")
+SUPPORTED = (
+    *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"),
+    *("gemma", "gemma2", "gemma3_text", "gemma3"),
+)
 """The supported `model_type`s; SmolLM2 is `llama`. Of `gemma3` the text model is."""
 
 TEXT_PREFIX = {"gemma3": "language_model."}
@@ -22,7 +25,7 @@ TEXT_PREFIX = {"gemma3": "language_model."}
 _NULLABLE = ("num_key_value_heads", "head_dim")
 
 # GGUF's names of architectures where they are not the `model_type`.
-_FROM_GGUF = {"gemma3": "gemma3_text"}
+_FROM_GGUF = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe"}
 
 
 def config_from_hf(data: Mapping[str, Any], source: str = "config.json") -> DecoderConfig:
@@ -51,7 +54,8 @@ def config_from_hf(data: Mapping[str, Any], source: str = "config.json") -> Deco
     if model_type in TEXT_PREFIX:
         return config_from_hf(_text_config(data, source), source)
     given = {key: data[key] for key in data if data[key] is not None or key not in _NULLABLE}
-    data = gemma.DEFAULTS.get(model_type, {}) | given
+    defaults = gemma.DEFAULTS | experts.DEFAULTS
+    data = defaults.get(model_type, {}) | given
     _refuse_unsupported(data, model_type, source)
     heads = integer(data, "num_attention_heads", source)
     hidden = integer(data, "hidden_size", source)
@@ -60,7 +64,7 @@ def config_from_hf(data: Mapping[str, Any], source: str = "config.json") -> Deco
     return DecoderConfig(
         vocab_size=integer(data, "vocab_size", source),
         hidden_size=hidden,
-        intermediate_size=integer(data, "intermediate_size", source),
+        intermediate_size=integer(data, experts.width_key(model_type), source),
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=integer(data, "num_key_value_heads", source, heads),
@@ -73,10 +77,11 @@ def config_from_hf(data: Mapping[str, Any], source: str = "config.json") -> Deco
         rope_scaling=_rope_scaling(rope, source),
         tie_embeddings=bool(data.get("tie_word_embeddings", False)),
         qkv_bias=model_type == "qwen2",
-        qk_norm=model_type in ("qwen3", "gemma3_text"),
+        qk_norm=model_type in ("qwen3", "qwen3_moe", "gemma3_text"),
         sliding_window=_sliding_window(data, model_type, layers, source),
         model_type=model_type,
         **gemma.fields_from_hf(data, model_type, layers, source),
+        **experts.fields_from_hf(data, model_type, source),
     )
 
 
@@ -105,7 +110,7 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "sliding_window": config.sliding_window,
     }
-    data |= gemma.fields_to_hf(config)
+    data |= gemma.fields_to_hf(config) | experts.fields_to_hf(config)
     if config.model_type.startswith("qwen"):
         data |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
     scaling = config.rope_scaling
@@ -151,6 +156,8 @@ def config_from_gguf(
     model_type = _FROM_GGUF.get(architecture, architecture)
     if model_type not in SUPPORTED:
         raise _unknown_architecture(architecture, source)
+    if model_type == "llama" and metadata.get("llama.expert_count"):
+        model_type = "mixtral"
     fields: dict[str, Any] = {
         key.removeprefix(f"{architecture}."): _decimal(value) if isinstance(value, float) else value
         for key, value in metadata.items()
@@ -159,15 +166,15 @@ def config_from_gguf(
     heads = integer(fields, "attention.head_count", source)
     hidden = integer(fields, "embedding_length", source)
     layers = integer(fields, "block_count", source)
-    if fields.get("expert_count"):
-        raise ValueError(f"{source} is a mixture of experts, which is not supported")
+    mixture = experts.fields_from_gguf(fields, source)
+    width = "expert_feed_forward_length" if model_type == "qwen3_moe" else "feed_forward_length"
     window = fields.get("attention.sliding_window") or None
     if model_type == "gemma2" and window is None:
         window = gemma.DEFAULTS["gemma2"]["sliding_window"]
     return DecoderConfig(
         vocab_size=vocab_size,
         hidden_size=hidden,
-        intermediate_size=integer(fields, "feed_forward_length", source),
+        intermediate_size=integer(fields, width, source),
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=integer(fields, "attention.head_count_kv", source, heads),
@@ -178,10 +185,11 @@ def config_from_gguf(
         rope_scaling=_gguf_rope_scaling(fields, rope_factors, source),
         tie_embeddings=tied,
         qkv_bias=model_type == "qwen2",
-        qk_norm=model_type in ("qwen3", "gemma3_text"),
+        qk_norm=model_type in ("qwen3", "qwen3_moe", "gemma3_text"),
         sliding_window=window,
         model_type=model_type,
         **gemma.fields_from_gguf(fields, model_type, layers, window),
+        **mixture,
     )
 
 
@@ -288,7 +296,7 @@ def _sliding_window(
     if model_type in ("llama", "gemma") or switched_off or data.get("sliding_window") is None:
         return None
     window = integer(data, "sliding_window", source)
-    if model_type in ("mistral", "gemma2", "gemma3_text"):
+    if model_type in ("mistral", "mixtral", "qwen3_moe", "gemma2", "gemma3_text"):
         return window
     first = integer(data, "max_window_layers", source, 28, least=0)
     if first >= layers:

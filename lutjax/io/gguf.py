@@ -9,10 +9,10 @@ import numpy as np
 from lutjax.io.blocks import GridBlocks, GridSpec
 from lutjax.io.gguf_blocks import BLOCK_TYPES
 from lutjax.io.gguf_format import gguf_package, read_header
-from lutjax.io.readers import TensorInfo, read_bytes
+from lutjax.io.readers import TensorInfo, TensorReader, read_bytes
 
 
-class GGUFReader:
+class GGUFReader(TensorReader):
     """The tensors and metadata of one GGUF file."""
 
     def __init__(self, path: str | Path) -> None:
@@ -27,6 +27,10 @@ class GGUFReader:
         for name, info in self.infos.items():
             _check_type(name, info)
 
+    def dtype(self, name: str) -> np.dtype:
+        """That of whatever is dequantised: float32."""
+        return np.dtype(np.float32)
+
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor, dequantised to float32.
 
@@ -37,18 +41,18 @@ class GGUFReader:
         return _dequantize(read_bytes(info), info)
 
     def grid_spec(self, name: str) -> GridSpec | None:
-        """What the header says of a matrix of one of `BLOCK_TYPES`; None for any other tensor.
+        """What the header says of a weight of one of `BLOCK_TYPES`; None for any other tensor.
 
         Raises:
           KeyError: if there is no such tensor.
         """
         info = self.infos[name]
-        if info.dtype not in BLOCK_TYPES or len(info.shape) != 2:
+        if info.dtype not in BLOCK_TYPES or len(info.shape) < 2:
             return None
-        return BLOCK_TYPES[info.dtype].spec((info.shape[0], info.shape[1]))
+        return BLOCK_TYPES[info.dtype].spec(info.shape)
 
     def read_grid(self, name: str) -> GridBlocks:
-        """Reads a matrix of one of `BLOCK_TYPES` as codes, scales and offsets.
+        """Reads a weight of one of `BLOCK_TYPES` as codes, scales and offsets.
 
         Raises:
           KeyError: if there is no such tensor, or it is of another type.
@@ -56,8 +60,7 @@ class GGUFReader:
         info = self.infos[name]
         gguf = gguf_package()
         _, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[info.dtype]]
-        rows, columns = info.shape
-        return BLOCK_TYPES[info.dtype].blocks(read_bytes(info), (rows, columns), block_bytes)
+        return BLOCK_TYPES[info.dtype].blocks(read_bytes(info), info.shape, block_bytes)
 
 
 def _dequantize(data: np.ndarray, info: TensorInfo) -> np.ndarray:

@@ -47,27 +47,27 @@ class BlockType:
     has_offsets: bool
     unpack: Callable[[np.ndarray], _Unpacked]
 
-    def spec(self, shape: tuple[int, int]) -> GridSpec:
-        """What is known of a matrix of this type before it is read."""
+    def spec(self, shape: tuple[int, ...]) -> GridSpec:
+        """What is known of a weight of this type before it is read."""
         dtype = np.dtype(self.scale_dtype)
         bits = len(self.levels).bit_length() - 1
         return GridSpec(shape, bits, self.group_size, dtype, dtype if self.has_offsets else None)
 
-    def blocks(self, data: np.ndarray, shape: tuple[int, int], block_bytes: int) -> GridBlocks:
-        """Takes a matrix apart.
+    def blocks(self, data: np.ndarray, shape: tuple[int, ...], block_bytes: int) -> GridBlocks:
+        """Takes a weight apart.
 
         Args:
           data: uint8 `[bytes]`.
-          shape: `(out, in)`.
+          shape: `(*experts, out, in)`.
           block_bytes: bytes of a block.
 
         Returns:
-          The matrix; `dense()` is bit for bit what dequantising it gives.
+          The weight; `dense()` is bit for bit what dequantising it gives.
         """
         codes, scales, offsets = self.unpack(data.reshape(-1, block_bytes))
 
         def kept(values: np.ndarray) -> np.ndarray:
-            return values.reshape(shape[0], -1).astype(self.scale_dtype)
+            return values.reshape(*shape[:-1], -1).astype(self.scale_dtype)
 
         return GridBlocks(
             codes=codes.reshape(shape),

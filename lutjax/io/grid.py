@@ -56,7 +56,9 @@ def grid_array(checkpoint: Checkpoint, path: str) -> LutArray | ReorderedArray:
     grid, spec = checkpoint.read_grid(path), checkpoint.grid_spec(path)
     array = lut_from_grid(grid, transposed=is_transposed(path))
     if spec is not None and spec.reordered:
-        order = np.arange(grid.codes.shape[1]) if grid.columns is None else grid.columns
+        *experts, _, k = grid.codes.shape
+        order = np.arange(k) if grid.columns is None else grid.columns
+        order = np.broadcast_to(order, (*experts, k))
         return ReorderedArray.of(array, jnp.asarray(order, jnp.int32))
     if grid.columns is not None:
         raise ValueError(
@@ -75,39 +77,40 @@ def abstract_grid_array(checkpoint: Checkpoint, path: str) -> LutArray | Reorder
     grid = checkpoint.grid_spec(path)
     if grid is None:
         raise ValueError(f"{checkpoint.source}: {path} is not stored as codes with scales")
-    n, k = grid.shape
+    *experts, n, k = grid.shape
     spec: Any = jax.ShapeDtypeStruct
-    groups = -(-k // grid.group_size)
+    groups = (*experts, -(-k // grid.group_size), n)
     array = LutArray(
-        words=spec(packed_shape((k, n), grid.bits), jnp.uint8),
-        scales=spec((groups, n), grid.scale_dtype),
-        lut=spec((1, 2**grid.bits, 1), jnp.float32),
-        offsets=None if grid.offset_dtype is None else spec((groups, n), grid.offset_dtype),
+        words=spec((*experts, *packed_shape((k, n), grid.bits)), jnp.uint8),
+        scales=spec(groups, grid.scale_dtype),
+        lut=spec((*experts, 1, 2**grid.bits, 1), jnp.float32),
+        offsets=None if grid.offset_dtype is None else spec(groups, grid.offset_dtype),
         group_size=grid.group_size,
         padding=-k % BLOCK,
         dtype=np.dtype(np.float32),
         view=_view(n, k, is_transposed(path)),
     )
-    return ReorderedArray(array, spec((k,), jnp.int32)) if grid.reordered else array
+    return ReorderedArray(array, spec((*experts, k), jnp.int32)) if grid.reordered else array
 
 
 def lut_from_grid(grid: GridBlocks, *, transposed: bool) -> LutArray:
     """Repacks codes as a `LutArray`.
 
     Args:
-      grid: codes `[out, in]`; the order of their columns stays as it is.
+      grid: codes `[*experts, out, in]`; the order of their columns stays as it is.
       transposed: whether the weight is `[in, out]` (a kernel) or `[out, in]` (an embedding).
 
     Returns:
       The weight; both contract `in`.
     """
-    n, k = grid.codes.shape
+    *experts, n, k = grid.codes.shape
     bits = grid.levels.size.bit_length() - 1
+    lut = np.broadcast_to(grid.levels[:, None], (*experts, 1, grid.levels.size, 1))
     return LutArray(
-        words=_pack(grid.codes.T, bits),
-        scales=jnp.asarray(grid.scales.T),
-        lut=jnp.asarray(grid.levels.reshape(1, -1, 1)),
-        offsets=None if grid.offsets is None else jnp.asarray(grid.offsets.T),
+        words=_pack(grid.codes.swapaxes(-1, -2), bits),
+        scales=jnp.asarray(grid.scales.swapaxes(-1, -2)),
+        lut=jnp.asarray(lut),
+        offsets=None if grid.offsets is None else jnp.asarray(grid.offsets.swapaxes(-1, -2)),
         group_size=grid.group_size,
         padding=-k % BLOCK,
         dtype=np.dtype(np.float32),

@@ -9,7 +9,9 @@ from pathlib import Path
 from lutjax.io.checkpoint import Checkpoint
 from lutjax.io.compressed import METADATA_NAME
 from lutjax.io.configs import TEXT_PREFIX, config_from_hf
+from lutjax.io.experts import ExpertsReader
 from lutjax.io.quantized import QuantizedReader, method_from_config
+from lutjax.io.readers import TensorReader
 from lutjax.io.safetensors import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -69,7 +71,9 @@ def open_directory(directory: str | Path, *, check_finite: bool = True) -> Check
     tensors = SafetensorsReader.open_directory(directory)
     if (model_type := data.get("model_type")) in TEXT_PREFIX:
         tensors = tensors.below(TEXT_PREFIX[model_type])
-    reader = tensors if method is None else QuantizedReader(tensors, method)
+    reader: TensorReader = tensors if method is None else QuantizedReader(tensors, method)
+    if config.num_experts is not None:
+        reader = ExpertsReader(reader, config.num_experts, str(directory))
     return Checkpoint.create(directory, config, "hf", reader, check_finite=check_finite)
 
 

@@ -1,7 +1,8 @@
 """Where each parameter of the decoder lies in a Hugging Face or GGUF checkpoint.
 
 One table for the whole family: Llama, SmolLM2, Mistral, Qwen2, Qwen3 and Gemma use the same names,
-but for the norms of blocks that normalise what they add (`DecoderConfig.post_norms`).
+but for the norms of blocks that normalise what they add (`DecoderConfig.post_norms`). The experts
+of a block are one parameter, which `lutjax.io.experts` puts together.
 """
 
 from __future__ import annotations
@@ -38,6 +39,19 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
             f"layers/{{i}}/mlp/{name}_proj/kernel",
             f"model.layers.{{i}}.mlp.{name}_proj.weight",
             f"blk.{{i}}.ffn_{name}.weight",
+        )
+        for name in ("gate", "up", "down")
+    ),
+    (
+        "layers/{i}/mlp/router/kernel",
+        "model.layers.{i}.mlp.gate.weight",
+        "blk.{i}.ffn_gate_inp.weight",
+    ),
+    *(
+        (
+            f"layers/{{i}}/mlp/experts/{name}_proj/kernel",
+            f"model.layers.{{i}}.mlp.experts.{name}_proj.weight",
+            f"blk.{{i}}.ffn_{name}_exps.weight",
         )
         for name in ("gate", "up", "down")
     ),
@@ -115,7 +129,7 @@ def parameter_path(name: str, fmt: CheckpointFormat) -> str:
 
 
 def is_transposed(path: str) -> bool:
-    """Whether both foreign formats hold the transpose, [out, in], of the parameter at `path`.
+    """Whether both foreign formats hold the transpose, `[*experts, out, in]`, of a parameter.
 
     >>> is_transposed("lm_head/kernel"), is_transposed("embed_tokens/embedding")
     (True, False)

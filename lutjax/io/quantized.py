@@ -14,7 +14,7 @@ from lutjax.io.blocks import GridBlocks, GridSpec
 from lutjax.io.compressed_tensors import CompressedTensors
 from lutjax.io.gptq import GPTQ
 from lutjax.io.quantized_module import QuantizationMethod, QuantizedModule
-from lutjax.io.readers import TensorInfo
+from lutjax.io.readers import TensorInfo, TensorReader
 from lutjax.io.safetensors import FLOAT_TYPES, SafetensorsReader
 
 METHODS: dict[str, Callable[[Mapping[str, Any], str], QuantizationMethod]] = {
@@ -40,7 +40,7 @@ def method_from_config(config: Any, source: str) -> QuantizationMethod:
     return METHODS[name](config, source)
 
 
-class QuantizedReader:
+class QuantizedReader(TensorReader):
     """Tensors of which some are the quantised weights of layers.
 
     Layers that were left as they are have a plain `weight`, which stays so.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
+
+from lutjax.io.blocks import GridBlocks, GridSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,21 +31,46 @@ class TensorInfo:
     nbytes: int
 
 
-class TensorReader(Protocol):
-    """A checkpoint's tensors; opening one reads headers only."""
+class TensorReader(abc.ABC):
+    """A checkpoint's tensors; opening one reads headers only.
 
-    @property
-    def infos(self) -> Mapping[str, TensorInfo]:
-        """All tensors by name, in file order."""
-        ...
+    Attributes:
+      infos: all tensors by name, in file order.
+    """
 
+    infos: Mapping[str, TensorInfo]
+
+    @abc.abstractmethod
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype in which `read` gives a tensor.
+
+        Raises:
+          KeyError: if there is no such tensor.
+        """
+
+    @abc.abstractmethod
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor as an array of a floating-point dtype.
 
         Raises:
           KeyError: if there is no such tensor.
         """
-        ...
+
+    def grid_spec(self, name: str) -> GridSpec | None:
+        """What the headers say of a weight that is stored as codes; None for any other tensor."""
+        return None
+
+    def read_grid(self, name: str) -> GridBlocks:
+        """Reads a weight that is stored as codes as codes, scales and offsets.
+
+        Raises:
+          KeyError: if there is no such weight.
+        """
+        raise KeyError(name)
+
+    def is_zero_bias(self, name: str) -> bool:
+        """Whether a tensor is a quantised layer's bias of zeros, which some tools always write."""
+        return False
 
 
 def read_bytes(info: TensorInfo) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from lutjax.io.readers import TensorInfo, existing_file, read_bytes
+from lutjax.io.readers import TensorInfo, TensorReader, existing_file, read_bytes
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -41,7 +41,7 @@ FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 """What a dense weight may be stored in."""
 
 
-class SafetensorsReader:
+class SafetensorsReader(TensorReader):
     """The tensors of one or several safetensors files."""
 
     def __init__(self, infos: Mapping[str, TensorInfo]) -> None:

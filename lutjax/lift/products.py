@@ -12,7 +12,7 @@ import numpy as np
 from lutjax.arrays import CompressedArray, PackedLutArray, is_compressed
 from lutjax.lift.registry import NEEDS_DENSE, rule
 
-PRODUCTS = frozenset({"dot_general"})
+PRODUCTS = frozenset({"dot_general", "ragged_dot_general"})
 """Primitives whose result is dense and counts as a fused use."""
 
 LOOKUPS = frozenset({"gather", "dynamic_slice", "slice"})
@@ -32,9 +32,9 @@ def _dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
         weight, x = rhs, lhs
         (x_contract, w_contract), (x_batch, w_batch) = contract, batch
     out_dtype = params["preferred_element_type"] or jnp.result_type(lhs.dtype, rhs.dtype)
-    if not (_fits_kernel(x.dtype) and _fits_kernel(out_dtype)):
+    if not (fits_kernel(x.dtype) and fits_kernel(out_dtype)):
         return NEEDS_DENSE
-    plan = _plan(weight, tuple(w_contract), tuple(w_batch))
+    plan = plan_product(weight, tuple(w_contract), tuple(w_batch))
     if plan is None:
         return NEEDS_DENSE
 
@@ -45,9 +45,9 @@ def _dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
     free = [axis for axis in range(x.ndim) if axis not in (*shared, *order)]
     free_shape = [x.shape[axis] for axis in free]
     width = int(np.prod([x.shape[axis] for axis in order], dtype=int))
-    if jnp.finfo(out_dtype).bits > jnp.finfo(x.dtype).bits and not _is_packed(weight):
+    if jnp.finfo(out_dtype).bits > jnp.finfo(x.dtype).bits and not is_packed(weight):
         x = x.astype(out_dtype)
-    rows = _transposed(x, (*shared, *free, *order))
+    rows = transposed(x, (*shared, *free, *order))
     count = len(weight.batch_shape)
     if count or len(order) != 1:
         lead = [x.shape[axis] for axis in shared]
@@ -63,17 +63,18 @@ def _dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
     w_free = [axis for axis in range(weight.ndim) if axis not in (*w_contract, *w_batch)]
     places_w = [axis if axis < count else kept_places[axis] for axis in w_free]
     tail = (*places_w, *places_free) if weight_is_lhs else (*places_free, *places_w)
-    y = _transposed(y, (*w_batch, *plan.summed, *tail))
+    y = transposed(y, (*w_batch, *plan.summed, *tail))
     if not plan.summed:
         return y
     return y.sum(axis=tuple(range(len(w_batch), len(w_batch) + len(plan.summed))))
 
 
-def _transposed(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
+def transposed(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
+    """``x`` with its axes in another order."""
     return x if order == tuple(range(x.ndim)) else jax.lax.transpose(x, order)
 
 
-def _is_packed(weight: CompressedArray) -> bool:
+def is_packed(weight: CompressedArray) -> bool:
     """Whether there is a kernel's layout in ``weight``, which takes activations of one dtype."""
 
     def packed(a: Any) -> bool:
@@ -82,7 +83,7 @@ def _is_packed(weight: CompressedArray) -> bool:
     return any(map(packed, jax.tree.leaves(weight, is_leaf=packed)))
 
 
-def _fits_kernel(dtype: Any) -> bool:
+def fits_kernel(dtype: Any) -> bool:
     """Whether a product that sums in float32 is good enough for a result of ``dtype``."""
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 32
 
@@ -98,9 +99,10 @@ class _Plan:
     transposed: bool
 
 
-def _plan(
+def plan_product(
     weight: CompressedArray, contract: tuple[int, ...], batch: tuple[int, ...]
 ) -> _Plan | None:
+    """How to contract these axes of a weight; None if the stored form cannot."""
     count = len(weight.batch_shape)
     if any(axis >= count for axis in batch):
         return None

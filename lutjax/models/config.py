@@ -1,4 +1,4 @@
-"""Configuration of the decoder family: Llama, SmolLM2, Mistral, Qwen2, Qwen3 and Gemma 1 to 3."""
+"""Configuration of the decoder family: Llama, Mistral and Mixtral, Qwen2 and 3, Gemma 1 to 3."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class DecoderConfig:
     Attributes:
       vocab_size: rows of the embedding table, V.
       hidden_size: width of the residual stream, d.
-      intermediate_size: width of the gated MLP.
+      intermediate_size: width of the gated MLP, or of each expert's.
       num_layers: number of blocks, L.
       num_heads: query heads.
       num_kv_heads: key and value heads; divides `num_heads`.
@@ -68,6 +68,10 @@ class DecoderConfig:
         and 3 alternate).
       sliding_rope_theta: base of the rotary frequencies in layers with the window, where these are
         not stretched; as in the others if None (Gemma 3).
+      num_experts: gated MLPs of a block, of which each token takes some (Mixtral, Qwen3-MoE); None
+        for one that all take.
+      num_experts_per_tok: how many each token takes; with `num_experts`.
+      norm_topk_prob: whether the weights of a token's experts are made to add up to 1.
       model_type: the family's Hugging Face name; it decides nothing about the computation.
       scan_layers: whether the blocks are one `scan` over parameters stacked on axis 0.
       remat: whether the backward pass recomputes each block's activations.
@@ -105,6 +109,9 @@ class DecoderConfig:
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] | None = None
     sliding_rope_theta: float | None = None
+    num_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    norm_topk_prob: bool = True
     model_type: str = "llama"
     scan_layers: bool = False
     remat: bool = False
@@ -146,6 +153,11 @@ class DecoderConfig:
         for field in ("sliding_layers", "sliding_rope_theta"):
             if getattr(self, field) is not None and self.sliding_window is None:
                 raise ValueError(f"{field} needs a sliding_window")
+        experts, taken = self.num_experts, self.num_experts_per_tok
+        if (experts is None) != (taken is None):
+            raise ValueError("num_experts and num_experts_per_tok need each other")
+        if experts is not None and taken is not None and not 1 <= taken <= experts:
+            raise ValueError(f"num_experts_per_tok={taken} must be from 1 to num_experts={experts}")
         scaling = self.rope_scaling
         if (
             scaling is not None

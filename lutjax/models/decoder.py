@@ -1,9 +1,9 @@
-"""A plain Flax decoder: Llama, SmolLM2, Mistral, Qwen2, Qwen3 and Gemma by configuration."""
+"""A plain Flax decoder: Llama, Mistral and Mixtral, Qwen2 and 3, Gemma 1 to 3 by configuration."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from lutjax.models.cache import KVCache, LayerCache
 from lutjax.models.config import DecoderConfig
+from lutjax.models.mlp import MLP, MixtureOfExperts
 from lutjax.models.rope import apply_rope, rope_frequencies, rope_tables
 
 # Finite, so that a row of padding, which may attend to nothing, gets no NaN.
@@ -158,30 +159,6 @@ def _softcap(x: Float32[Array, "..."], cap: float | None) -> Float32[Array, "...
     return x if cap is None else jnp.tanh(x / jnp.float32(cap)) * jnp.float32(cap)
 
 
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-}
-
-
-class MLP(nn.Module):
-    """The gated MLP down(activation(gate(x)) · up(x)) (arXiv 2002.05202)."""
-
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        """Applies the MLP to every token."""
-        config = self.config
-
-        def dense(name: str, features: int) -> nn.Dense:
-            return nn.Dense(features, use_bias=False, dtype=config.dtype, name=name)
-
-        gate = dense("gate_proj", config.intermediate_size)(x)
-        up = dense("up_proj", config.intermediate_size)(x)
-        return dense("down_proj", config.hidden_size)(_ACTIVATIONS[config.activation](gate) * up)
-
-
 def _norm(config: DecoderConfig, name: str | None = None) -> RMSNorm:
     return RMSNorm(config.rms_norm_eps, config.norm_offset, name=name)
 
@@ -197,17 +174,18 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
         """Returns the residual stream after this block, and this block's new cache."""
         config = self.config
+        mlp = (MLP if config.num_experts is None else MixtureOfExperts)(config, name="mlp")
         normed = _norm(config, "input_layernorm")(x)
         mixed, cache = Attention(config, name="self_attn")(normed, cache, context)
         # The names are Hugging Face's: one of them means different norms.
         if config.post_norms:
             x = x + _norm(config, "post_attention_layernorm")(mixed)
             normed = _norm(config, "pre_feedforward_layernorm")(x)
-            mixed = MLP(config, name="mlp")(normed)
+            mixed = mlp(normed)
             return x + _norm(config, "post_feedforward_layernorm")(mixed), cache
         x = x + mixed
         normed = _norm(config, "post_attention_layernorm")(x)
-        return x + MLP(config, name="mlp")(normed), cache
+        return x + mlp(normed), cache
 
 
 class UnrolledLayers(nn.Module):

@@ -46,19 +46,43 @@ FAMILIES_OF_GEMMA = {
 """Changes to a configuration of two layers."""
 
 
+FAMILIES_OF_EXPERTS = {
+    "mixtral": {"model_type": "mixtral", "num_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "qk_norm": True,
+        "num_experts": 3,
+        "num_experts_per_tok": 1,
+        "norm_topk_prob": False,
+    },
+}
+
+
 def random_values(config: DecoderConfig) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     shapes = parameter_shapes(config)
     return {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
 
 
-def hf_tensors(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {
-        checkpoint_name(path, "hf", post_norms=post_norms(values)): np.ascontiguousarray(
-            value.T if is_transposed(path) else value
-        )
-        for path, value in values.items()
-    }
+def hf_tensors(values: dict[str, np.ndarray], *, mixtral: bool = False) -> dict[str, np.ndarray]:
+    tensors = {}
+    for path, value in values.items():
+        name = checkpoint_name(path, "hf", post_norms=post_norms(values))
+        stored = value.swapaxes(-1, -2) if is_transposed(path) else value
+        if stored.ndim == 3:  # a tensor for each expert
+            for i, expert in enumerate(stored):
+                tensors[name.replace("experts.", f"experts.{i}.")] = np.ascontiguousarray(expert)
+        else:
+            tensors[name] = np.ascontiguousarray(stored)
+    if not mixtral:
+        return tensors
+    names = {"mlp.": "block_sparse_moe.", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+    renamed = {}
+    for name, tensor in tensors.items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        renamed[name] = tensor
+    return renamed
 
 
 def post_norms(values: dict[str, np.ndarray]) -> bool:

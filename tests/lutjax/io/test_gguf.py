@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import FAMILIES_OF_GEMMA, post_norms, random_values
+from checkpoints import FAMILIES_OF_EXPERTS, FAMILIES_OF_GEMMA, post_norms, random_values
 from tiny_checkpoint import tiny_tokenizer
 
 from lutjax.io import load, load_params, load_tokenizer, open_checkpoint
@@ -59,21 +59,29 @@ def random_blocks(kind, shape) -> np.ndarray:
     """Any bytes are a block, if its float16 numbers are finite."""
     size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     rng = np.random.default_rng(0)
-    rows, columns = shape
-    blocks = rng.integers(0, 256, (rows, columns // size, block_bytes), np.uint8)
+    *rows, columns = shape
+    blocks = rng.integers(0, 256, (*rows, columns // size, block_bytes), np.uint8)
     for at in FLOAT16_AT[kind]:
-        number = rng.normal(size=blocks.shape[:2]).astype(np.float16)
+        number = rng.normal(size=blocks.shape[:-1]).astype(np.float16)
         blocks[..., at : at + 2] = number[..., None].view(np.uint8)
-    return blocks.reshape(rows, -1)
+    return blocks.reshape(*rows, -1)
 
 
 def write_gguf(path, config, values, kind=Q.F32, metadata=(), numbers=(), extra=()):
     arch = config.model_type.removesuffix("_text")
+    arch = {"mixtral": "llama", "qwen3_moe": "qwen3moe"}.get(arch, arch)
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
+    if config.model_type == "qwen3_moe":
+        writer.add_feed_forward_length(7)  # that of layers without experts, of which there are none
+        writer.add_expert_feed_forward_length(config.intermediate_size)
+    else:
+        writer.add_feed_forward_length(config.intermediate_size)
+    if config.num_experts is not None:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
     writer.add_head_count(config.num_heads)
     writer.add_head_count_kv(config.num_kv_heads)
     writer.add_key_length(config.head_dim)
@@ -93,13 +101,13 @@ def write_gguf(path, config, values, kind=Q.F32, metadata=(), numbers=(), extra=
     for key, value in dict(numbers).items():
         writer.add_uint32(key, value)
     for name, value in values.items():
-        tensor = value.T if is_transposed(name) else value
+        tensor = value.swapaxes(-1, -2) if is_transposed(name) else value
         if arch == "llama" and ("/q_proj/" in name or "/k_proj/" in name):
             tensor = permuted(tensor, config.num_heads if "/q_" in name else config.num_kv_heads)
         if name.endswith("/scale"):
             tensor = tensor + np.float32(config.norm_offset)
         tensor = np.ascontiguousarray(tensor)
-        quantised = kind if tensor.ndim == 2 else Q.F32
+        quantised = kind if tensor.ndim > 1 and "router" not in name else Q.F32
         if quantised in FLOAT16_AT:
             data = random_blocks(quantised, tensor.shape)
         else:
@@ -153,6 +161,47 @@ def test_gemma_is_read_back_exactly(tmp_path, config, family):
     assert checkpoint.config == config
     for path, value in checkpoint.parameters():
         np.testing.assert_array_equal(value, values[path], err_msg=path)
+
+
+@pytest.mark.parametrize("family", FAMILIES_OF_EXPERTS)
+def test_mixtures_of_experts_are_read_back_exactly(tmp_path, config, family):
+    change = FAMILIES_OF_EXPERTS[family] | {"norm_topk_prob": True}
+    config = dataclasses.replace(config, **change)
+    values = random_values(config)
+    write_gguf(tmp_path / "m.gguf", config, values)
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    assert checkpoint.config == config
+    for path, value in checkpoint.parameters():
+        np.testing.assert_array_equal(value, values[path], err_msg=path)
+
+
+@pytest.mark.parametrize("kind", [Q.Q8_0, Q.Q4_1, Q.Q3_K])
+def test_quantised_experts_are_kept(tmp_path, config, kind):
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    sizes = sizes if kind in FLOAT16_AT else {}
+    config = dataclasses.replace(config, **FAMILIES_OF_EXPERTS["qwen3_moe"], **sizes)
+    write_gguf(tmp_path / "m.gguf", config, random_values(config), kind)
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    path = "layers/1/mlp/experts/up_proj/kernel"
+    array = grid_array(checkpoint, path)
+    np.testing.assert_array_equal(array.materialize(), checkpoint.read(path))
+    assert array.shape == (3, config.hidden_size, config.intermediate_size)
+    assert 8 * (array.nbytes - array.lut.nbytes) / array.size == KEPT[kind]
+    abstract = abstract_grid_array(checkpoint, path)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), abstract) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), array
+    )
+
+
+@pytest.mark.parametrize(("arch", "family"), [("LLAMA", "mixtral"), ("QWEN3MOE", "qwen3_moe")])
+def test_names_of_experts_are_those_of_the_gguf_package(config, arch, family):
+    config = dataclasses.replace(config, **FAMILIES_OF_EXPERTS[family])
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch], config.num_layers)
+    for path in parameter_shapes(config):
+        hf, ours = (checkpoint_name(path, f) for f in ("hf", "gguf"))
+        if family == "mixtral" and "router" in path:
+            hf = hf.replace("mlp.gate", "block_sparse_moe.gate")
+        assert table.get_name(hf, try_suffixes=(".weight",)) == ours, path
 
 
 def test_a_sentencepiece_tokenizer_is_read_beside_the_file(tmp_path, config):
@@ -436,7 +485,7 @@ def test_a_part_of_a_split_file(tmp_path, config):
 def test_unknown_architecture(tmp_path, config):
     odd = dataclasses.replace(config, model_type="mamba")
     write_gguf(tmp_path / "m.gguf", odd, random_values(config))
-    with pytest.raises(ValueError, match="'mamba'; supported are llama, mistral, qwen2, qwen3"):
+    with pytest.raises(ValueError, match="'mamba'; supported are llama, mistral, mixtral, qwen2"):
         open_checkpoint(tmp_path / "m.gguf")
 
 

@@ -10,13 +10,19 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import FAMILIES_OF_GEMMA, hf_tensors, random_values, write_hf
+from checkpoints import (
+    FAMILIES_OF_EXPERTS,
+    FAMILIES_OF_GEMMA,
+    hf_tensors,
+    random_values,
+    write_hf,
+)
 from safetensors.numpy import load_file, save_file
 from tiny_checkpoint import assert_same_bits, tiny_tokenizer
 
 from lutjax.io import load, load_params, open_checkpoint, save
 from lutjax.io.configs import SUPPORTED, config_from_hf, config_to_hf
-from lutjax.models import RopeScaling, generate
+from lutjax.models import Decoder, RopeScaling, generate
 
 FAMILIES = {
     "llama": {},
@@ -32,8 +38,10 @@ FAMILIES = {
     "qwen2-window": {"model_type": "qwen2", "qkv_bias": True, "sliding_window": 7},
     "qwen3": {"model_type": "qwen3", "qk_norm": True, "tie_embeddings": True},
     **FAMILIES_OF_GEMMA,
+    **FAMILIES_OF_EXPERTS,
 }
 DATA = Path(__file__).parents[2] / "data" / "gemma"
+MIXTURES = DATA.parent / "mixtures"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -41,7 +49,7 @@ DATA = Path(__file__).parents[2] / "data" / "gemma"
 def test_every_family_is_read_back_exactly(tmp_path, tiny_config, family, shards):
     config = dataclasses.replace(tiny_config, **FAMILIES[family])
     values = random_values(config)
-    write_hf(tmp_path / "m", config, hf_tensors(values), shards)
+    write_hf(tmp_path / "m", config, hf_tensors(values, mixtral=family == "mixtral"), shards)
     checkpoint = open_checkpoint(tmp_path / "m")
     assert checkpoint.config == config
     assert {path: value.shape for path, value in values.items()} == dict(checkpoint.shapes)
@@ -102,6 +110,75 @@ def test_gemma_computes_what_transformers_does(family):
         model.apply, params, tokens[:, :9].tolist(), config=model.config, max_new_tokens=16
     )
     assert found == outputs[f"{family}.greedy"].tolist()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_mixtures_of_experts_compute_what_transformers_does(family):
+    outputs = np.load(MIXTURES / "outputs.npz")
+    model, params, _ = load(MIXTURES / family)
+    tokens = outputs["tokens"]
+    logits = jax.jit(model.apply)({"params": params}, tokens)
+    # float32 on both sides, logits of up to 12; no expert is chosen by less than 1e-3.
+    np.testing.assert_allclose(logits, outputs[f"{family}.logits"], rtol=1e-4, atol=1e-4)
+    found = generate(
+        model.apply, params, tokens[:, :9].tolist(), config=model.config, max_new_tokens=16
+    )
+    assert found == outputs[f"{family}.greedy"].tolist()
+
+
+def test_weights_of_experts_that_do_not_add_up_to_1():
+    outputs = np.load(MIXTURES / "outputs.npz")
+    model, params, _ = load(MIXTURES / "qwen3_moe")
+    model = Decoder(dataclasses.replace(model.config, norm_topk_prob=False))
+    logits = jax.jit(model.apply)({"params": params}, outputs["tokens"])
+    expected = outputs["qwen3_moe_unnormalised.logits"]
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(expected - outputs["qwen3_moe.logits"]).max() > 1
+
+
+def test_configurations_of_mixtures():
+    data = json.loads((MIXTURES / "qwen3_moe" / "config.json").read_text())
+    config = config_from_hf(data)
+    assert (config.num_experts, config.num_experts_per_tok) == (6, 2)
+    assert (config.intermediate_size, config.norm_topk_prob) == (24, True)
+    older = {key: data[key] for key in data if key != "num_local_experts"} | {"num_experts": 6}
+    assert config_from_hf(older) == config
+    least = {key: older[key] for key in older if key not in ("norm_topk_prob", "num_experts")}
+    assert config_from_hf(least).num_experts == 128  # what Qwen3MoeConfig takes
+    assert not config_from_hf(least).norm_topk_prob
+    windowed = data | {"use_sliding_window": True, "sliding_window": 7}
+    assert config_from_hf(windowed).sliding_window == 7
+    for change in ({"mlp_only_layers": [0]}, {"decoder_sparse_step": 2}):
+        with pytest.raises(ValueError, match="leave some layers without experts"):
+            config_from_hf(data | change)
+    with pytest.raises(ValueError, match="num_experts_per_tok=7 must be from 1 to num_experts=6"):
+        config_from_hf(data | {"num_experts_per_tok": 7})
+    data = json.loads((MIXTURES / "mixtral" / "config.json").read_text())
+    least = {key: data[key] for key in data if "experts" not in key and key != "rope_parameters"}
+    config = config_from_hf(least)
+    assert (config.num_experts, config.num_experts_per_tok, config.rope_theta) == (8, 2, 1e6)
+
+
+def test_experts_that_are_missing_or_unlike_the_others(tmp_path, tiny_config):
+    config = dataclasses.replace(tiny_config, **FAMILIES_OF_EXPERTS["qwen3_moe"])
+    tensors = hf_tensors(random_values(config))
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    changes = {
+        "the tensor of expert 2 is missing beside 'model.layers.1.mlp.experts.0.up_proj": {},
+        r"experts.2.up_proj.weight' of type F32 and shape \[1, 2\] is not stored as": {
+            name: np.zeros((1, 2), np.float32)
+        },
+        "'model.layers.1.mlp.experts.3.up_proj.weight' has no place among 3 experts": {
+            name: tensors[name],
+            name.replace("experts.2", "experts.3"): tensors[name],
+        },
+        "of type F16 and shape .* is not stored as": {name: tensors[name].astype(np.float16)},
+    }
+    del tensors[name]
+    for i, (message, change) in enumerate(changes.items()):
+        write_hf(tmp_path / str(i), config, tensors | change)
+        with pytest.raises(ValueError, match=message):
+            open_checkpoint(tmp_path / str(i))
 
 
 def older_config() -> dict:

@@ -39,11 +39,14 @@ GEMMA = {
     "sliding_window": 3,
     "sliding_layers": (True, False),
 }
+EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2}
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize(
-    "change", [{}, {"tie_embeddings": True}, GEMMA], ids=["head", "tied", "gemma"]
+    "change",
+    [{}, {"tie_embeddings": True}, GEMMA, EXPERTS],
+    ids=["head", "tied", "gemma", "experts"],
 )
 def test_prefill_decode_and_gradients(scan, change):
     config = dataclasses.replace(CONFIG, scan_layers=scan, remat=scan, **change)
@@ -69,7 +72,7 @@ def test_prefill_decode_and_gradients(scan, change):
     assert_close(actual, expected)
     table = lutjax.lift.report(model.apply, {"params": params}, TOKENS)
     assert not table.materialized and not table.unused
-    kernels = 7 if scan else 14
+    kernels = (8 if change is EXPERTS else 7) * (1 if scan else 2)  # with the router
     assert len(table.fused) == kernels + 2  # the lookup and the head
 
 

@@ -56,6 +56,13 @@ VARIANTS = {
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3": GEMMA3,
+    "experts": {"num_experts": 5, "num_experts_per_tok": 2},
+    "experts, not normalised": {
+        "num_experts": 3,
+        "num_experts_per_tok": 3,
+        "norm_topk_prob": False,
+        "qk_norm": True,
+    },
     "multi-head": {"num_kv_heads": 4},
     "multi-query": {"num_kv_heads": 1},
 }
@@ -172,8 +179,22 @@ def oracle(config: DecoderConfig, params, tokens: list[int]) -> np.ndarray:
             before_mlp = "pre_feedforward_layernorm"
         x = x + out
         y = norm(x, layer[before_mlp]["scale"])
-        hidden = activation(y @ mlp["gate_proj"]["kernel"]) * (y @ mlp["up_proj"]["kernel"])
-        out = hidden @ mlp["down_proj"]["kernel"]
+
+        def gated(y, matrices):
+            gate, up, down = (matrices[f"{n}_proj"]["kernel"] for n in ("gate", "up", "down"))
+            return activation(y @ gate) * (y @ up) @ down
+
+        def mixture(y, mlp=mlp, gated=gated):  # [d]
+            logits = y @ mlp["router"]["kernel"]
+            chances = np.exp(logits) / np.exp(logits).sum()
+            chosen = np.argsort(-chances)[: config.num_experts_per_tok]
+            shares = chances[chosen]
+            if config.norm_topk_prob:
+                shares = shares / shares.sum()
+            experts = [jax.tree.map(lambda w, i=i: w[i], mlp["experts"]) for i in chosen]
+            return sum(s * gated(y, expert) for s, expert in zip(shares, experts, strict=True))
+
+        out = gated(y, mlp) if config.num_experts is None else np.stack([mixture(row) for row in y])
         x = x + (
             norm(out, layer["post_feedforward_layernorm"]["scale"]) if config.post_norms else out
         )
@@ -188,6 +209,7 @@ COMBINATIONS = {
     "tied, biases, Llama-3 RoPE": VARIANTS["qwen2"] | VARIANTS["llama3"],
     "alternating layers": GEMMA3 | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0},
     "norms, window, multi-query": VARIANTS["qwen3"] | VARIANTS["mistral"] | {"num_kv_heads": 1},
+    "experts": VARIANTS["experts"] | {"qk_norm": True},
 }
 
 

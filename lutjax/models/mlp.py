@@ -1,0 +1,97 @@
+"""The second half of a block: a gated MLP, or one of several for each token."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from lutjax.models.config import DecoderConfig
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+class MLP(nn.Module):
+    """The gated MLP down(activation(gate(x)) · up(x)) (arXiv 2002.05202)."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Applies the MLP to every token."""
+        config = self.config
+
+        def dense(name: str, features: int) -> nn.Dense:
+            return nn.Dense(features, use_bias=False, dtype=config.dtype, name=name)
+
+        gate = dense("gate_proj", config.intermediate_size)(x)
+        up = dense("up_proj", config.intermediate_size)(x)
+        return dense("down_proj", config.hidden_size)(_ACTIVATIONS[config.activation](gate) * up)
+
+
+class MixtureOfExperts(nn.Module):
+    """Of `num_experts` gated MLPs, each token's best (arXiv 2401.04088, section 2.1).
+
+    y = Σᵢ pᵢ · MLPᵢ(x) over the `num_experts_per_tok` experts of the largest pᵢ, which are divided
+    by their sum if `norm_topk_prob`; p = softmax(router(x)).
+    """
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Applies its experts to every token."""
+        config = self.config
+        assert config.num_experts is not None and config.num_experts_per_tok is not None
+        tokens = x.reshape(-1, x.shape[-1])
+        router = nn.Dense(config.num_experts, use_bias=False, dtype=config.dtype, name="router")
+        chances = jax.nn.softmax(router(tokens).astype(jnp.float32))
+        shares, chosen = lax.top_k(chances, config.num_experts_per_tok)
+        if config.norm_topk_prob:
+            shares = shares / shares.sum(axis=-1, keepdims=True)
+
+        # Every token once for each of its experts, sorted by expert.
+        order = jnp.argsort(chosen.reshape(-1), stable=True)
+        rows = jnp.take(tokens, order // config.num_experts_per_tok, axis=0)
+        sizes = jnp.bincount(chosen.reshape(-1), length=config.num_experts)
+        rows = Experts(config, name="experts")(rows, sizes.astype(jnp.int32))
+        rows = jnp.take(rows, jnp.argsort(order), axis=0).reshape(*chosen.shape, -1)
+        return (rows * shares[..., None].astype(x.dtype)).sum(axis=1).reshape(x.shape)
+
+
+class Experts(nn.Module):
+    """The gated MLPs of a mixture."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "m d"], sizes: Int32[Array, " e"]) -> Float[Array, "m d"]:
+        """Applies each expert to its rows: `sizes[0]` of the first, then those of the next."""
+        config = self.config
+        gate = _Stacked(config, config.intermediate_size, name="gate_proj")(x, sizes)
+        up = _Stacked(config, config.intermediate_size, name="up_proj")(x, sizes)
+        hidden = _ACTIVATIONS[config.activation](gate) * up
+        return _Stacked(config, config.hidden_size, name="down_proj")(hidden, sizes)
+
+
+class _Stacked(nn.Module):
+    """One of the matrices of every expert, `kernel [E, in, out]`."""
+
+    config: DecoderConfig
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "m k"], sizes: Int32[Array, " e"]) -> Float[Array, "m n"]:
+        """The rows of each expert, in order, times its matrix."""
+        init = nn.initializers.lecun_normal(batch_axis=0)
+        shape = (self.config.num_experts, x.shape[-1], self.features)
+        kernel = self.param("kernel", init, shape)
+        return lax.ragged_dot(x.astype(self.config.dtype), kernel.astype(self.config.dtype), sizes)
