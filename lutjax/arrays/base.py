@@ -279,6 +279,9 @@ def cut(a: jax.Array, start: Any, size: int, axis: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(a, start, size, axis=axis)
 
 
+_FEW_TILES = 8
+
+
 def entry(weight: Any, index: jax.Array) -> Any:
     """One entry of a weight's first batch axis."""
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), weight)
@@ -291,10 +294,21 @@ def map_tiles(
     count: int,
 ) -> Float[Array, "t m n"]:
     """``product(groups[i], x[i])`` for each tile, with a weight of ``count`` entries."""
-    if len(groups) <= count:  # all at once: their entries together are no larger than the weight
+
+    def at_once(groups: jax.Array, x: jax.Array) -> jax.Array:
         return jax.vmap(product)(groups, x)
-    # The backward pass would otherwise keep the entry of every tile.
-    return jax.lax.map(lambda tile: jax.checkpoint(product)(*tile), (groups, x))
+
+    def in_turn(groups: jax.Array, x: jax.Array) -> jax.Array:
+        # The backward pass would otherwise keep the entry of every tile.
+        one = jax.checkpoint(product, prevent_cse=False)
+        return jax.lax.map(lambda tile: one(*tile), (groups, x))
+
+    if len(groups) > count:  # the entries of all tiles together would be larger than the weight
+        return in_turn(groups, x)
+    if len(groups) <= _FEW_TILES:
+        return at_once(groups, x)
+    # XLA takes longer on a CPU to gather entries than they take to multiply.
+    return jax.lax.platform_dependent(groups, x, cpu=in_turn, default=at_once)
 
 
 def is_compressed(x: Any) -> bool:

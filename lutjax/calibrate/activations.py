@@ -162,7 +162,7 @@ def activation_quantiles(
     if not totals:
         raise ValueError("batches is empty; give at least one")
     for path, counts in totals.items():
-        if not counts.sum(axis=-1).all():
+        if not counts.any():
             raise ValueError(f"nothing enters {path!r}: fn does not use it, or not differentiably")
     return ActivationQuantiles({p: MagnitudeHistogram(c) for p, c in totals.items()}, score)
 

@@ -72,7 +72,7 @@ class MagnitudeHistogram:
         """The value that a share ``p`` of the magnitudes does not exceed, ``[*batch]``.
 
         Interpolated within a bin; off by at most ``RELATIVE_ERROR`` of itself, and 0 where the
-        share is reached by zeros.
+        share is reached by zeros, or nothing was counted for a batch entry (an expert, perhaps).
 
         Args:
           p: In [0, 1]; a number, or one for each batch entry.
@@ -86,14 +86,17 @@ class MagnitudeHistogram:
         p = np.broadcast_to(np.asarray(p, np.float64), self.counts.shape[:-1])
         if not ((p >= 0) & (p <= 1)).all():
             raise ValueError(f"p={p} is outside [0, 1]")
-        if not (self.total > 0).all():
+        if not self.total.any():
             raise ValueError("the histogram is empty")
         flat = self.counts.reshape(-1, self.counts.shape[-1])
         pairs = zip(flat, p.reshape(-1), strict=True)
         return np.array([_quantile(c, q) for c, q in pairs]).reshape(p.shape)
 
     def share_below(self, value: float | np.ndarray) -> np.ndarray:
-        """The share of magnitudes that do not exceed ``value``, ``[*batch]``; interpolated."""
+        """The share of magnitudes that do not exceed ``value``, ``[*batch]``; interpolated.
+
+        0 for a batch entry for which nothing was counted.
+        """
         value = np.broadcast_to(np.asarray(value, np.float64), self.counts.shape[:-1])
         flat = self.counts.reshape(-1, self.counts.shape[-1])
         pairs = zip(flat, value.reshape(-1), strict=True)
@@ -117,4 +120,4 @@ def _quantile(counts: np.ndarray, p: float) -> float:
 
 def _share_below(counts: np.ndarray, value: float) -> float:
     below = _cumulative(counts)
-    return float(np.interp(value, _EDGES, below) / below[-1])
+    return float(np.interp(value, _EDGES, below) / max(below[-1], 1))

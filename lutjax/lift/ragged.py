@@ -36,7 +36,7 @@ def _ragged_dot_general(params: dict, x: Any, weight: Any, sizes: Any, *offset: 
     assert plan is not None
     partner = dict(zip(w_contract, x_contract, strict=True))
     x = transposed(x, (*rows, *(partner[axis] for axis in plan.contracted)))
-    x = x.reshape(x.shape[0], -1)
+    x = x.reshape(x.shape[0], int(np.prod(x.shape[1:])))
     if jnp.finfo(out_dtype).bits > jnp.finfo(x.dtype).bits and not is_packed(weight):
         x = x.astype(out_dtype)
     y = _grouped_product(weight, x, sizes, transpose=plan.transposed).astype(out_dtype)
@@ -55,6 +55,8 @@ def _grouped_product(
     known, an entry that no row meets is not read, and one that many meet is read once a tile.
     """
     m, count = x.shape[0], weight.batch_shape[0]
+    if not m:
+        return jnp.zeros((0, weight.matrix_shape[0 if transpose else 1]), x.dtype)
     rows = _tile_rows(m, count)
     # No more tiles, if as many groups as possible end with a row of their own.
     tiles = (m + min(m, count) * (rows - 1)) // rows

@@ -18,6 +18,7 @@ import numpy as np
 from lutjax.arrays import CompressedArray, GatedArray, is_compressed
 from lutjax.calibrate.activations import ActivationQuantiles, projections, row_norms
 from lutjax.calibrate.hashing import content_hash
+from lutjax.calibrate.histogram import MagnitudeHistogram
 from lutjax.lift import lift
 from lutjax.models.blockwise import BlockFn, functions_by_block
 from lutjax.paths import named_leaves, path_string
@@ -200,15 +201,11 @@ def _search_block(
     sizes = {name: math.prod(leaf.shape) for name, leaf in named_leaves(params) if name in wraps}
     shares = {name: size / sum(sizes.values()) for name, size in sizes.items()}
     weights = {name: wraps[name](leaf) for name, leaf in named_leaves(params) if name in wraps}
-    for name, weight in weights.items():
-        if weight.batch_shape:
-            raise ValueError(f"{path}/{name} is stacked; search one block at a time")
     norms = {n: row_norms(w) if quantiles.score == "wina" else None for n, w in weights.items()}
 
     def error(levels: Mapping[str, float]) -> float:
         thresholds = {
-            name: np.float32(quantiles[f"{path}/{name}"].quantile(level) if level else 0.0)
-            for name, level in levels.items()
+            name: _quantile(quantiles[f"{path}/{name}"], level) for name, level in levels.items()
         }
         return float(_error(fn, params, weights, norms, thresholds, x, y))
 
@@ -228,6 +225,11 @@ def _search_block(
         raised.append(best)
         errors.append(tried[best])
     return BlockSearch(shares, tuple(raised), tuple(errors))
+
+
+def _quantile(histogram: MagnitudeHistogram, level: float) -> np.ndarray:
+    """Thresholds of a weight, or of each of several experts; exactly 0 at no sparsity."""
+    return np.where(level > 0, histogram.quantile(level), 0.0).astype(np.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -66,7 +66,8 @@ def measure_sparsity(
             totals[path] = totals.get(path, 0) + np.asarray(counts, np.float64)
     if not totals:
         raise ValueError("batches is empty; give at least one")
-    shares = {path: count[..., 0] / count[..., 1] for path, count in totals.items()}
+    # An expert may have seen nothing.
+    shares = {path: c[..., 0] / np.maximum(c[..., 1], 1) for path, c in totals.items()}
     return AchievedSparsity(shares, {path: gated[path].size for path in shares})
 
 

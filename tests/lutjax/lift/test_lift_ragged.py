@@ -18,6 +18,7 @@ SIZES = {  # rows in x, rows of each group
     "one group has all": (40, [0, 0, 0, 0, 40]),
     "rows of no group": (40, [4, 0, 9, 1, 2]),
     "no rows of any group": (7, [0, 0, 0, 0, 0]),
+    "no rows": (0, [0, 0, 0, 0, 0]),
 }
 
 
