@@ -56,14 +56,8 @@ class GridBlocks:
 
     @classmethod
     def stack(cls, grids: Sequence[GridBlocks]) -> GridBlocks:
-        """The matrices of several experts, which are quantised alike, as one.
-
-        Raises:
-          ValueError: if their tables differ.
-        """
+        """The matrices of several experts, which are quantised alike and share a table, as one."""
         first = grids[0]
-        if any(not np.array_equal(grid.levels, first.levels) for grid in grids):
-            raise ValueError("the experts have different tables")
         offsets = [grid.offsets for grid in grids if grid.offsets is not None]
         columns = None
         if any(grid.columns is not None for grid in grids):

@@ -190,7 +190,10 @@ class ExpertsReader(TensorReader):
         """
         if name not in self._experts:
             return self._reader.read_grid(self._renamed[name])
-        return GridBlocks.stack([self._reader.read_grid(member) for member in self._experts[name]])
+        grids = [self._reader.read_grid(member) for member in self._experts[name]]
+        if any(not np.array_equal(grid.levels, grids[0].levels) for grid in grids):
+            raise ValueError(f"{name!r}: its experts have different tables, which cannot be kept")
+        return GridBlocks.stack(grids)
 
     def is_zero_bias(self, name: str) -> bool:
         """Whether a tensor is a quantised layer's bias of zeros, which some tools always write."""

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from checkpoints import hf_tensors, random_values, write_hf
+from checkpoints import FAMILIES_OF_EXPERTS, hf_tensors, random_values, write_hf
 from quantized_checkpoints import CASES, write_quantized, write_tensors
 from tiny_checkpoint import assert_same_bits, tiny_tokenizer
 
@@ -171,6 +171,43 @@ def test_kept_layers_compute_the_same(tmp_path, config, name):
     logits = jax.jit(lutjax.lift(model.apply, strict=True))({"params": kept}, tokens)
     # float32 sums in another order, through two layers.
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", ["gptq-4-act", "gptq-3-sym-column", "awq", "compressed-4-asym"])
+def test_experts_stay_quantised(tmp_path, config, name):
+    config = dataclasses.replace(config, **FAMILIES_OF_EXPERTS["qwen3_moe"])
+    _, expected = write_quantized(tmp_path / "m", config, CASES[name])
+    model, dense, _ = lutjax.load(tmp_path / "m")
+    _, kept, _ = lutjax.load(tmp_path / "m", keep_quantized=True)
+    assert_same_bits(lutjax.materialize(kept), dense)
+    up = kept["layers"]["1"]["mlp"]["experts"]["up_proj"]["kernel"]
+    assert lutjax.is_compressed(up) and up.shape == (3, 64, 96)
+    for i in range(3):
+        exact = expected[f"model.layers.1.mlp.experts.{i}.up_proj.weight"].T
+        np.testing.assert_array_equal(np.asarray(up.materialize()[i], np.float64), exact)
+    checkpoint = open_checkpoint(tmp_path / "m")
+    path = "layers/1/mlp/experts/up_proj/kernel"
+    assert jax.eval_shape(lambda: grid_array(checkpoint, path)) == abstract_grid_array(
+        checkpoint, path
+    )
+    tokens = jnp.arange(8).reshape(1, 8)
+    logits = jax.jit(lutjax.lift(model.apply, strict=True))({"params": kept}, tokens)
+    dense_logits = jax.jit(model.apply)({"params": dense}, tokens)
+    # float32 sums in another order, through two layers.
+    np.testing.assert_allclose(
+        logits, dense_logits, rtol=1e-4, atol=1e-4 * np.abs(dense_logits).max()
+    )
+    compress_checkpoint(tmp_path / "m", tmp_path / "out", keep_quantized=True)
+    _, found, _ = lutjax.load(tmp_path / "out")
+    assert_same_bits(found["layers"]["1"]["mlp"]["experts"], kept["layers"]["1"]["mlp"]["experts"])
+
+
+def test_experts_with_tables_of_their_own_are_not_kept(tmp_path, config):
+    config = dataclasses.replace(config, **FAMILIES_OF_EXPERTS["mixtral"])
+    write_quantized(tmp_path / "m", config, CASES["nf4"])  # with a random table in each
+    lutjax.load(tmp_path / "m")
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts.*have different tables"):
+        lutjax.load(tmp_path / "m", keep_quantized=True)
 
 
 @pytest.mark.parametrize("name", ["gptq-3", "gptq-4-act", "awq", "nf4-double", "compressed-4"])
