@@ -202,8 +202,28 @@ def prepacked():
             raise AssertionError("prepack took a weight on several devices")
 
 
+def experts():
+    """The columns of experts split: equal to one device, and no codes move."""
+    params = lutjax.quantize({"kernel": normal(0, 5, WIDTH, HIDDEN)}, bits=4, group_size=16)
+    sizes = jnp.array([0, 3, 30, 5, 2])
+
+    def fn(params, x):
+        return jax.lax.ragged_dot(x, params["kernel"], sizes)
+
+    mesh = mesh_of(AxisType.Auto)
+    spec = {"kernel": NamedSharding(mesh, P(None, None, "model"))}
+    sharded = jax.device_put(params, lutjax.shardings_like(params, spec))
+    for rows in (3, 40):
+        x = jax.device_put(normal(2, rows, WIDTH), NamedSharding(mesh, P()))
+        compiled = jax.jit(lutjax.lift(fn, strict=True)).lower(sharded, x).compile()
+        expected = fn(lutjax.materialize(params), x)
+        np.testing.assert_allclose(compiled(sharded, x), expected, rtol=2e-5, atol=2e-4)
+        assert not collectives(compiled.as_text())
+
+
 PROGRAMS = {
-    f.__name__: f for f in (gspmd, manual_outside, manual_inside, explicit, adapters, prepacked)
+    f.__name__: f
+    for f in (gspmd, manual_outside, manual_inside, explicit, adapters, prepacked, experts)
 }
 
 if __name__ == "__main__":
