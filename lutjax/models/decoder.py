@@ -21,7 +21,7 @@ from lutjax.models.rope import apply_rope, rope_frequencies, rope_tables
 _MASKED = -1e30
 
 CHUNK = 512
-"""How many tokens are read into a cache at once, at most; more are read one chunk after another."""
+"""How many tokens attend at once, and are read into a cache at once, at most."""
 
 
 class AttentionContext(NamedTuple):
@@ -124,6 +124,36 @@ def _merge_heads(x: Float[Array, "b t n h"]) -> Float[Array, "bn t h"]:
 
 
 def _attend(
+    config: DecoderConfig,
+    q: Float[Array, "b t n h"],
+    keys: Float[Array, "bk s h"],
+    values: Float[Array, "bk s h"],
+    mask: Bool[Array, "b t s"],
+) -> Float32[Array, "b t n h"]:
+    """Attention of at most CHUNK queries at once, so that there are never T · S scores.
+
+    The backward pass computes the scores of a chunk once more.
+    """
+    batch, time = q.shape[:2]
+    if time <= CHUNK:
+        return _attend_at_once(config, q, keys, values, mask)
+    whole = time - time % CHUNK
+    chunks = tuple(
+        a[:, :whole].reshape(batch, -1, CHUNK, *a.shape[2:]).swapaxes(0, 1) for a in (q, mask)
+    )
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def attend(chunk: tuple[Array, Array]) -> Float32[Array, "b c n h"]:
+        return _attend_at_once(config, chunk[0], keys, values, chunk[1])
+
+    mixed = lax.map(attend, chunks).swapaxes(0, 1).reshape(batch, whole, *q.shape[2:])
+    if whole == time:
+        return mixed
+    rest = _attend_at_once(config, q[:, whole:], keys, values, mask[:, whole:])
+    return jnp.concatenate([mixed, rest], axis=1)
+
+
+def _attend_at_once(
     config: DecoderConfig,
     q: Float[Array, "b t n h"],
     keys: Float[Array, "bk s h"],

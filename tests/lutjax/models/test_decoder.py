@@ -336,6 +336,43 @@ def test_chunks_equal_one_piece(config, scan_layers, monkeypatch):
     np.testing.assert_allclose(logits[:, 0], expected[jnp.arange(3), at[:, 0]], **TOLERANCE)
 
 
+def test_attention_in_chunks_changes_nothing(config, monkeypatch):
+    params, tokens = random_params(config), tokens_for(config, batch=3, time=11)
+    mask = jnp.arange(11)[None] < jnp.array([[11], [7], [2]])
+
+    def loss(params):
+        logits = Decoder(config).apply({"params": params}, tokens, mask=mask)
+        return jnp.mean(jnp.square(jnp.where(mask[..., None], logits, 0))), logits
+
+    def run(params):
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    expected_gradient, expected = run(params)
+    monkeypatch.setattr(decoder, "CHUNK", 4)  # chunks of 4 and 4 in a loop, and of 3
+    gradient, logits = run(params)
+    np.testing.assert_allclose(logits[mask], expected[mask], **TOLERANCE)
+    for found, leaf in zip(*map(jax.tree.leaves, (gradient, expected_gradient)), strict=True):
+        np.testing.assert_allclose(found, leaf, atol=1e-4 * np.abs(leaf).max())
+
+
+def test_attention_needs_no_memory_for_all_pairs_of_tokens(tiny_config, monkeypatch):
+    monkeypatch.setattr(decoder, "CHUNK", 64)
+    model, params = (
+        Decoder(dataclasses.replace(tiny_config, remat=True)),
+        random_params(tiny_config),
+    )
+
+    def loss(params, tokens):
+        return jnp.mean(jnp.square(model.apply({"params": params}, tokens)))
+
+    def temporaries(time: int) -> int:
+        lowered = jax.jit(jax.grad(loss)).lower(params, jnp.zeros((1, time), jnp.int32))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    scores = 4 * tiny_config.num_heads * 2048**2
+    assert temporaries(2048) < scores / 2
+
+
 def test_logits_at_selects(tiny_config):
     params, tokens = random_params(tiny_config), tokens_for(tiny_config)
     everything = run(tiny_config, params, tokens)
