@@ -25,7 +25,7 @@ Choice = Int[np.ndarray, " m"]
 # HiGHS stops when it has proved its solution this close to the optimum, relative to its cost, but
 # not further from it than the second number relative to what of that cost can be avoided.
 _GAP, _AVOIDABLE_GAP = 1e-5, 1e-4
-_TIME_LIMIT = 20.0  # seconds; then its best solution so far, which many equal matrices may need
+_TIME_LIMIT = 20.0  # seconds; then its best solution so far, which many matrices may need
 
 
 class InfeasibleBudgetError(ValueError):
@@ -69,27 +69,33 @@ def solve_ilp(costs: Costs, sizes: Sizes, budget: int) -> Choice:
     greedy = solve_greedy(costs, sizes, budget)
     avoidable = _total(costs, greedy)
     gap = min(_GAP * (1 + least.sum() / avoidable), _AVOIDABLE_GAP) if avoidable > 0 else _GAP
-    rows, columns = np.nonzero(_core(costs, sizes, budget, greedy))
-    value, size = costs[rows, columns], sizes[rows, columns].astype(np.float64)
-    count = len(rows)
-    one_each = csr_array((np.ones(count), (rows, np.arange(count))), shape=(len(costs), count))
+    # Matrices that are alike are counted, not told apart: there would be a solution for each order.
+    alike = np.unique(np.hstack([costs, sizes]), axis=0, return_inverse=True)[1].reshape(-1)
+    counts = np.bincount(alike)
+    core = np.zeros((len(counts), costs.shape[1]), bool)
+    np.logical_or.at(core, alike, _core(costs, sizes, budget, greedy))
+    rows, columns = np.nonzero(core)
+    first = np.unique(alike, return_index=True)[1][rows]
+    value, size = costs[first, columns], sizes[first, columns].astype(np.float64)
+    members = csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))))
     limit = budget
     # HiGHS allows itself a small violation: where that shows in whole units, ask for less.
     for _ in range(5):
         result = milp(
             value / max(value.max(), np.finfo(float).tiny),
-            integrality=np.ones(count),
-            bounds=Bounds(0, 1),
+            integrality=np.ones(len(rows)),
+            bounds=Bounds(0, counts[rows]),
             constraints=[
-                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(members, counts, counts),
                 LinearConstraint(size[None] / budget, -np.inf, limit / budget),
             ],
             options={"mip_rel_gap": gap, "time_limit": _TIME_LIMIT},
         )
         if result.x is None:
             break
-        picked = np.nonzero(result.x > 0.5)[0]
-        choice = columns[picked[np.argsort(rows[picked])]]
+        # Rows ascend, so the matrices of each kind take their configurations in order.
+        choice = np.empty(len(costs), np.int64)
+        choice[np.argsort(alike, kind="stable")] = np.repeat(columns, result.x.round().astype(int))
         excess = int(_total(sizes, choice)) - budget
         if excess <= 0:
             return min(choice, greedy, key=lambda choice: _total(costs, choice))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -96,6 +97,25 @@ def test_larger_instances_agree_and_hold_the_budget(seed):
     # A discretisation to ten thousand units loses little; greedy is optimal up to one upgrade.
     assert found[solve_dp] <= 1.02 * found[solve_ilp]
     assert found[solve_greedy] <= 1.05 * found[solve_ilp]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_many_matrices_of_few_kinds(seed):
+    """As where only shapes are known. Told apart, HiGHS would not be done within its time."""
+    rng = np.random.default_rng(seed)
+    kinds = rng.integers(0, 4, 300)
+    sizes = np.cumsum(rng.integers(1, 9, (4, 12)), axis=1)[kinds] * 1000
+    costs = -np.sort(-rng.exponential(size=(4, 12)), axis=1)[kinds]
+    budget = int(sizes[:, 0].sum() + 0.4 * (sizes[:, -1] - sizes[:, 0]).sum())
+    started = time.process_time()
+    choice = solve_ilp(costs, sizes, budget)
+    assert time.process_time() - started < 10
+    index = np.arange(300)
+    assert sizes[index, choice].sum() <= budget
+    exact = solve_dp(costs, sizes, budget)  # 1000 divides all sizes
+    found, best = costs[index, choice].sum(), costs[index, exact].sum()
+    # Within the gap: 1e-4 of what can be avoided.
+    assert best - 1e-9 <= found <= best + 1e-4 * (costs[:, 0] - costs[:, -1]).sum()
 
 
 def test_uniform():
