@@ -12,7 +12,7 @@ from lutjax import optim
 from lutjax.linear_maps import Gaussian, SemiOrthogonal, matching
 from lutjax.optim.project import ProjectedTransformation
 
-PROJECTED = ("*self_attn/*/kernel", "*mlp/*/kernel")
+PROJECTED = ("*self_attn/*_proj/kernel", "*mlp/*_proj/kernel")
 """What is projected: the matrices of attention and MLP, as in the GaLore paper."""
 
 

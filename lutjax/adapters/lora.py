@@ -42,9 +42,9 @@ from lutjax.transforms.quantize import weight_view
 from lutjax.transforms.recipe import COLUMN, MIN_GROUP_SIZE
 
 ALL_LINEAR = ("*kernel",)
-"""Every kernel but that of the output head."""
+"""Every kernel but that of the output head and those of routers."""
 
-_NEVER = ("*embed*", "*lm_head*")
+_NEVER = ("*embed*", "*lm_head*", "*router*")
 
 
 def init(
@@ -61,8 +61,8 @@ def init(
       params: Dense or compressed parameters.
       rank: Inner size r, 1 to min(K, N).
       key: Each matrix uses its own key, made from this one and its path.
-      targets: Paths or globs of the matrices to adapt; embeddings and the output head only if they
-        are named in full.
+      targets: Paths or globs of the matrices to adapt; embeddings, routers and the output head
+        only if they are named in full.
       dtype: Dtype of the factors.
 
     Returns:

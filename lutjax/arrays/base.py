@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from lutjax.arrays.grouped import entry, map_tiles
 from lutjax.arrays.split import Split
 from lutjax.arrays.view import MatrixView
 
@@ -78,11 +79,9 @@ class CompressedArray(abc.ABC):
           groups: The entry of the batch axis that each tile meets, in range.
           sizes: How many rows of each tile count.
         """
-
-        def product(group: jax.Array, rows: jax.Array) -> jax.Array:
-            return entry(self, group).matmul(rows)
-
-        return map_tiles(product, groups, x, self.batch_shape[0])
+        return map_tiles(
+            lambda group, rows: entry(self, group).matmul(rows), self, x, groups, sizes
+        )
 
     @abc.abstractmethod
     def with_view(self, view: MatrixView) -> Self:
@@ -277,38 +276,6 @@ def cut(a: jax.Array, start: Any, size: int, axis: int) -> jax.Array:
     if isinstance(start, int):
         return jax.lax.slice_in_dim(a, start, start + size, axis=axis)
     return jax.lax.dynamic_slice_in_dim(a, start, size, axis=axis)
-
-
-_FEW_TILES = 8
-
-
-def entry(weight: Any, index: jax.Array) -> Any:
-    """One entry of a weight's first batch axis."""
-    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False), weight)
-
-
-def map_tiles(
-    product: Callable[[jax.Array, jax.Array], jax.Array],
-    groups: Int[Array, " t"],
-    x: Float[Array, "t m k"],
-    count: int,
-) -> Float[Array, "t m n"]:
-    """``product(groups[i], x[i])`` for each tile, with a weight of ``count`` entries."""
-
-    def at_once(groups: jax.Array, x: jax.Array) -> jax.Array:
-        return jax.vmap(product)(groups, x)
-
-    def in_turn(groups: jax.Array, x: jax.Array) -> jax.Array:
-        # The backward pass would otherwise keep the entry of every tile.
-        one = jax.checkpoint(product, prevent_cse=False)
-        return jax.lax.map(lambda tile: one(*tile), (groups, x))
-
-    if len(groups) > count:  # the entries of all tiles together would be larger than the weight
-        return in_turn(groups, x)
-    if len(groups) <= _FEW_TILES:
-        return at_once(groups, x)
-    # XLA takes longer on a CPU to gather entries than they take to multiply.
-    return jax.lax.platform_dependent(groups, x, cpu=in_turn, default=at_once)
 
 
 def is_compressed(x: Any) -> bool:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lutjax.arrays import CompressedArray, WrapperArray, is_compressed
-from lutjax.arrays.base import entry
+from lutjax.arrays.grouped import entry
 from lutjax.lift import lift
 from lutjax.paths import path_string
 

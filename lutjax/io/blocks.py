@@ -58,7 +58,9 @@ class GridBlocks:
     def stack(cls, grids: Sequence[GridBlocks]) -> GridBlocks:
         """The matrices of several experts, which are quantised alike and share a table, as one."""
         first = grids[0]
-        offsets = [grid.offsets for grid in grids if grid.offsets is not None]
+        offsets = None
+        if first.offsets is not None:
+            offsets = np.stack([np.asarray(grid.offsets) for grid in grids])
         columns = None
         if any(grid.columns is not None for grid in grids):
             same = np.arange(first.codes.shape[1])
@@ -67,13 +69,13 @@ class GridBlocks:
             np.stack([grid.codes for grid in grids]),
             first.levels,
             np.stack([grid.scales for grid in grids]),
-            np.stack(offsets) if offsets else None,
+            offsets,
             first.group_size,
             columns,
         )
 
     def rows(self, order: np.ndarray) -> GridBlocks:
-        """The same matrix, of no expert, with its rows in another order."""
+        """The same matrix with its rows in another order; there must be no axis of experts."""
         offsets = None if self.offsets is None else self.offsets[order]
         return dataclasses.replace(
             self, codes=self.codes[order], scales=self.scales[order], offsets=offsets

@@ -62,7 +62,7 @@ def fields_from_hf(data: Mapping[str, Any], model_type: str, source: str) -> dic
             "supported"
         )
     # transformers 5 calls them local in both families, and so does Mixtral.
-    key = "num_local_experts" if "num_local_experts" in data else "num_experts"
+    key = "num_experts" if data.get("num_local_experts") is None else "num_local_experts"
     return {
         "num_experts": integer(data, key, source),
         "num_experts_per_tok": integer(data, "num_experts_per_tok", source),
@@ -85,6 +85,7 @@ def fields_to_hf(config: DecoderConfig) -> dict[str, Any]:
         return {}
     return {
         "num_local_experts": config.num_experts,
+        "num_experts": config.num_experts,  # as transformers 4 has it for Qwen3-MoE
         "num_experts_per_tok": config.num_experts_per_tok,
         "norm_topk_prob": config.norm_topk_prob,
         width_key(config.model_type): config.intermediate_size,
@@ -123,7 +124,7 @@ class ExpertsReader(TensorReader):
         Raises:
           ValueError: naming the tensor of an expert that is missing, or is unlike the others'.
         """
-        self._reader = reader
+        self._reader, self._source = reader, source
         experts: dict[str, dict[int, str]] = {}
         self._renamed: dict[str, str] = {}
         for name in reader.infos:
@@ -140,14 +141,11 @@ class ExpertsReader(TensorReader):
             whole: _all_of(members, whole, count, source) for whole, members in experts.items()
         }
         for whole, members in self._experts.items():
-            first = reader.infos[members[0]]
+            first, spec = reader.infos[members[0]], reader.grid_spec(members[0])
             for member in members:
-                info, like = reader.infos[member], reader.grid_spec(members[0])
-                if (info.shape, info.dtype, reader.grid_spec(member)) != (
-                    first.shape,
-                    first.dtype,
-                    like,
-                ):
+                info = reader.infos[member]
+                alike = (info.shape, info.dtype) == (first.shape, first.dtype)
+                if not alike or reader.grid_spec(member) != spec:
                     raise ValueError(
                         f"{source}: tensor {member!r} of type {info.dtype} and shape "
                         f"{list(info.shape)} is not stored as {members[0]!r} is"
@@ -192,7 +190,10 @@ class ExpertsReader(TensorReader):
             return self._reader.read_grid(self._renamed[name])
         grids = [self._reader.read_grid(member) for member in self._experts[name]]
         if any(not np.array_equal(grid.levels, grids[0].levels) for grid in grids):
-            raise ValueError(f"{name!r}: its experts have different tables, which cannot be kept")
+            raise ValueError(
+                f"{self._source}: the experts of {name!r} have different tables, which cannot be "
+                "kept; load them dense"
+            )
         return GridBlocks.stack(grids)
 
     def is_zero_bias(self, name: str) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from lutjax.arrays import CompressedArray, is_compressed
-from lutjax.arrays.base import entry, map_tiles
+from lutjax.arrays.grouped import entry, map_tiles
 from lutjax.lift.products import fits_kernel, is_packed, plan_product, transposed
 from lutjax.lift.registry import NEEDS_DENSE, rule
 
@@ -23,17 +23,16 @@ def _ragged_dot_general(params: dict, x: Any, weight: Any, sizes: Any, *offset: 
     contract, batch = numbers.dot_dimension_numbers
     x_contract, w_contract = (tuple(axes) for axes in contract)
     rows = tuple(numbers.lhs_ragged_dimensions)
-    grouped = tuple(numbers.rhs_group_dimensions) == (0,) and not any(batch)
-    if is_compressed(x) or not is_compressed(weight) or offset or not grouped:
+    one_stack = tuple(numbers.rhs_group_dimensions) == (0,) and not any(batch)
+    only_rows = x.ndim == 1 + len(x_contract) and rows[0] not in x_contract
+    if is_compressed(x) or offset or not (one_stack and only_rows and len(weight.batch_shape) == 1):
         return NEEDS_DENSE
     out_dtype = params["preferred_element_type"] or jnp.result_type(x.dtype, weight.dtype)
-    plan = plan_product(weight, w_contract, ()) if len(weight.batch_shape) == 1 else None
-    unfit = plan is None or plan.summed or len(plan.contracted) != len(x_contract)
-    if unfit or x.ndim != 1 + len(x_contract) or rows[0] in x_contract:
+    plan = plan_product(weight, w_contract, ())
+    if plan is None or plan.summed or len(plan.contracted) != len(x_contract):
         return NEEDS_DENSE
     if not (fits_kernel(x.dtype) and fits_kernel(out_dtype)):
         return NEEDS_DENSE
-    assert plan is not None
     partner = dict(zip(w_contract, x_contract, strict=True))
     x = transposed(x, (*rows, *(partner[axis] for axis in plan.contracted)))
     x = x.reshape(x.shape[0], int(np.prod(x.shape[1:])))
@@ -51,40 +50,46 @@ def _grouped_product(
 ) -> Float[Array, "m n"]:
     """Rows of ``x``, sorted by group, times the entries of their groups; zero after the last group.
 
-    Rows are put into tiles of one group each, so that whatever the sizes of the groups, shapes are
-    known, an entry that no row meets is not read, and one that many meet is read once a tile.
+    Rows are put into tiles of one group each, so that shapes are known whatever the sizes of the
+    groups are, and an entry is read once a tile that meets it.
     """
     m, count = x.shape[0], weight.batch_shape[0]
     if not m:
         return jnp.zeros((0, weight.matrix_shape[0 if transpose else 1]), x.dtype)
     rows = _tile_rows(m, count)
-    # No more tiles, if as many groups as possible end with a row of their own.
+    # There are most tiles where as many groups as possible end with a tile of one row.
     tiles = (m + min(m, count) * (rows - 1)) // rows
     sizes = sizes.astype(jnp.int32)
     ends = jnp.cumsum(sizes)
     starts = ends - sizes
     used = -(-sizes // rows)
-    last_tiles = jnp.cumsum(used)
-    first_tiles = last_tiles - used
+    tile_ends = jnp.cumsum(used)
+    tile_starts = tile_ends - used
 
     tile = jnp.arange(tiles, dtype=jnp.int32)
-    groups = _group_of(tile, last_tiles)
-    first = starts[groups] + (tile - first_tiles[groups]) * rows
-    filled = jnp.clip(ends[groups] - first, 0, rows)
+    tile_groups = _group_of(tile, tile_ends)
+    first = starts[tile_groups] + (tile - tile_starts[tile_groups]) * rows
+    filled = jnp.clip(ends[tile_groups] - first, 0, rows)
     row = jnp.arange(rows, dtype=jnp.int32)[None]
-    gathered = jnp.take(x, first[:, None] + row, axis=0, mode="clip")
-    gathered = jnp.where((row < filled[:, None])[..., None], gathered, jnp.zeros((), x.dtype))
+    x_tiles = jnp.take(x, first[:, None] + row, axis=0, mode="clip")
+    x_tiles = jnp.where((row < filled[:, None])[..., None], x_tiles, jnp.zeros((), x.dtype))
     if transpose:
-        y = map_tiles(lambda g, x: entry(weight, g).matmul_transposed(x), groups, gathered, count)
+        y = map_tiles(
+            lambda group, rows: entry(weight, group).matmul_transposed(rows),
+            weight,
+            x_tiles,
+            tile_groups,
+            filled,
+        )
     else:
-        y = weight.matmul_grouped(gathered, groups, filled)
+        y = weight.matmul_grouped(x_tiles, tile_groups, filled)
 
     place = jnp.arange(m, dtype=jnp.int32)
     groups = _group_of(place, ends)
     within = place - starts[groups]
     found = jnp.take(
         y.reshape(-1, y.shape[-1]),
-        (first_tiles[groups] + within // rows) * rows + within % rows,
+        (tile_starts[groups] + within // rows) * rows + within % rows,
         axis=0,
         mode="clip",
     )

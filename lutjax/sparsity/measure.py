@@ -21,7 +21,7 @@ class AchievedSparsity:
     """The share of activations that gates ignored; prints as a table.
 
     Attributes:
-      shares: By path, ``[*batch]``.
+      shares: By path, ``[*batch]``; NaN for an expert that no row met.
       sizes: Number of weights by path.
     """
 
@@ -32,13 +32,15 @@ class AchievedSparsity:
     def overall(self) -> float:
         """The share of gated weights that met ignored activations."""
         total = sum(self.sizes.values())
-        return sum(float(np.mean(s)) * self.sizes[p] for p, s in self.shares.items()) / total
+        return sum(float(np.nanmean(s)) * self.sizes[p] for p, s in self.shares.items()) / total
 
     def __str__(self) -> str:
         """A line for each weight, and the share of all."""
         width = max([len(path) for path in self.shares] + [len("all gated weights")])
         lines = [f"{'weight':<{width}}  ignored"]
-        lines += [f"{p:<{width}}  {100 * float(np.mean(s)):5.1f} %" for p, s in self.shares.items()]
+        lines += [
+            f"{p:<{width}}  {100 * float(np.nanmean(s)):5.1f} %" for p, s in self.shares.items()
+        ]
         lines.append(f"{'all gated weights':<{width}}  {100 * self.overall:5.1f} %")
         return "\n".join(lines)
 
@@ -66,8 +68,8 @@ def measure_sparsity(
             totals[path] = totals.get(path, 0) + np.asarray(counts, np.float64)
     if not totals:
         raise ValueError("batches is empty; give at least one")
-    # An expert may have seen nothing.
-    shares = {path: c[..., 0] / np.maximum(c[..., 1], 1) for path, c in totals.items()}
+    with np.errstate(invalid="ignore"):  # 0 / 0 for an expert that no row met
+        shares = {path: count[..., 0] / count[..., 1] for path, count in totals.items()}
     return AchievedSparsity(shares, {path: gated[path].size for path in shares})
 
 

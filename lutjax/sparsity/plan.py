@@ -97,17 +97,19 @@ class SparsityPlan:
         figure.savefig(path, dpi=120)
 
     def over_depth(self) -> dict[str, list[tuple[int, float]]]:
-        """For each kind of projection, pairs of block number and sparsity."""
+        """For each kind of projection, pairs of block number and sparsity, the mean of experts."""
         found: dict[str, list[tuple[int, float]]] = {}
         for path, gate in self.gates.items():
             if gate.sparsity is None:
                 continue
             numbers = re.findall(r"(?:^|/)(\d+)(?=/|$)", path)
             name = re.sub(r"(^|/)\d+(?=/|$)", r"\1*", path)
-            values = np.asarray(gate.sparsity, np.float64).reshape(-1)
-            first = int(numbers[0]) if numbers else 0
-            for i, value in enumerate(values):
-                found.setdefault(name, []).append((first + i, float(value)))
+            values = np.asarray(gate.sparsity, np.float64)
+            if numbers:
+                points = [(int(numbers[0]), float(values.mean()))]
+            else:  # blocks are stacked on the first axis
+                points = [(i, float(value.mean())) for i, value in enumerate(np.atleast_1d(values))]
+            found.setdefault(name, []).extend(points)
         return {name: sorted(points) for name, points in found.items()}
 
     def to_json(self) -> str:

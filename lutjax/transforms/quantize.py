@@ -351,7 +351,9 @@ def _quantize(
 
     fixed = config.table()
     if fixed is None:
-        weights = divisor**2 if hessian is None else divisor**2 * inputs[:, None]
+        weights = divisor**2
+        if hessian is not None:  # an expert may have seen nothing
+            weights *= jnp.where(inputs.any(), inputs, 1)[:, None]
         table = codebooks.kmeans(units, weights=weights, bits=config.bits)
     else:
         table = jnp.asarray(fixed)[None]

@@ -116,4 +116,6 @@ def test_sparsity_of_experts_that_no_token_takes(params):
     plan = plan_uniform(params, activation_quantiles(apply, params, [tokens]), 0.5)
     assert np.count_nonzero(plan.gates[UP].threshold) == 2
     found = measure_sparsity(apply, sparsify(params, plan), [tokens])
-    assert np.count_nonzero(found.shares[UP]) == 2
+    assert np.isnan(found.shares[UP]).sum() == 2
+    assert np.nanmin(found.shares[UP]) > 0.3
+    assert found.overall > 0.3  # of the experts that were met
