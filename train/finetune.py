@@ -9,6 +9,7 @@ import secrets
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 
 import lutjax
 from lutjax.adapters import lora
-from lutjax.arrays import has_compressed
+from lutjax.arrays import LowRankArray, has_compressed
 from lutjax.io import save_peft
 from lutjax.optim import first_nonfinite, leaf_name
 from train.base_model import Start, load_head, load_start, prepare, shard_base
@@ -73,8 +74,9 @@ def finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneResult:
     if the run compressed it (``base/``, and in ``base.json`` what it was made from), and at the end
 
     * ``adapter/``: the adapter for its base, in PEFT's format, with the head of a classifier, whose
-      classes are in ``classes.json``;
-    * ``model/``: base and adapter together for :func:`lutjax.load`, if the base is compressed;
+      classes are in ``classes.json``; not where experts have adapters, which PEFT cannot hold;
+    * ``model/``: base and adapter together for :func:`lutjax.load`, if the base is compressed or
+      there is no ``adapter/``;
     * ``delta_adapter/``: the change for the *original* model, of twice the rank, if the adapter
       started as the low-rank part of a decomposition.
 
@@ -102,6 +104,11 @@ def finetune(config: FinetuneConfig, *, quiet: bool = False) -> FinetuneResult:
     output.mkdir(parents=True, exist_ok=True)
     if saved is None:
         start = _prepare(config, start)
+    if head is not None and (path := _adapted_experts(start.adapter)):
+        raise ValueError(
+            f"a classifier is saved in PEFT's format, which has no place for {path!r}; leave out "
+            "experts: method 'lora' or 'qlora' with --targets '*self_attn*kernel'"
+        )
     base = start.base if mesh is None else shard_base(start.base, mesh)
     optimizer = config.optimizer()
     step = make_step(_objective(config, start), optimizer, mesh)
@@ -306,22 +313,28 @@ def _save_results(config: FinetuneConfig, result: FinetuneResult) -> None:
     base_is_compressed = has_compressed(start.base)
     began_at_zero = all(not np.asarray(part.right).any() for part in start.adapter.values())
     decomposed = config.adapter is None and not began_at_zero
+    for_peft = _adapted_experts(adapter) is None
     name: str | None = str(output / "base")
     original: str | None = config.model
     if config.method == "lora":
         # PEFT cannot load a compressed model, and the original of a decomposed one is not known.
         name = None if base_is_compressed or decomposed else config.model
         original = None
-    if not (output / "adapter").exists():
+    if for_peft and not (output / "adapter").exists():
         save_peft(output / "adapter", adapter, base_model=name, head=head)
     if result.classes:
         replace_text(output / "classes.json", json.dumps(result.classes) + "\n")
-    if base_is_compressed and not (output / "model").exists():
+    if (base_is_compressed or not for_peft) and not (output / "model").exists():
         params = lora.attach(start.base, jax.device_put(adapter))
         lutjax.save(output / "model", params, start.model.config, start.tokenizer)
-    if decomposed and not (output / "delta_adapter").exists():
+    if decomposed and for_peft and not (output / "delta_adapter").exists():
         delta = lora.difference(adapter, start.adapter)
         save_peft(output / "delta_adapter", delta, base_model=original, head=head)
+
+
+def _adapted_experts(adapter: Mapping[str, LowRankArray]) -> str | None:
+    """The path of a stack of experts that has adapters; None if there is none."""
+    return next((path for path, part in adapter.items() if part.batch_shape), None)
 
 
 def _describe(start: Start, rows: Rows, held_out: Rows | None, done: int) -> None:

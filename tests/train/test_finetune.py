@@ -22,7 +22,7 @@ import pytest
 import lutjax
 from lutjax.adapters import lora
 from lutjax.io import load_peft, load_peft_head, save_peft
-from lutjax.models import DecoderConfig
+from lutjax.models import Decoder, DecoderConfig
 from lutjax.paths import named_leaves
 from tests.lutjax.tiny_checkpoint import assert_same_bits, dense_params, write_hf
 from tests.train.standard_promotion import standard_promotion
@@ -282,6 +282,24 @@ def test_lq_lora_writes_a_delta_for_the_original(config):
 
 def base_name(adapter: Path) -> str | None:
     return json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+@pytest.mark.parametrize("method", ["lora", "lq-lora"])
+def test_adapters_of_experts_are_saved_with_the_model(config, tmp_path, method):
+    change = {"num_experts": 3, "num_experts_per_tok": 2, "model_type": "mixtral"}
+    mixture = dataclasses.replace(CONFIG, **change)
+    experts = jax.jit(Decoder(mixture).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    tokenizer = lutjax.load(config.model)[2]
+    lutjax.save(tmp_path / "mixture", experts["params"], mixture, tokenizer)
+    options = {"model": str(tmp_path / "mixture"), "method": method, "steps": 2, "rank": 2}
+    options |= {} if method == "lora" else {"group_size": 16}
+    config = dataclasses.replace(config, **options, output=tmp_path / "run")
+    result = finetune(config, quiet=True)
+    assert "layers/0/mlp/experts/up_proj/kernel" in result.trained.adapter
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert not (tmp_path / "run" / "delta_adapter").exists()
+    _, loaded, _ = lutjax.load(tmp_path / "run" / "model")
+    assert_same_bits(loaded, jax.device_get(result.params))
 
 
 def test_an_adapter_that_goes_on_has_no_delta(config, qlora_run):

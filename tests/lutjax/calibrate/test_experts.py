@@ -99,10 +99,23 @@ def test_experts_that_no_token_takes_are_rounded_to_the_nearest(params):
     assert (same == ~seen).all()
 
 
+def test_a_fitted_table_of_an_expert_that_sees_nothing(params):
+    kernel = jax.random.normal(jax.random.key(0), (2, 32, 24))
+    recipe = lutjax.Recipe.uniform(bits=3, group_size=16, codebook="kmeans")
+    x = jax.random.normal(jax.random.key(1), (64, 32))
+    moments = jnp.stack([x.T @ x, jnp.zeros((32, 32))])
+    found = lutjax.quantize(kernel, recipe, hessians={"array": moments})
+    expected = lutjax.quantize(kernel, recipe)
+    np.testing.assert_allclose(found.lut[1], expected.lut[1], rtol=1e-5, atol=1e-6)
+    assert not np.allclose(found.lut[0], expected.lut[0], rtol=1e-3)
+
+
 def test_sparsity_of_experts(params, tokens):
     quantiles = activation_quantiles(apply, params, [tokens])
     uniform = plan_uniform(params, quantiles, 0.4)
     assert len(uniform.gates[UP].threshold) == 4
+    depth = uniform.over_depth()["layers/*/mlp/experts/up_proj/kernel"]
+    assert [block for block, _ in depth] == [0, 1]
     fns, blocks, x = decoder_blocks(CONFIG, params, tokens)
     search = greedy_search(fns, blocks, x, quantiles, limit=0.2, step=0.1)
     for plan, target in ((uniform, 0.4), (plan_greedy(params, quantiles, search, 0.2), 0.2)):

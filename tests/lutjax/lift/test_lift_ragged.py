@@ -34,6 +34,14 @@ def test_ragged_dot(case):
     assert len(lutjax.lift.report(fn, experts, normal(m, 32), jnp.array(sizes)).fused) == 1
 
 
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint32])
+def test_sizes_of_any_integer_type(dtype):
+    def fn(w, x, sizes):
+        return jax.lax.ragged_dot(x, w, sizes)
+
+    assert_lifted(fn, weight(3, 32, 24), normal(30, 32), jnp.array([20, 0, 9], dtype))
+
+
 def test_more_rows_than_a_tile(monkeypatch):
     monkeypatch.setattr(ragged, "MAX_TILE", 8)
     assert_lifted(
