@@ -48,11 +48,13 @@ def load_model(path: str, *, keep_quantized: bool = False) -> RunnableModel:
 
 
 def lifted_if_needed(apply_fn: Callable[..., Any], params: Any) -> Callable[..., Any]:
-    """`apply_fn` itself for dense parameters, lifted for compressed ones."""
+    """`apply_fn` itself for dense parameters, lifted for compressed ones and those of experts."""
     from lutjax import lift
     from lutjax.arrays import has_compressed
+    from lutjax.paths import named_leaves
 
-    return lift(apply_fn) if has_compressed(params) else apply_fn
+    experts = any("/experts/" in path for path, _ in named_leaves(params))
+    return lift(apply_fn) if experts or has_compressed(params) else apply_fn
 
 
 def text_windows(

@@ -15,7 +15,7 @@ from jax.extend import core as jex
 from lutjax.arrays import is_compressed
 from lutjax.lift.higher_order import HIGHER_ORDER
 from lutjax.lift.report import Recorder
-from lutjax.lift.rules import LOOKUPS, NEEDS_DENSE, PRODUCTS, RULES
+from lutjax.lift.rules import DENSE_RULES, LOOKUPS, NEEDS_DENSE, PRODUCTS, RULES
 from lutjax.lift.typed_shardings import explicit_mesh, run_with_auto_axes
 from lutjax.lift.values import Weight, bind
 
@@ -73,9 +73,11 @@ class Evaluator:
         return Evaluator(self.recorder, {})
 
     def _apply(self, eqn: Any, operands: list) -> list:
-        if not any(isinstance(x, Weight) for x in operands):
-            return bind(eqn, operands)
         name = eqn.primitive.name
+        if not any(isinstance(x, Weight) for x in operands):
+            dense_rule = DENSE_RULES.get(name, lambda *_: NEEDS_DENSE)
+            result = dense_rule(eqn.params, *operands)
+            return bind(eqn, operands) if result is NEEDS_DENSE else [result]
         if name in HIGHER_ORDER:
             outputs = HIGHER_ORDER[name](eqn, operands, self)
             if outputs is not NEEDS_DENSE:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from lutjax.arrays import CompressedArray, is_compressed
+from lutjax.arrays import CompressedArray, DenseArray, is_compressed
 from lutjax.arrays.grouped import entry, map_tiles
+from lutjax.arrays.split import is_partitioned_automatically
 from lutjax.lift.products import fits_kernel, is_packed, plan_product, transposed
 from lutjax.lift.registry import NEEDS_DENSE, rule
+from pallas_kernels.lut_matmul.dispatch import compiling_for
 
 MAX_TILE = 512
 """Rows that are multiplied together, at most; only tiles are ever padded."""
@@ -19,30 +24,75 @@ MAX_TILE = 512
 
 @rule("ragged_dot_general")
 def _ragged_dot_general(params: dict, x: Any, weight: Any, sizes: Any, *offset: Any) -> Any:
+    if is_compressed(x) or offset:
+        return NEEDS_DENSE
+    product = _planned(params, x, weight)
+    return NEEDS_DENSE if product is None else product(x, weight, sizes)
+
+
+def dense_ragged_dot(params: dict, x: Any, weight: Any, sizes: Any, *offset: Any) -> Any:
+    """The same with dense weights, where that is better than what XLA does: not on TPUs.
+
+    Elsewhere XLA multiplies all rows with all entries. That, though, it can split over devices.
+    """
+    if weight.ndim != 3 or offset or compiling_for("tpu") or is_partitioned_automatically(weight):
+        return NEEDS_DENSE
+    tiled = _planned(params, x, DenseArray.of(weight, 1))
+    if tiled is None:
+        return NEEDS_DENSE
+
+    @jax.custom_vjp
+    def product(x: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
+        return tiled(x, DenseArray.of(weight, 1), sizes)
+
+    def forward(*operands: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        return product(*operands), operands
+
+    def backward(operands: tuple[jax.Array, ...], dy: jax.Array) -> tuple[Any, ...]:
+        x, weight, sizes = operands
+        numbers, dtype = params["ragged_dot_dimension_numbers"], params["preferred_element_type"]
+        dx = jax.vjp(lambda x: tiled(x, DenseArray.of(weight, 1), sizes), x)[1](dy)[0]
+        # XLA's own, as a tile's gradient of the weight would be as large as all of it.
+        own = functools.partial(jax.lax.ragged_dot_general, preferred_element_type=dtype)
+        return dx, jax.vjp(lambda w: own(x, w, sizes, numbers), weight)[1](dy)[0], None
+
+    product.defvjp(forward, backward)
+    return product(x, weight, sizes)
+
+
+def _planned(
+    params: dict, x: Any, weight: CompressedArray
+) -> Callable[[jax.Array, CompressedArray, jax.Array], jax.Array] | None:
+    """The product as a function of rows, weight and sizes; None if the stored form cannot."""
     numbers = params["ragged_dot_dimension_numbers"]
     contract, batch = numbers.dot_dimension_numbers
     x_contract, w_contract = (tuple(axes) for axes in contract)
     rows = tuple(numbers.lhs_ragged_dimensions)
     one_stack = tuple(numbers.rhs_group_dimensions) == (0,) and not any(batch)
     only_rows = x.ndim == 1 + len(x_contract) and rows[0] not in x_contract
-    if is_compressed(x) or offset or not (one_stack and only_rows and len(weight.batch_shape) == 1):
-        return NEEDS_DENSE
-    out_dtype = params["preferred_element_type"] or jnp.result_type(x.dtype, weight.dtype)
+    if not (one_stack and only_rows and len(weight.batch_shape) == 1):
+        return None
     plan = plan_product(weight, w_contract, ())
     if plan is None or plan.summed or len(plan.contracted) != len(x_contract):
-        return NEEDS_DENSE
+        return None
+    out_dtype = params["preferred_element_type"] or jnp.result_type(x.dtype, weight.dtype)
     if not (fits_kernel(x.dtype) and fits_kernel(out_dtype)):
-        return NEEDS_DENSE
+        return None
     partner = dict(zip(w_contract, x_contract, strict=True))
-    x = transposed(x, (*rows, *(partner[axis] for axis in plan.contracted)))
-    x = x.reshape(x.shape[0], int(np.prod(x.shape[1:])))
-    if jnp.finfo(out_dtype).bits > jnp.finfo(x.dtype).bits and not is_packed(weight):
-        x = x.astype(out_dtype)
-    y = _grouped_product(weight, x, sizes, transpose=plan.transposed).astype(out_dtype)
+    order = (*rows, *(partner[axis] for axis in plan.contracted))
+    kept = tuple(weight.shape[axis] for axis in plan.kept)
     # The axes of the weight that are left follow the rows, in its order.
-    y = y.reshape(x.shape[0], *(weight.shape[axis] for axis in plan.kept))
-    ascending = sorted(range(len(plan.kept)), key=lambda i: plan.kept[i])
-    return transposed(y, (0, *(1 + i for i in ascending)))
+    ascending = (0, *(1 + i for i in sorted(range(len(kept)), key=lambda i: plan.kept[i])))
+    widens = jnp.finfo(out_dtype).bits > jnp.finfo(x.dtype).bits and not is_packed(weight)
+
+    def product(x: jax.Array, weight: CompressedArray, sizes: jax.Array) -> jax.Array:
+        x = transposed(x, order)
+        x = x.reshape(x.shape[0], int(np.prod(x.shape[1:])))
+        x = x.astype(out_dtype) if widens else x
+        y = _grouped_product(weight, x, sizes, transpose=plan.transposed).astype(out_dtype)
+        return transposed(y.reshape(x.shape[0], *kept), ascending)
+
+    return product
 
 
 def _grouped_product(

@@ -17,14 +17,16 @@ from lutjax.arrays import (
     shardings_like,
 )
 from lutjax.arrays.sharding import part_specs
-from lutjax.lift import products  # registers its rules
-from lutjax.lift import ragged as _ragged  # noqa: F401 (registers its rule)
+from lutjax.lift import products, ragged  # registers their rules
 from lutjax.lift.registry import NEEDS_DENSE, RULES, rule
 from pallas_kernels.manual_axes import vary_over
 
 LOOKUPS, PRODUCTS = products.LOOKUPS, products.PRODUCTS
 
-__all__ = ["LOOKUPS", "NEEDS_DENSE", "PRODUCTS", "RULES"]
+DENSE_RULES = {"ragged_dot_general": ragged.dense_ragged_dot}
+"""What runs better by a rule even where no operand is compressed."""
+
+__all__ = ["DENSE_RULES", "LOOKUPS", "NEEDS_DENSE", "PRODUCTS", "RULES"]
 
 
 @rule("transpose")

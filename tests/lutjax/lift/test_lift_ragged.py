@@ -125,6 +125,44 @@ def test_every_kind_of_weight(kind):
     assert_lifted(lambda w, x: jax.lax.ragged_dot(x, w, sizes), experts, x)
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+def test_dense_weights_take_the_same_tiles(transpose):
+    """The values and gradients of XLA's own product, and vmap, which that does not have."""
+    experts, x = normal(8, 64, 48), normal(512, 48 if transpose else 64, seed=2)
+    sizes = jnp.array([100, 0, 12, 300, 0, 0, 50, 40])
+    numbers = jax.lax.RaggedDotDimensionNumbers(
+        (((1,), (2 if transpose else 1,)), ((), ())), [0], [0]
+    )
+
+    def fn(w, x):
+        return jax.lax.ragged_dot_general(x, w, sizes, numbers)
+
+    def loss(f):
+        return lambda w, x: jnp.square(f(w, x)).sum()
+
+    def compiled(f):
+        return jax.jit(jax.value_and_grad(loss(f), argnums=(0, 1))).lower(experts, x).compile()
+
+    actual, expected = compiled(lutjax.lift(fn)), compiled(fn)
+    assert_close(actual(experts, x), expected(experts, x))
+    assert_close(jax.jit(lutjax.lift(fn))(experts, x), fn(experts, x))
+    many = jax.jit(jax.vmap(lutjax.lift(fn), in_axes=(None, 0)))(experts, jnp.stack([x, 2 * x]))
+    assert_close(many, jnp.stack([fn(experts, x), 2 * fn(experts, x)]))
+
+
+def test_dense_weights_need_less_memory_in_tiles():
+    shapes = (
+        jax.ShapeDtypeStruct((2048, 256), jnp.float32),
+        jax.ShapeDtypeStruct((32, 256, 128), jnp.float32),
+        jax.ShapeDtypeStruct((32,), jnp.int32),
+    )
+
+    def temporaries(fn):
+        return jax.jit(fn).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(lutjax.lift(jax.lax.ragged_dot)) < temporaries(jax.lax.ragged_dot) / 4
+
+
 def test_result_dtype():
     x, experts = normal(9, 32).astype(jnp.bfloat16), weight(3, 32, 24)
     sizes = jnp.array([2, 0, 7])
