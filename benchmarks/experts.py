@@ -90,7 +90,8 @@ def main() -> None:
                 times[name].append(1e3 * seconds(programs[name], weights, x[repeat]))
         milliseconds[count] = {name: statistics.median(t) for name, t in times.items()}
 
-    print(f"| experts | MB | {' | '.join(f'{n} tokens, ms' for n in arguments.tokens)} |")
+    counts = [f"{n} token{'s' if n > 1 else ''}, ms" for n in arguments.tokens]
+    print(f"| experts | MB | {' | '.join(counts)} |")
     print(f"|---|---|{'---|' * len(arguments.tokens)}")
     for name in variants:
         row = " | ".join(f"{milliseconds[count][name]:.1f}" for count in arguments.tokens)
