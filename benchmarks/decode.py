@@ -1,10 +1,11 @@
 """Decoding speed of the dense float32 model and of compressed ones, in one run on this machine.
 
-    python benchmarks/decode.py [--variants dense nf4 gguf llama.cpp] [--rounds 5] [--output FILE]
+    python benchmarks/decode.py [--variants dense nf4 gguf llama.cpp qwix] [--rounds 5]
 
 Batch 1, 64 tokens a round after a short prompt; the variants take turns, so that whatever else the
 machine does hits all of them; the median over rounds counts. Prints JSON with the ratio to dense.
-``llama.cpp`` runs the same GGUF file with a thread a core, if `xllamacpp` is installed.
+``llama.cpp`` runs the same GGUF file with a thread a core, if `xllamacpp` is installed; ``qwix``
+the same model with Qwix's 4-bit NormalFloat weights in tiles of 64, if `qwix` is.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import lutjax
 from lutjax.io import demo_model_path
-from lutjax.models import DecoderConfig, decode_step, greedy, init_cache, prefill
+from lutjax.models import Decoder, DecoderConfig, decode_step, greedy, init_cache, prefill
 
 PROMPT = "The capital of France is"
 
@@ -39,6 +41,17 @@ def variants(dense: Any) -> dict[str, Callable[[], Any]]:
         "higgs3": lambda: lutjax.quantize(dense, lutjax.Recipe.higgs(3)),
         "gguf": lambda: lutjax.load(demo_model_path(), keep_quantized=True)[1],
     }
+
+
+def qwix_nf4(model: Decoder, dense: Any) -> tuple[Callable, Any]:
+    """The model as Qwix runs it, and its parameters."""
+    import qwix
+
+    rule = qwix.QuantizationRule(module_path=r".*_proj", weight_qtype="nf4", tile_size=64)
+    quantized = qwix.quantize_model(model, qwix.PtqProvider([rule]))
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    shapes = jax.eval_shape(quantized.init, jax.random.key(0), tokens)["params"]
+    return quantized.apply, qwix.quantize_params(dense, shapes)
 
 
 def decode_round(
@@ -96,8 +109,11 @@ def main() -> None:
             runs[name] = llama_cpp_round()
             runs[name](2)
             continue
-        params = variants(dense)[name]()
-        apply_fn = lifted_if_needed(model.apply, params)
+        if name == "qwix":
+            apply_fn, params = qwix_nf4(model, dense)
+        else:
+            params = variants(dense)[name]()
+            apply_fn = lifted_if_needed(model.apply, params)
 
         def run(tokens: int, params: Any = params, apply_fn: Callable = apply_fn) -> float:
             return decode_round(apply_fn, params, model.config, prompt, tokens)
