@@ -286,7 +286,7 @@ def damage(kind: str, source, tmp_path) -> str:
         return "I32"
     if kind == "architecture":
         config.write_text(config.read_text().replace('"llama"', '"mamba"'))
-        return "'mamba'; supported are llama, mistral, qwen2, qwen3"
+        return "'mamba'; supported are llama, mistral, mixtral, qwen2"
     if kind == "NaN":
         weights.write_bytes(data[:-4] + np.float32(np.nan).tobytes())
         return "1 NaN"
