@@ -70,13 +70,15 @@ def solve_ilp(costs: Costs, sizes: Sizes, budget: int) -> Choice:
     avoidable = _total(costs, greedy)
     gap = min(_GAP * (1 + least.sum() / avoidable), _AVOIDABLE_GAP) if avoidable > 0 else _GAP
     # Matrices that are alike are counted, not told apart: there would be a solution for each order.
-    alike = np.unique(np.hstack([costs, sizes]), axis=0, return_inverse=True)[1].reshape(-1)
+    kinds = np.hstack([costs, sizes])
+    _, first, alike = np.unique(kinds, axis=0, return_index=True, return_inverse=True)
+    order = np.argsort(first)  # as they come
+    first, alike = first[order], np.argsort(order)[alike.reshape(-1)]
     counts = np.bincount(alike)
     core = np.zeros((len(counts), costs.shape[1]), bool)
     np.logical_or.at(core, alike, _core(costs, sizes, budget, greedy))
     rows, columns = np.nonzero(core)
-    first = np.unique(alike, return_index=True)[1][rows]
-    value, size = costs[first, columns], sizes[first, columns].astype(np.float64)
+    value, size = costs[first[rows], columns], sizes[first[rows], columns].astype(np.float64)
     members = csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))))
     limit = budget
     # HiGHS allows itself a small violation: where that shows in whole units, ask for less.
