@@ -138,7 +138,7 @@ class ExpertsReader(TensorReader):
                 self._renamed[name] = name
         infos = {name: reader.infos[stored] for name, stored in self._renamed.items()}
         self._experts = {
-            whole: _all_of(members, whole, count, source) for whole, members in experts.items()
+            whole: _all_of(members, count, source) for whole, members in experts.items()
         }
         for whole, members in self._experts.items():
             first, spec = reader.infos[members[0]], reader.grid_spec(members[0])
@@ -204,7 +204,7 @@ class ExpertsReader(TensorReader):
         return self._experts[name][0] if name in self._experts else self._renamed[name]
 
 
-def _all_of(members: Mapping[int, str], whole: str, count: int, source: str) -> list[str]:
+def _all_of(members: Mapping[int, str], count: int, source: str) -> list[str]:
     """The names of a matrix of all experts, in order."""
     missing = [i for i in range(count) if i not in members]
     surplus = [name for i, name in members.items() if i >= count]

@@ -143,6 +143,7 @@ def test_configurations_of_mixtures():
     assert (config.intermediate_size, config.norm_topk_prob) == (24, True)
     older = {key: data[key] for key in data if key != "num_local_experts"} | {"num_experts": 6}
     assert config_from_hf(older) == config
+    assert config_from_hf(older | {"num_local_experts": None}) == config
     least = {key: older[key] for key in older if key not in ("norm_topk_prob", "num_experts")}
     assert config_from_hf(least).num_experts == 128  # what Qwen3MoeConfig takes
     assert not config_from_hf(least).norm_topk_prob
