@@ -92,6 +92,16 @@ class MagnitudeHistogram:
         pairs = zip(flat, p.reshape(-1), strict=True)
         return np.array([_quantile(c, q) for c, q in pairs]).reshape(p.shape)
 
+    def threshold(self, share: float | np.ndarray) -> np.ndarray:
+        """What ignores a share of the magnitudes: their quantile, ``[*batch]``.
+
+        Exactly 0 for a share of 0, where zeros that were counted would otherwise be ignored.
+
+        Raises:
+          ValueError: As :meth:`quantile`.
+        """
+        return np.where(np.asarray(share) > 0, self.quantile(share), 0.0)
+
     def share_below(self, value: float | np.ndarray) -> np.ndarray:
         """The share of magnitudes that do not exceed ``value``, ``[*batch]``; interpolated.
 

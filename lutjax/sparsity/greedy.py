@@ -18,7 +18,6 @@ import numpy as np
 from lutjax.arrays import CompressedArray, GatedArray, is_compressed
 from lutjax.calibrate.activations import ActivationQuantiles, projections, row_norms
 from lutjax.calibrate.hashing import content_hash
-from lutjax.calibrate.histogram import MagnitudeHistogram
 from lutjax.lift import lift
 from lutjax.models.blockwise import BlockFn, functions_by_block
 from lutjax.paths import named_leaves, path_string
@@ -205,7 +204,8 @@ def _search_block(
 
     def error(levels: Mapping[str, float]) -> float:
         thresholds = {
-            name: _quantile(quantiles[f"{path}/{name}"], level) for name, level in levels.items()
+            name: quantiles[f"{path}/{name}"].threshold(level).astype(np.float32)
+            for name, level in levels.items()
         }
         return float(_error(fn, params, weights, norms, thresholds, x, y))
 
@@ -225,11 +225,6 @@ def _search_block(
         raised.append(best)
         errors.append(tried[best])
     return BlockSearch(shares, tuple(raised), tuple(errors))
-
-
-def _quantile(histogram: MagnitudeHistogram, level: float) -> np.ndarray:
-    """Thresholds of a weight, or of each of several experts; exactly 0 at no sparsity."""
-    return np.where(level > 0, histogram.quantile(level), 0.0).astype(np.float32)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -127,8 +127,7 @@ def _plan(
     gates = {}
     for path, sparsity in sparsities.items():
         histogram = _histogram(quantiles, path)
-        # No sparsity, no gate: zeros that the calibration saw would otherwise set the threshold.
-        threshold = np.where(np.asarray(sparsity) > 0, histogram.quantile(sparsity), 0.0)
+        threshold = histogram.threshold(sparsity)
         reached = histogram.share_below(threshold)
         gates[path] = Gate(as_tuple(threshold), as_tuple(reached), shapes[path])
     return SparsityPlan(method, target, gates, quantiles.score)
