@@ -75,9 +75,11 @@ class Evaluator:
     def _apply(self, eqn: Any, operands: list) -> list:
         name = eqn.primitive.name
         if not any(isinstance(x, Weight) for x in operands):
-            dense_rule = DENSE_RULES.get(name, lambda *_: NEEDS_DENSE)
-            result = dense_rule(eqn.params, *operands)
-            return bind(eqn, operands) if result is NEEDS_DENSE else [result]
+            if name in DENSE_RULES:
+                result = DENSE_RULES[name](eqn.params, *operands)
+                if result is not NEEDS_DENSE:
+                    return [result]
+            return bind(eqn, operands)
         if name in HIGHER_ORDER:
             outputs = HIGHER_ORDER[name](eqn, operands, self)
             if outputs is not NEEDS_DENSE:

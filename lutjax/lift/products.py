@@ -45,8 +45,7 @@ def _dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
     free = [axis for axis in range(x.ndim) if axis not in (*shared, *order)]
     free_shape = [x.shape[axis] for axis in free]
     width = int(np.prod([x.shape[axis] for axis in order], dtype=int))
-    if jnp.finfo(out_dtype).bits > jnp.finfo(x.dtype).bits and not is_packed(weight):
-        x = x.astype(out_dtype)
+    x = widened(x, weight, out_dtype)
     rows = transposed(x, (*shared, *free, *order))
     count = len(weight.batch_shape)
     if count or len(order) != 1:
@@ -74,7 +73,13 @@ def transposed(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
     return x if order == tuple(range(x.ndim)) else jax.lax.transpose(x, order)
 
 
-def is_packed(weight: CompressedArray) -> bool:
+def widened(x: jax.Array, weight: CompressedArray, dtype: Any) -> jax.Array:
+    """Activations in a result's dtype if that is wider and the weight takes it."""
+    widens = jnp.finfo(dtype).bits > jnp.finfo(x.dtype).bits and not _is_packed(weight)
+    return x.astype(dtype) if widens else x
+
+
+def _is_packed(weight: CompressedArray) -> bool:
     """Whether there is a kernel's layout in ``weight``, which takes activations of one dtype."""
 
     def packed(a: Any) -> bool:

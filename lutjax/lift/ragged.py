@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from lutjax.arrays import CompressedArray, DenseArray, is_compressed
 from lutjax.arrays.grouped import entry, map_tiles
 from lutjax.arrays.split import is_partitioned_automatically
-from lutjax.lift.products import fits_kernel, is_packed, plan_product, transposed
+from lutjax.lift.products import fits_kernel, plan_product, transposed, widened
 from lutjax.lift.registry import NEEDS_DENSE, rule
 from pallas_kernels.lut_matmul.dispatch import compiling_for
 
@@ -52,9 +51,14 @@ def dense_ragged_dot(params: dict, x: Any, weight: Any, sizes: Any, *offset: Any
         x, weight, sizes = operands
         numbers, dtype = params["ragged_dot_dimension_numbers"], params["preferred_element_type"]
         dx = jax.vjp(lambda x: tiled(x, DenseArray.of(weight, 1), sizes), x)[1](dy)[0]
+
+        def own(weight: jax.Array) -> jax.Array:
+            return jax.lax.ragged_dot_general(
+                x, weight, sizes, numbers, preferred_element_type=dtype
+            )
+
         # XLA's own, as a tile's gradient of the weight would be as large as all of it.
-        own = functools.partial(jax.lax.ragged_dot_general, preferred_element_type=dtype)
-        return dx, jax.vjp(lambda w: own(x, w, sizes, numbers), weight)[1](dy)[0], None
+        return dx, jax.vjp(own, weight)[1](dy)[0], None
 
     product.defvjp(forward, backward)
     return product(x, weight, sizes)
@@ -83,12 +87,11 @@ def _planned(
     kept = tuple(weight.shape[axis] for axis in plan.kept)
     # The axes of the weight that are left follow the rows, in its order.
     ascending = (0, *(1 + i for i in sorted(range(len(kept)), key=lambda i: plan.kept[i])))
-    widens = jnp.finfo(out_dtype).bits > jnp.finfo(x.dtype).bits and not is_packed(weight)
 
     def product(x: jax.Array, weight: CompressedArray, sizes: jax.Array) -> jax.Array:
         x = transposed(x, order)
         x = x.reshape(x.shape[0], int(np.prod(x.shape[1:])))
-        x = x.astype(out_dtype) if widens else x
+        x = widened(x, weight, out_dtype)
         y = _grouped_product(weight, x, sizes, transpose=plan.transposed).astype(out_dtype)
         return transposed(y.reshape(x.shape[0], *kept), ascending)
 
