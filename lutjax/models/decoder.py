@@ -389,7 +389,7 @@ class Decoder(nn.Module):
     def _read_in_chunks(
         self, tokens: Int32[Array, "b t"], real: Bool[Array, "b t"], cache: KVCache
     ) -> tuple[Float[Array, "b t d"], KVCache]:
-        """`_read` of at most CHUNK tokens at once, so that there are never T · S scores."""
+        """`_read` of at most CHUNK tokens at once, so that activations of all T are not held."""
         batch, time = tokens.shape
         if time <= CHUNK:
             return self._read(tokens, real, cache)
