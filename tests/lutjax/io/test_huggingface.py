@@ -98,27 +98,21 @@ def test_hugging_face_defaults():
     assert config_from_hf(data | {"model_type": "qwen2"} | window).sliding_window is None
 
 
-@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])
-def test_gemma_computes_what_transformers_does(family):
-    outputs = np.load(DATA / "outputs.npz")
-    model, params, _ = load(DATA / family)
+@pytest.mark.parametrize(
+    ("data", "family"),
+    [
+        *((DATA, family) for family in ("gemma", "gemma2", "gemma3")),
+        *((MIXTURES, family) for family in ("mixtral", "qwen3_moe")),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_computes_what_transformers_does(data, family):
+    outputs = np.load(data / "outputs.npz")
+    model, params, _ = load(data / family)
     tokens = outputs["tokens"]
     logits = jax.jit(model.apply)({"params": params}, tokens)
-    # float32 on both sides, logits of up to 7, weights of order 1 in up to seven layers.
-    np.testing.assert_allclose(logits, outputs[f"{family}.logits"], rtol=1e-4, atol=1e-4)
-    found = generate(
-        model.apply, params, tokens[:, :9].tolist(), config=model.config, max_new_tokens=16
-    )
-    assert found == outputs[f"{family}.greedy"].tolist()
-
-
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_mixtures_of_experts_compute_what_transformers_does(family):
-    outputs = np.load(MIXTURES / "outputs.npz")
-    model, params, _ = load(MIXTURES / family)
-    tokens = outputs["tokens"]
-    logits = jax.jit(model.apply)({"params": params}, tokens)
-    # float32 on both sides, logits of up to 12; no expert is chosen by less than 1e-3.
+    # float32 on both sides, logits of up to 12, weights of order 1 in up to seven layers; no expert
+    # is chosen by less than 1e-3.
     np.testing.assert_allclose(logits, outputs[f"{family}.logits"], rtol=1e-4, atol=1e-4)
     found = generate(
         model.apply, params, tokens[:, :9].tolist(), config=model.config, max_new_tokens=16
