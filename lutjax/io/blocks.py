@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Float32, Integer, UInt8
 
@@ -138,6 +139,19 @@ def integer_blocks(
         scales = scales.astype(np.float32)  # of one dtype, the CPU kernels read both as they are
         offsets = -(zeros.astype(np.float32) * scales)
     return GridBlocks(codes, levels, scales, offsets, group_size, columns)
+
+
+def powers_of_two(exponents: UInt8[np.ndarray, "*shape"], bias: int) -> np.ndarray:
+    """Scales 2 ** (exponents - bias) in bfloat16, which has all of them.
+
+    Where `bias` is 127, 255 stands for NaN, and gives infinity here.
+
+    >>> powers_of_two(np.array([126, 127, 130], np.uint8), 127).tolist()
+    [0.5, 1.0, 8.0]
+    """
+    with np.errstate(over="ignore"):
+        values = np.ldexp(np.float32(1.0), exponents.astype(np.int32) - bias)
+    return values.astype(ml_dtypes.bfloat16)
 
 
 def unpack_words(words: np.ndarray, bits: int) -> np.ndarray:

@@ -238,6 +238,9 @@ def _stored_name(
     path: str, config: DecoderConfig, fmt: CheckpointFormat, reader: TensorReader
 ) -> str:
     name = checkpoint_name(path, fmt, post_norms=config.post_norms)
+    if fmt == "gguf" and config.model_type == "gpt_oss":
+        # As if it were a norm of what attention gives.
+        return name.replace(".ffn_norm.", ".post_attention_norm.")
     if path == "embed_tokens/embedding" and fmt == "hf" and config.tie_embeddings:
         # Of two tensors that are one, some tools keep the output head.
         head = checkpoint_name("lm_head/kernel", fmt)

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from lutjax.io import experts, gemma
+from lutjax.io import experts, gemma, gpt_oss
 from lutjax.io.config_values import integer, positive
 from lutjax.models.config import DecoderConfig, RopeScaling
 
 SUPPORTED = (
     *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"),
-    *("gemma", "gemma2", "gemma3_text", "gemma3"),
+    *("gemma", "gemma2", "gemma3_text", "gemma3", "gpt_oss"),
 )
 """The supported `model_type`s; SmolLM2 is `llama`. Of `gemma3` the text model is."""
 
@@ -25,7 +25,7 @@ TEXT_PREFIX = {"gemma3": "language_model."}
 _NULLABLE = ("num_key_value_heads", "head_dim")
 
 # GGUF's names of architectures where they are not the `model_type`.
-_FROM_GGUF = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe"}
+_FROM_GGUF = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss"}
 
 
 def config_from_hf(data: Mapping[str, Any], source: str = "config.json") -> DecoderConfig:
@@ -54,7 +54,7 @@ def config_from_hf(data: Mapping[str, Any], source: str = "config.json") -> Deco
     if model_type in TEXT_PREFIX:
         return config_from_hf(_text_config(data, source), source)
     given = {key: data[key] for key in data if data[key] is not None or key not in _NULLABLE}
-    defaults = gemma.DEFAULTS | experts.DEFAULTS
+    defaults = gemma.DEFAULTS | experts.DEFAULTS | gpt_oss.DEFAULTS
     data = defaults.get(model_type, {}) | given
     _refuse_unsupported(data, model_type, source)
     heads = integer(data, "num_attention_heads", source)
@@ -76,12 +76,13 @@ def config_from_hf(data: Mapping[str, Any], source: str = "config.json") -> Deco
         rope_theta=positive(rope if "rope_theta" in rope else data, "rope_theta", source, 1e4),
         rope_scaling=_rope_scaling(rope, source),
         tie_embeddings=bool(data.get("tie_word_embeddings", False)),
-        qkv_bias=model_type == "qwen2",
+        qkv_bias=model_type in ("qwen2", "gpt_oss"),
         qk_norm=model_type in ("qwen3", "qwen3_moe", "gemma3_text"),
         sliding_window=_sliding_window(data, model_type, layers, source),
         model_type=model_type,
         **gemma.fields_from_hf(data, model_type, layers, source),
         **experts.fields_from_hf(data, model_type, source),
+        **gpt_oss.fields_from_hf(data, model_type, layers, source),
     )
 
 
@@ -110,7 +111,8 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "sliding_window": config.sliding_window,
     }
-    data |= gemma.fields_to_hf(config) | experts.fields_to_hf(config)
+    for family in (gemma, experts, gpt_oss):
+        data |= family.fields_to_hf(config)
     if config.model_type.startswith("qwen"):
         data |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
     scaling = config.rope_scaling
@@ -124,6 +126,15 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
                 "low_freq_factor": scaling.low_freq_factor,
                 "high_freq_factor": scaling.high_freq_factor,
                 "original_max_position_embeddings": scaling.original_max_position_embeddings,
+            },
+            "yarn": {
+                "rope_type": "yarn",
+                "factor": scaling.factor,
+                "beta_slow": scaling.low_freq_factor,
+                "beta_fast": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_max_position_embeddings,
+                "attention_factor": scaling.attention_factor,
+                "truncate": scaling.truncate,
             },
         }[scaling.kind]
     return data
@@ -167,7 +178,8 @@ def config_from_gguf(
     hidden = integer(fields, "embedding_length", source)
     layers = integer(fields, "block_count", source)
     mixture = experts.fields_from_gguf(fields, source)
-    width = "expert_feed_forward_length" if model_type == "qwen3_moe" else "feed_forward_length"
+    own_width = model_type in ("qwen3_moe", "gpt_oss")
+    width = "expert_feed_forward_length" if own_width else "feed_forward_length"
     window = fields.get("attention.sliding_window") or None
     if model_type == "gemma2" and window is None:
         window = gemma.DEFAULTS["gemma2"]["sliding_window"]
@@ -182,13 +194,14 @@ def config_from_gguf(
         max_position_embeddings=integer(fields, "context_length", source, 2048),
         rms_norm_eps=positive(fields, "attention.layer_norm_rms_epsilon", source, 1e-5),
         rope_theta=positive(fields, "rope.freq_base", source, 1e4),
-        rope_scaling=_gguf_rope_scaling(fields, rope_factors, source),
+        rope_scaling=_gguf_rope_scaling(fields, rope_factors, model_type, source),
         tie_embeddings=tied,
-        qkv_bias=model_type == "qwen2",
+        qkv_bias=model_type in ("qwen2", "gpt_oss"),
         qk_norm=model_type in ("qwen3", "qwen3_moe", "gemma3_text"),
         sliding_window=window,
         model_type=model_type,
         **gemma.fields_from_gguf(fields, model_type, layers, window),
+        **gpt_oss.fields_from_gguf(model_type, layers, window),
         **mixture,
     )
 
@@ -225,6 +238,8 @@ def _refuse_unsupported(data: Mapping[str, Any], model_type: str, source: str) -
         wanted["use_bidirectional_attention"] = (False,)
     if model_type == "qwen2":
         del wanted["attention_bias"]  # its biases are part of the architecture
+    if model_type == "gpt_oss":
+        wanted["attention_bias"] = (True,)
     for key, accepted in wanted.items():
         if data.get(key) is not None and data[key] not in accepted:
             raise ValueError(
@@ -256,10 +271,12 @@ def _rope_scaling(rope: Mapping[str, Any], source: str) -> RopeScaling | None:
         return RopeScaling("linear", factor=positive(rope, "factor", where))
     if kind == "factors":
         return RopeScaling("factors", factors=tuple(rope.get("factors") or ()))
+    if kind == "yarn":
+        return _yarn({key: value for key, value in rope.items() if value is not None}, where)
     if kind != "llama3":
         raise ValueError(
             f"{source}: RoPE scaling {kind!r} is not supported; supported are default, linear, "
-            "llama3"
+            "llama3, yarn"
         )
     scaling = RopeScaling(
         "llama3",
@@ -273,13 +290,40 @@ def _rope_scaling(rope: Mapping[str, Any], source: str) -> RopeScaling | None:
     return scaling
 
 
+def _yarn(rope: Mapping[str, Any], where: str) -> RopeScaling:
+    """YaRN with the defaults of transformers."""
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        raise ValueError(f"{where} has mscale and mscale_all_dim, which are not supported")
+    factor = positive(rope, "factor", where)
+    scaling = RopeScaling(
+        "yarn",
+        factor=factor,
+        low_freq_factor=positive(rope, "beta_slow", where, 1.0),
+        high_freq_factor=positive(rope, "beta_fast", where, 32.0),
+        original_max_position_embeddings=integer(rope, "original_max_position_embeddings", where),
+        attention_factor=positive(rope, "attention_factor", where, _yarn_attention_factor(factor)),
+        truncate=bool(rope.get("truncate", True)),
+    )
+    if scaling.low_freq_factor >= scaling.high_freq_factor:
+        raise ValueError(f"{where} has a beta_slow that is not below its beta_fast")
+    return scaling
+
+
+def _yarn_attention_factor(factor: float) -> float:
+    """What YaRN multiplies queries and keys by (arXiv 2309.00071, equation 22)."""
+    return 0.1 * math.log(max(factor, 1.0)) + 1.0
+
+
 def _gguf_rope_scaling(
-    fields: Mapping[str, Any], factors: np.ndarray | None, source: str
+    fields: Mapping[str, Any], factors: np.ndarray | None, model_type: str, source: str
 ) -> RopeScaling | None:
     """As llama.cpp reads it: linear if no type is given, and divided by a tensor's factors too."""
     kind = fields.get("rope.scaling.type", "linear")
+    if kind == "yarn" and factors is None:
+        return _gguf_yarn(fields, model_type, source)
     if kind not in ("none", "linear"):
-        raise ValueError(f"{source}: rope.scaling.type {kind!r} is not supported")
+        beside = " with rope_freqs.weight" if kind == "yarn" else ""
+        raise ValueError(f"{source}: rope.scaling.type {kind!r} is not supported{beside}")
     key = "rope.scaling.factor" if "rope.scaling.factor" in fields else "rope.scale_linear"
     factor = 1.0
     if kind == "linear" and fields.get(key, 0.0) != 0.0:  # 0 is for files without scaling
@@ -289,6 +333,25 @@ def _gguf_rope_scaling(
     return None if factor == 1.0 else RopeScaling("linear", factor=factor)
 
 
+def _gguf_yarn(fields: Mapping[str, Any], model_type: str, source: str) -> RopeScaling:
+    neutral = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_ext_factor": 1.0}
+    for name, value in neutral.items():
+        if fields.get(f"rope.scaling.{name}", value) != value:
+            raise ValueError(f"{source}: rope.scaling.{name} is not supported")
+    factor = positive(fields, "rope.scaling.factor", source)
+    return RopeScaling(
+        "yarn",
+        factor=factor,
+        low_freq_factor=positive(fields, "rope.scaling.yarn_beta_slow", source, 1.0),
+        high_freq_factor=positive(fields, "rope.scaling.yarn_beta_fast", source, 32.0),
+        original_max_position_embeddings=integer(
+            fields, "rope.scaling.original_context_length", source
+        ),
+        attention_factor=_yarn_attention_factor(factor),
+        truncate=model_type != "gpt_oss",  # which files do not say
+    )
+
+
 def _sliding_window(
     data: Mapping[str, Any], model_type: str, layers: int, source: str
 ) -> int | None:
@@ -296,7 +359,7 @@ def _sliding_window(
     if model_type in ("llama", "gemma") or switched_off or data.get("sliding_window") is None:
         return None
     window = integer(data, "sliding_window", source)
-    if model_type in ("mistral", "mixtral", "qwen3_moe", "gemma2", "gemma3_text"):
+    if model_type in ("mistral", "mixtral", "qwen3_moe", "gemma2", "gemma3_text", "gpt_oss"):
         return window
     first = integer(data, "max_window_layers", source, 28, least=0)
     if first >= layers:

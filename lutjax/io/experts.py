@@ -1,6 +1,7 @@
-"""Mixtures of experts (Mixtral, Qwen3-MoE): their configurations, and their experts as one tensor.
+"""Mixtures of experts: their configurations, and their experts as one tensor.
 
-Hugging Face checkpoints have a tensor for each matrix of each expert; GGUF files have them stacked.
+Mixtral's and Qwen3-MoE's Hugging Face checkpoints have a tensor for each matrix of each expert;
+GGUF files have them stacked.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What a config.json means that does not say it, by `model_type`."""
 
+_FAMILIES = (*DEFAULTS, "gpt_oss")
+
 # Mixtral's names and what the table of names (`lutjax.io.names`) has.
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _EXPERT = re.compile(
@@ -53,7 +56,7 @@ def fields_from_hf(data: Mapping[str, Any], model_type: str, source: str) -> dic
     Raises:
       ValueError: if some layers have no experts, or a number makes no sense.
     """
-    if model_type not in DEFAULTS:
+    if model_type not in _FAMILIES:
         return {}
     if data.get("mlp_only_layers") or data.get("decoder_sparse_step", 1) != 1:
         raise ValueError(
@@ -61,12 +64,12 @@ def fields_from_hf(data: Mapping[str, Any], model_type: str, source: str) -> dic
             f"{data.get('decoder_sparse_step', 1)} leave some layers without experts, which is not "
             "supported"
         )
-    # transformers 5 calls them local in both families, and so does Mixtral.
+    # transformers 5 calls them local in all families.
     key = "num_experts" if data.get("num_local_experts") is None else "num_local_experts"
     return {
         "num_experts": integer(data, key, source),
         "num_experts_per_tok": integer(data, "num_experts_per_tok", source),
-        "norm_topk_prob": model_type == "mixtral" or bool(data.get("norm_topk_prob", False)),
+        "norm_topk_prob": model_type != "qwen3_moe" or bool(data.get("norm_topk_prob", False)),
     }
 
 

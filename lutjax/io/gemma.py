@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lutjax.io.config_values import positive
+from lutjax.io.config_values import layer_types, layers_by_period, positive, sliding_layers
 from lutjax.models.config import DecoderConfig
 
 _COMMON: dict[str, Any] = {
@@ -38,8 +38,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What a config.json means that does not say it, by `model_type`."""
 
-_LAYER_TYPES = {True: "sliding_attention", False: "full_attention"}
-
 # GGUF files do not say what queries are scaled by. llama.cpp takes hidden_size / num_heads instead
 # of head_dim for the largest models, which it knows by their numbers of layers.
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3_text": 62}
@@ -68,7 +66,7 @@ def fields_from_hf(
         "query_pre_attn_scalar": None if scalar == data["head_dim"] else scalar,
         "attn_logit_softcapping": data.get("attn_logit_softcapping"),
         "final_logit_softcapping": data.get("final_logit_softcapping"),
-        "sliding_layers": _sliding_layers(data, layers, source) if windowed else None,
+        "sliding_layers": sliding_layers(data, layers, source) if windowed else None,
         "sliding_rope_theta": _sliding_rope_theta(data, source) if windowed else None,
     }
 
@@ -84,7 +82,7 @@ def fields_to_hf(config: DecoderConfig) -> dict[str, Any]:
         "query_pre_attn_scalar": config.query_pre_attn_scalar or config.head_dim,
         "attn_logit_softcapping": config.attn_logit_softcapping,
         "final_logit_softcapping": config.final_logit_softcapping,
-        "layer_types": [_LAYER_TYPES[windowed] for windowed in config.windowed],
+        "layer_types": layer_types(config.windowed),
         "rope_local_base_freq": config.sliding_rope_theta,
     }
 
@@ -114,7 +112,10 @@ def fields_from_gguf(
         found["query_pre_attn_scalar"] = hidden // heads
     if window is not None:
         pattern = fields.get("attention.sliding_window_pattern", defaults["sliding_window_pattern"])
-        found["sliding_layers"] = _by_pattern(pattern, layers)
+        listed = isinstance(pattern, list)  # for each layer
+        found["sliding_layers"] = (
+            tuple(map(bool, pattern)) if listed else layers_by_period(pattern, layers)
+        )
         theta = fields.get("rope.freq_base_swa", defaults.get("rope_local_base_freq"))
         found["sliding_rope_theta"] = theta
     return found
@@ -127,30 +128,6 @@ def _family_fields(model_type: str) -> dict[str, Any]:
         "activation": "gelu_tanh",
         "scale_embeddings": True,
     }
-
-
-def _sliding_layers(data: Mapping[str, Any], layers: int, source: str) -> tuple[bool, ...]:
-    """Which layers have the window, as a list in newer files and as a period in older ones."""
-    types = data.get("layer_types")
-    if types is None:
-        pattern = data["sliding_window_pattern"]
-        if not isinstance(pattern, int) or pattern < 1:
-            raise ValueError(f"{source}: sliding_window_pattern={pattern!r} must be at least 1")
-        return _by_pattern(pattern, layers)
-    unknown = [kind for kind in types if kind not in _LAYER_TYPES.values()]
-    if unknown:
-        raise ValueError(
-            f"{source}: layer_types has {unknown[0]!r}; supported are "
-            f"{', '.join(_LAYER_TYPES.values())}"
-        )
-    return tuple(kind == _LAYER_TYPES[True] for kind in types)
-
-
-def _by_pattern(pattern: int | list[bool], layers: int) -> tuple[bool, ...]:
-    """All but each `pattern`-th, unless it says so for each."""
-    if isinstance(pattern, list):
-        return tuple(map(bool, pattern))
-    return tuple((i + 1) % pattern != 0 for i in range(layers))
 
 
 def _sliding_rope_theta(data: Mapping[str, Any], source: str) -> float | None:

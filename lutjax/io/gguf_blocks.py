@@ -9,10 +9,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float, Float32, UInt8
 
-from lutjax.io.blocks import GridBlocks, GridSpec
+from lutjax.io.blocks import GridBlocks, GridSpec, powers_of_two
 
 
 class _Unpacked(NamedTuple):
@@ -20,12 +21,12 @@ class _Unpacked(NamedTuple):
 
     Attributes:
       codes: uint8 `[blocks, values]`.
-      scales: float32 `[blocks, groups]`.
+      scales: `[blocks, groups]`, of a float dtype.
       offsets: the same, or None.
     """
 
     codes: UInt8[np.ndarray, "blocks values"]
-    scales: Float32[np.ndarray, "blocks groups"]
+    scales: Float[np.ndarray, "blocks groups"]
     offsets: Float32[np.ndarray, "blocks groups"] | None = None
 
 
@@ -43,7 +44,7 @@ class BlockType:
 
     levels: tuple[int, ...]
     group_size: int
-    scale_dtype: type[np.floating]
+    scale_dtype: type[np.generic]
     has_offsets: bool
     unpack: Callable[[np.ndarray], _Unpacked]
 
@@ -133,6 +134,10 @@ def _iq4_xs(blocks: np.ndarray) -> _Unpacked:
     return _Unpacked(_runs(blocks[:, 8:], 4, 16), scales)
 
 
+def _mxfp4(blocks: np.ndarray) -> _Unpacked:
+    return _Unpacked(_runs(blocks[:, 1:], 4, 16), powers_of_two(blocks[:, :1], 128))
+
+
 def _k_scales(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Scales and offsets `[blocks, 8]` of Q4_K and Q5_K: two float16 times 6-bit integers each."""
     scales, floors, high = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
@@ -154,6 +159,8 @@ def _float16(data: np.ndarray) -> np.ndarray:
 
 
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+# Of E2M1, doubled: its scales are half of what their exponents say.
+_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 BLOCK_TYPES: dict[str, BlockType] = {
     "Q4_0": BlockType(tuple(range(-8, 8)), 32, np.float16, False, _q4_0),
@@ -167,6 +174,7 @@ BLOCK_TYPES: dict[str, BlockType] = {
     "Q5_K": BlockType(tuple(range(32)), 32, np.float32, True, _q5_k),
     "Q6_K": BlockType(tuple(range(-32, 32)), 16, np.float32, False, _q6_k),
     "IQ4_NL": BlockType(_IQ4, 32, np.float16, False, _q4_0),
+    "MXFP4": BlockType(_E2M1, 32, ml_dtypes.bfloat16, False, _mxfp4),
     "IQ4_XS": BlockType(_IQ4, 32, np.float32, False, _iq4_xs),
 }
 """The types that are kept exactly.
@@ -174,5 +182,6 @@ BLOCK_TYPES: dict[str, BlockType] = {
 A group's scale of the K types and of IQ4_XS is a float16 times an integer of 6 or 8 bits, which
 float16 cannot hold. They are kept in float32, which takes more than the file: bits a weight in the
 file → kept are 2.625 → 6 for Q2_K, 3.4375 → 5 for Q3_K, 4.5 → 6 for Q4_K, 5.5 → 7 for Q5_K,
-6.5625 → 8 for Q6_K and 4.25 → 5 for IQ4_XS; the others take what they take in the file.
+6.5625 → 8 for Q6_K and 4.25 → 5 for IQ4_XS. MXFP4's are powers of two, which are kept in bfloat16:
+4.25 → 4.5. The others take what they take in the file.
 """

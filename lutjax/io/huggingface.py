@@ -10,6 +10,7 @@ from lutjax.io.checkpoint import Checkpoint
 from lutjax.io.compressed import METADATA_NAME
 from lutjax.io.configs import TEXT_PREFIX, config_from_hf
 from lutjax.io.experts import ExpertsReader
+from lutjax.io.gpt_oss import GptOssReader, check_quantization
 from lutjax.io.quantized import QuantizedReader, method_from_config
 from lutjax.io.readers import TensorReader
 from lutjax.io.safetensors import (
@@ -38,10 +39,10 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 def open_directory(directory: str | Path, *, check_finite: bool = True) -> Checkpoint:
     """Opens a directory with config.json and safetensors; only headers are read.
 
-    Weights that GPTQ, AWQ, bitsandbytes (4 bits) or compressed-tensors ("pack-quantized") quantised
-    are dequantised when they are read, or read as codes; of those, JSON objects that bitsandbytes
-    keeps in tensors, and biases that the decoder has no place for, are read here as well. Of a
-    model of text and images (`gemma3`), the text model is opened.
+    Weights that GPTQ, AWQ, bitsandbytes (4 bits) or compressed-tensors ("pack-quantized")
+    quantised, and MXFP4 (gpt-oss), are dequantised when they are read, or read as codes; of those,
+    JSON objects that bitsandbytes keeps in tensors, and biases that the decoder has no place for,
+    are read here as well. Of a model of text and images (`gemma3`), the text model is opened.
 
     Args:
       directory: its path.
@@ -62,7 +63,12 @@ def open_directory(directory: str | Path, *, check_finite: bool = True) -> Check
     data = read_json(config_path)
     config = config_from_hf(data, str(config_path))
     quantization = data.get("quantization_config")
-    method = method_from_config(quantization, str(config_path)) if quantization else None
+    gpt_oss = config.model_type == "gpt_oss"
+    method = None
+    if quantization and gpt_oss:
+        check_quantization(quantization, str(config_path))
+    elif quantization:
+        method = method_from_config(quantization, str(config_path))
     if not (directory / INDEX_NAME).is_file() and not (directory / SINGLE_NAME).is_file():
         pickles = [file.name for pattern in _PICKLES for file in directory.glob(pattern)]
         if pickles:
@@ -72,7 +78,9 @@ def open_directory(directory: str | Path, *, check_finite: bool = True) -> Check
     if (model_type := data.get("model_type")) in TEXT_PREFIX:
         tensors = tensors.below(TEXT_PREFIX[model_type])
     reader: TensorReader = tensors if method is None else QuantizedReader(tensors, method)
-    if config.num_experts is not None:
+    if gpt_oss:
+        reader = GptOssReader(tensors, str(directory))
+    elif config.num_experts is not None:
         reader = ExpertsReader(reader, config.num_experts, str(directory))
     return Checkpoint.create(directory, config, "hf", reader, check_finite=check_finite)
 

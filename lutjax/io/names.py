@@ -2,7 +2,7 @@
 
 One table for the whole family: Llama, SmolLM2, Mistral, Qwen2, Qwen3 and Gemma use the same names,
 but for the norms of blocks that normalise what they add (`DecoderConfig.post_norms`). The experts
-of a block are one parameter, which `lutjax.io.experts` puts together.
+of a block are one parameter, which `lutjax.io.experts` and `lutjax.io.gpt_oss` put together.
 """
 
 from __future__ import annotations
@@ -43,17 +43,24 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
         for name in ("gate", "up", "down")
     ),
     (
-        "layers/{i}/mlp/router/kernel",
-        "model.layers.{i}.mlp.gate.weight",
-        "blk.{i}.ffn_gate_inp.weight",
+        "layers/{i}/self_attn/sinks",
+        "model.layers.{i}.self_attn.sinks",
+        "blk.{i}.attn_sinks.weight",
     ),
     *(
         (
-            f"layers/{{i}}/mlp/experts/{name}_proj/kernel",
-            f"model.layers.{{i}}.mlp.experts.{name}_proj.weight",
-            f"blk.{{i}}.ffn_{name}_exps.weight",
+            f"layers/{{i}}/mlp/{name}/{parameter}",
+            f"model.layers.{{i}}.mlp.{hf}.{suffix}",
+            f"blk.{{i}}.ffn_{gguf}.{suffix}",
         )
-        for name in ("gate", "up", "down")
+        for parameter, suffix in (("kernel", "weight"), ("bias", "bias"))
+        for name, hf, gguf in (
+            ("router", "gate", "gate_inp"),
+            *(
+                (f"experts/{m}_proj", f"experts.{m}_proj", f"{m}_exps")
+                for m in ("gate", "up", "down")
+            ),
+        )
     ),
     ("norm/scale", "model.norm.weight", "output_norm.weight"),
     ("lm_head/kernel", "lm_head.weight", "output.weight"),

@@ -1,4 +1,4 @@
-"""Configuration of the decoder family: Llama, Mistral and Mixtral, Qwen2 and 3, Gemma 1 to 3."""
+"""Configuration of the decoder: Llama, Mistral and Mixtral, Qwen2 and 3, Gemma 1 to 3, gpt-oss."""
 
 from __future__ import annotations
 
@@ -15,21 +15,27 @@ class RopeScaling:
 
     Attributes:
       kind: `"linear"` divides every frequency by `factor`; `"llama3"` divides low frequencies by
-        `factor`, keeps high ones, and interpolates in between; `"factors"` divides frequency i by
-        `factors[i]`.
-      factor: the stretch of `"linear"` and `"llama3"`.
-      low_freq_factor: `"llama3"`: wavelengths above original context / this are stretched fully.
-      high_freq_factor: `"llama3"`: wavelengths below original context / this are kept.
-      original_max_position_embeddings: `"llama3"`: the context length of pretraining, in tokens.
+        `factor`, keeps high ones, and interpolates in between; `"yarn"` does so with another ramp
+        (arXiv 2309.00071, section 3.2) and scales queries and keys; `"factors"` divides frequency i
+        by `factors[i]`.
+      factor: the stretch of `"linear"`, `"llama3"` and `"yarn"`.
+      low_freq_factor: what turns less often than this in the original context is stretched fully.
+      high_freq_factor: what turns more often than this in the original context is kept.
+      original_max_position_embeddings: `"llama3"` and `"yarn"`: the context length of pretraining,
+        in tokens.
       factors: `"factors"`: one divisor for each of the head_dim / 2 frequencies.
+      attention_factor: `"yarn"`: what rotated queries and keys are multiplied by.
+      truncate: `"yarn"`: whether the ramp begins and ends at whole frequencies.
     """
 
-    kind: Literal["linear", "llama3", "factors"]
+    kind: Literal["linear", "llama3", "yarn", "factors"]
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
     factors: tuple[float, ...] = ()
+    attention_factor: float = 1.0
+    truncate: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +57,18 @@ class DecoderConfig:
       post_norms: whether what attention and the MLP give is normalised before it is added to the
         residual stream (Gemma 2 and 3).
       activation: what the gate of the MLP goes through; `"gelu_tanh"` (Gemma) is GELU's
-        approximation by tanh.
+        approximation by tanh, `"gelu_sigmoid"` (gpt-oss) that by x · σ(1.702 x).
+      swiglu_limit: the gate is at most this before `activation`, and what it is multiplied by lies
+        within ± this, and is added to 1 (gpt-oss).
       scale_embeddings: whether embeddings are multiplied by sqrt(hidden_size), which is rounded to
         `dtype` before (Gemma).
       rope_theta: base of the rotary frequencies.
       rope_scaling: how these are stretched, or None.
       tie_embeddings: whether the output head is the embedding table.
-      qkv_bias: whether the q, k and v projections have biases (Qwen2).
+      qkv_bias: whether the q, k and v projections have biases (Qwen2, gpt-oss).
+      o_bias: whether the output projection of attention has one (gpt-oss).
+      attention_sinks: whether each head has a score that no token gets, which takes part in its
+        softmax (gpt-oss; arXiv 2309.17453, section 3.3).
       qk_norm: whether each head's queries and keys are RMS-normalised (Qwen3, Gemma 3).
       query_pre_attn_scalar: attention scores are divided by its square root; `head_dim` if None.
       attn_logit_softcapping: attention scores s become c · tanh(s / c) for this c (Gemma 2).
@@ -65,13 +76,14 @@ class DecoderConfig:
       sliding_window: a token attends to itself and the `sliding_window - 1` tokens before it, or
         to all before it if None.
       sliding_layers: for each layer, whether `sliding_window` holds there; in all if None (Gemma 2
-        and 3 alternate).
+        and 3, and gpt-oss alternate).
       sliding_rope_theta: base of the rotary frequencies in layers with the window, where these are
         not stretched; as in the others if None (Gemma 3).
-      num_experts: gated MLPs of a block, of which each token takes some (Mixtral, Qwen3-MoE); None
-        for one that all take.
+      num_experts: gated MLPs of a block, of which each token takes some (Mixtral, Qwen3-MoE,
+        gpt-oss); None for one that all take.
       num_experts_per_tok: how many each token takes; with `num_experts`.
       norm_topk_prob: whether the weights of a token's experts are made to add up to 1.
+      expert_bias: whether the router and the experts' matrices have biases (gpt-oss).
       model_type: the family's Hugging Face name; it decides nothing about the computation.
       scan_layers: whether the blocks are one `scan` over parameters stacked on axis 0.
       remat: whether the backward pass recomputes each block's activations.
@@ -96,12 +108,15 @@ class DecoderConfig:
     rms_norm_eps: float = 1e-5
     norm_offset: float = 0.0
     post_norms: bool = False
-    activation: Literal["silu", "gelu_tanh"] = "silu"
+    activation: Literal["silu", "gelu_tanh", "gelu_sigmoid"] = "silu"
+    swiglu_limit: float | None = None
     scale_embeddings: bool = False
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
     qkv_bias: bool = False
+    o_bias: bool = False
+    attention_sinks: bool = False
     qk_norm: bool = False
     query_pre_attn_scalar: float | None = None
     attn_logit_softcapping: float | None = None
@@ -112,6 +127,7 @@ class DecoderConfig:
     num_experts: int | None = None
     num_experts_per_tok: int | None = None
     norm_topk_prob: bool = True
+    expert_bias: bool = False
     model_type: str = "llama"
     scan_layers: bool = False
     remat: bool = False
@@ -139,9 +155,14 @@ class DecoderConfig:
             raise ValueError(f"head_dim={self.head_dim} must be even for rotary embeddings")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window={self.sliding_window} must be positive or None")
-        if self.activation not in ("silu", "gelu_tanh"):
-            raise ValueError(f"activation={self.activation!r} must be 'silu' or 'gelu_tanh'")
-        for field in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
+        if self.activation not in (known := ("silu", "gelu_tanh", "gelu_sigmoid")):
+            raise ValueError(f"activation={self.activation!r} must be one of {', '.join(known)}")
+        for field in (
+            "query_pre_attn_scalar",
+            "attn_logit_softcapping",
+            "final_logit_softcapping",
+            "swiglu_limit",
+        ):
             value = getattr(self, field)
             if value is not None and not value > 0:
                 raise ValueError(f"{field}={value} must be positive or None")
@@ -156,6 +177,8 @@ class DecoderConfig:
         experts, taken = self.num_experts, self.num_experts_per_tok
         if (experts is None) != (taken is None):
             raise ValueError("num_experts and num_experts_per_tok need each other")
+        if self.expert_bias and experts is None:
+            raise ValueError("expert_bias needs num_experts")
         if experts is not None and taken is not None and not 1 <= taken <= experts:
             raise ValueError(f"num_experts_per_tok={taken} must be from 1 to num_experts={experts}")
         scaling = self.rope_scaling

@@ -1,4 +1,4 @@
-"""A plain Flax decoder: Llama, Mistral and Mixtral, Qwen2 and 3, Gemma 1 to 3 by configuration."""
+"""A plain Flax decoder: Llama, Mistral, Mixtral, Qwen2 and 3, Gemma 1 to 3, gpt-oss by config."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from lutjax.models.cache import KVCache, LayerCache
 from lutjax.models.config import DecoderConfig
 from lutjax.models.mlp import MLP, MixtureOfExperts
-from lutjax.models.rope import apply_rope, rope_frequencies, rope_tables
+from lutjax.models.rope import apply_rope, rope_frequencies, rope_scale, rope_tables
 
 # Finite, so that a row of padding, which may attend to nothing, gets no NaN.
 _MASKED = -1e30
@@ -111,9 +111,14 @@ class Attention(nn.Module):
                 cache.values, values.astype(cache.values.dtype), start
             )
             cache = LayerCache(keys, values)
-        mixed = _attend(config, q, keys, values, context.mask).astype(config.dtype)
+        sinks = None
+        if config.attention_sinks:
+            sinks = self.param("sinks", nn.initializers.normal(0.02), (heads,), jnp.float32)
+        mixed = _attend(config, q, keys, values, context.mask, sinks).astype(config.dtype)
         mixed = mixed.reshape(batch, time, heads * head_dim)
-        out = nn.Dense(config.hidden_size, use_bias=False, dtype=config.dtype, name="o_proj")
+        out = nn.Dense(
+            config.hidden_size, use_bias=config.o_bias, dtype=config.dtype, name="o_proj"
+        )
         return out(mixed), cache
 
 
@@ -129,6 +134,7 @@ def _attend(
     keys: Float[Array, "bk s h"],
     values: Float[Array, "bk s h"],
     mask: Bool[Array, "b t s"],
+    sinks: Float[Array, " n"] | None,
 ) -> Float32[Array, "b t n h"]:
     """Attention of at most CHUNK queries at once, so that there are never T · S scores.
 
@@ -136,7 +142,7 @@ def _attend(
     """
     batch, time = q.shape[:2]
     if time <= CHUNK:
-        return _attend_at_once(config, q, keys, values, mask)
+        return _attend_at_once(config, q, keys, values, mask, sinks)
     whole = time - time % CHUNK
     chunks = tuple(
         a[:, :whole].reshape(batch, -1, CHUNK, *a.shape[2:]).swapaxes(0, 1) for a in (q, mask)
@@ -144,12 +150,12 @@ def _attend(
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def attend(chunk: tuple[Array, Array]) -> Float32[Array, "b c n h"]:
-        return _attend_at_once(config, chunk[0], keys, values, chunk[1])
+        return _attend_at_once(config, chunk[0], keys, values, chunk[1], sinks)
 
     mixed = lax.map(attend, chunks).swapaxes(0, 1).reshape(batch, whole, *q.shape[2:])
     if whole == time:
         return mixed
-    rest = _attend_at_once(config, q[:, whole:], keys, values, mask[:, whole:])
+    rest = _attend_at_once(config, q[:, whole:], keys, values, mask[:, whole:], sinks)
     return jnp.concatenate([mixed, rest], axis=1)
 
 
@@ -159,6 +165,7 @@ def _attend_at_once(
     keys: Float[Array, "bk s h"],
     values: Float[Array, "bk s h"],
     mask: Bool[Array, "b t s"],
+    sinks: Float[Array, " n"] | None,
 ) -> Float32[Array, "b t n h"]:
     """softmax(cap(q·kᵀ/√s))·v with the query heads grouped, so that keys are never repeated."""
     batch, time, heads, head_dim = q.shape
@@ -174,7 +181,7 @@ def _attend_at_once(
     scores = jnp.where(
         mask[:, None], scores.reshape(batch, heads, time, slots), jnp.float32(_MASKED)
     )
-    weights = jax.nn.softmax(scores, axis=-1).reshape(*q.shape[:2], slots)
+    weights = _softmax(scores, sinks).reshape(*q.shape[:2], slots)
     mixed = lax.dot_general(
         weights.astype(values.dtype),
         values,
@@ -182,6 +189,18 @@ def _attend_at_once(
         preferred_element_type=jnp.float32,
     )
     return mixed.reshape(batch, heads, time, head_dim).swapaxes(1, 2)
+
+
+def _softmax(
+    scores: Float32[Array, "b n t s"], sinks: Float[Array, " n"] | None
+) -> Float32[Array, "b n t s"]:
+    """Softmax over the last axis, with one more score for each head, whose share is left out."""
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    sink = sinks.astype(jnp.float32)[None, :, None, None]
+    largest = lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sink))
+    shares = jnp.exp(scores - largest)
+    return shares / (jnp.sum(shares, axis=-1, keepdims=True) + jnp.exp(sink - largest))
 
 
 def _softcap(x: Float32[Array, "..."], cap: float | None) -> Float32[Array, "..."]:
@@ -306,7 +325,11 @@ def attention_contexts(
         mask = seen
         if windowed and config.sliding_window is not None:
             mask = seen & (positions[:, :, None] - stored[:, None, :] < config.sliding_window)
-        tables = rope_tables(positions, rope_frequencies(config, windowed=windowed))
+        tables = rope_tables(
+            positions,
+            rope_frequencies(config, windowed=windowed),
+            rope_scale(config, windowed=windowed),
+        )
         contexts[windowed] = AttentionContext(*tables, mask=mask, slot=slot)
     return contexts
 

@@ -16,7 +16,17 @@ from lutjax.models.config import DecoderConfig
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_sigmoid": lambda x: x * jax.nn.sigmoid(x * jnp.asarray(1.702, x.dtype)),
 }
+
+
+def _gated(config: DecoderConfig, gate: Float[Array, "... f"], up: Float[Array, "... f"]) -> Array:
+    """What the last matrix of an MLP is multiplied with: activation(gate) · up, or as limited."""
+    if config.swiglu_limit is not None:
+        limit = jnp.asarray(config.swiglu_limit, gate.dtype)
+        gate = jnp.minimum(gate, limit)
+        up = jnp.clip(up, -limit, limit) + jnp.ones((), up.dtype)
+    return _ACTIVATIONS[config.activation](gate) * up
 
 
 class MLP(nn.Module):
@@ -34,7 +44,7 @@ class MLP(nn.Module):
 
         gate = dense("gate_proj", config.intermediate_size)(x)
         up = dense("up_proj", config.intermediate_size)(x)
-        return dense("down_proj", config.hidden_size)(_ACTIVATIONS[config.activation](gate) * up)
+        return dense("down_proj", config.hidden_size)(_gated(config, gate, up))
 
 
 class MixtureOfExperts(nn.Module):
@@ -52,7 +62,9 @@ class MixtureOfExperts(nn.Module):
         config = self.config
         assert config.num_experts is not None and config.num_experts_per_tok is not None
         tokens = x.reshape(-1, x.shape[-1])
-        router = nn.Dense(config.num_experts, use_bias=False, dtype=config.dtype, name="router")
+        router = nn.Dense(
+            config.num_experts, use_bias=config.expert_bias, dtype=config.dtype, name="router"
+        )
         chances = jax.nn.softmax(router(tokens).astype(jnp.float32))
         shares, chosen = lax.top_k(chances, config.num_experts_per_tok)
         if config.norm_topk_prob:
@@ -78,12 +90,12 @@ class Experts(nn.Module):
         config = self.config
         gate = _Stacked(config, config.intermediate_size, name="gate_proj")(x, sizes)
         up = _Stacked(config, config.intermediate_size, name="up_proj")(x, sizes)
-        hidden = _ACTIVATIONS[config.activation](gate) * up
+        hidden = _gated(config, gate, up)
         return _Stacked(config, config.hidden_size, name="down_proj")(hidden, sizes)
 
 
 class _Stacked(nn.Module):
-    """One of the matrices of every expert, `kernel [E, in, out]`."""
+    """One of the matrices of every expert, `kernel [E, in, out]`, and perhaps `bias [E, out]`."""
 
     config: DecoderConfig
     features: int
@@ -91,7 +103,12 @@ class _Stacked(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "m k"], sizes: Int32[Array, " e"]) -> Float[Array, "m n"]:
         """The rows of each expert, in order, times its matrix."""
+        config, (rows, width) = self.config, x.shape
         init = nn.initializers.lecun_normal(batch_axis=0)
-        shape = (self.config.num_experts, x.shape[-1], self.features)
-        kernel = self.param("kernel", init, shape)
-        return lax.ragged_dot(x.astype(self.config.dtype), kernel.astype(self.config.dtype), sizes)
+        kernel = self.param("kernel", init, (config.num_experts, width, self.features))
+        y = lax.ragged_dot(x.astype(config.dtype), kernel.astype(config.dtype), sizes)
+        if not config.expert_bias:
+            return y
+        shape = (config.num_experts, self.features)
+        bias = self.param("bias", nn.initializers.zeros_init(), shape).astype(config.dtype)
+        return y + jnp.repeat(bias, sizes, axis=0, total_repeat_length=rows)

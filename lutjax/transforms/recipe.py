@@ -21,8 +21,8 @@ from lutjax.rotation import is_power_of_two
 COLUMN = "column"
 MIN_GROUP_SIZE = 16
 
-DENSE = ("*embed*", "*lm_head*", "*norm*", "*bias*", "*scale", "*router*")
-"""Paths that stay dense unless a rule names them in full: embeddings, head, norms, biases."""
+DENSE = ("*embed*", "*lm_head*", "*norm*", "*bias*", "*scale", "*router*", "*sinks*")
+"""Paths that stay dense unless a rule names them in full: embeddings, head, norms, biases, …"""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,6 +55,23 @@ FAMILIES_OF_EXPERTS = {
         "num_experts_per_tok": 1,
         "norm_topk_prob": False,
     },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "activation": "gelu_sigmoid",
+        "swiglu_limit": 7.0,
+        "qkv_bias": True,
+        "o_bias": True,
+        "attention_sinks": True,
+        "expert_bias": True,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 5,
+        "sliding_layers": (True, False),
+        "rope_theta": 150000.0,
+        "rope_scaling": RopeScaling(
+            "yarn", 32.0, 1.0, 32.0, 4096, attention_factor=1.3465735902799727, truncate=False
+        ),
+    },
 }
 
 
@@ -64,7 +81,10 @@ def random_values(config: DecoderConfig) -> dict[str, np.ndarray]:
     return {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
 
 
-def hf_tensors(values: dict[str, np.ndarray], *, mixtral: bool = False) -> dict[str, np.ndarray]:
+def hf_tensors(values: dict[str, np.ndarray], family: str | None = None) -> dict[str, np.ndarray]:
+    """The tensors of a family; only those of mixtures are not as the others'."""
+    if family == "gpt_oss":
+        return gpt_oss_tensors(values)
     tensors = {}
     for path, value in values.items():
         name = checkpoint_name(path, "hf", post_norms=post_norms(values))
@@ -74,7 +94,7 @@ def hf_tensors(values: dict[str, np.ndarray], *, mixtral: bool = False) -> dict[
                 tensors[name.replace("experts.", f"experts.{i}.")] = np.ascontiguousarray(expert)
         else:
             tensors[name] = np.ascontiguousarray(stored)
-    if not mixtral:
+    if family != "mixtral":
         return tensors
     names = {"mlp.": "block_sparse_moe.", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
     renamed = {}
@@ -83,6 +103,24 @@ def hf_tensors(values: dict[str, np.ndarray], *, mixtral: bool = False) -> dict[
             name = name.replace(old, new)
         renamed[name] = tensor
     return renamed
+
+
+def gpt_oss_tensors(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    plain = {path: value for path, value in values.items() if "/experts/" not in path}
+    tensors = {
+        name.replace("mlp.gate", "mlp.router"): tensor for name, tensor in hf_tensors(plain).items()
+    }
+    for path, gate in values.items():
+        layer, _, name = path.partition("/mlp/experts/")
+        prefix = f"model.{layer.replace('/', '.')}.mlp.experts"
+        suffix = "_bias" if name.endswith("bias") else ""
+        if name.startswith("down_proj"):
+            tensors[f"{prefix}.down_proj{suffix}"] = gate
+        elif name.startswith("gate_proj"):
+            up = values[path.replace("gate_proj", "up_proj")]
+            both = np.stack([gate, up], axis=-1)  # they alternate
+            tensors[f"{prefix}.gate_up_proj{suffix}"] = both.reshape(*gate.shape[:-1], -1)
+    return tensors
 
 
 def post_norms(values: dict[str, np.ndarray]) -> bool:

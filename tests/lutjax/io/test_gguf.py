@@ -69,12 +69,12 @@ def random_blocks(kind, shape) -> np.ndarray:
 
 def write_gguf(path, config, values, kind=Q.F32, metadata=(), numbers=(), extra=()):
     arch = config.model_type.removesuffix("_text")
-    arch = {"mixtral": "llama", "qwen3_moe": "qwen3moe"}.get(arch, arch)
+    arch = {"mixtral": "llama", "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss"}.get(arch, arch)
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    if config.model_type == "qwen3_moe":
+    if config.model_type in ("qwen3_moe", "gpt_oss"):
         writer.add_feed_forward_length(7)  # that of layers without experts, of which there are none
         writer.add_expert_feed_forward_length(config.intermediate_size)
     else:
@@ -90,6 +90,10 @@ def write_gguf(path, config, values, kind=Q.F32, metadata=(), numbers=(), extra=
     if config.rope_scaling is not None:
         writer.add_rope_scaling_type(gguf.RopeScalingType(config.rope_scaling.kind))
         writer.add_rope_scaling_factor(config.rope_scaling.factor)
+        if config.rope_scaling.kind == "yarn":
+            writer.add_rope_scaling_orig_ctx_len(
+                config.rope_scaling.original_max_position_embeddings
+            )
     if config.sliding_window is not None:
         writer.add_sliding_window(config.sliding_window)
     if config.attn_logit_softcapping is not None:
@@ -113,6 +117,8 @@ def write_gguf(path, config, values, kind=Q.F32, metadata=(), numbers=(), extra=
         else:
             data = gguf.quantize(tensor, quantised)
         label = checkpoint_name(name, "gguf", post_norms=post_norms(values))
+        if arch == "gpt-oss":
+            label = label.replace("ffn_norm", "post_attention_norm")
         writer.add_tensor(label, data, raw_dtype=quantised)
     for name, tensor in extra:
         writer.add_tensor(name, tensor)
@@ -164,7 +170,7 @@ def test_gemma_is_read_back_exactly(tmp_path, config, family):
         np.testing.assert_array_equal(value, values[path], err_msg=path)
 
 
-@pytest.mark.parametrize("kind", [Q.Q8_0, Q.Q4_1, Q.Q3_K])
+@pytest.mark.parametrize("kind", [Q.Q8_0, Q.Q4_1, Q.Q3_K, Q.MXFP4])
 def test_quantised_experts_are_kept(tmp_path, config, kind):
     sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     sizes = sizes if kind in FLOAT16_AT else {}
@@ -182,7 +188,9 @@ def test_quantised_experts_are_kept(tmp_path, config, kind):
     )
 
 
-@pytest.mark.parametrize(("arch", "family"), [("LLAMA", "mixtral"), ("QWEN3MOE", "qwen3_moe")])
+@pytest.mark.parametrize(
+    ("arch", "family"), [("LLAMA", "mixtral"), ("QWEN3MOE", "qwen3_moe"), ("GPT_OSS", "gpt_oss")]
+)
 def test_names_of_experts_are_those_of_the_gguf_package(config, arch, family):
     config = dataclasses.replace(config, **FAMILIES_OF_EXPERTS[family])
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch], config.num_layers)
@@ -190,7 +198,10 @@ def test_names_of_experts_are_those_of_the_gguf_package(config, arch, family):
         hf, ours = (checkpoint_name(path, f) for f in ("hf", "gguf"))
         if family == "mixtral" and "router" in path:
             hf = hf.replace("mlp.gate", "block_sparse_moe.gate")
-        assert table.get_name(hf, try_suffixes=(".weight",)) == ours, path
+        if family == "gpt_oss":
+            hf = hf.replace("mlp.gate", "mlp.router").replace(".sinks", ".sinks.weight")
+            ours = ours.replace("ffn_norm", "post_attention_norm")
+        assert table.get_name(hf, try_suffixes=(".weight", ".bias")) == ours, path
 
 
 def test_a_sentencepiece_tokenizer_is_read_beside_the_file(tmp_path, config):
@@ -306,10 +317,24 @@ def test_linear_rope_scaling_is_what_llama_cpp_reads(fields, factor):
     assert both == RopeScaling("factors", factors=tuple((factors * (factor or 1.0)).tolist()))
 
 
+def test_yarn_is_what_llama_cpp_reads():
+    fields = {TYPE: "yarn", FACTOR: 4.0, "rope.scaling.original_context_length": 64}
+    scaling = read_metadata("llama", **fields).rope_scaling
+    expected = RopeScaling("yarn", 4.0, 1.0, 32.0, 64, attention_factor=1 + 0.1 * np.log(4))
+    assert scaling == expected
+    betas = {"rope.scaling.yarn_beta_fast": 16.0, "rope.scaling.yarn_beta_slow": 2.0}
+    scaling = read_metadata("llama", **fields, **betas).rope_scaling
+    assert scaling == dataclasses.replace(expected, low_freq_factor=2.0, high_freq_factor=16.0)
+    with pytest.raises(ValueError, match=r"rope\.scaling\.attn_factor is not supported"):
+        read_metadata("llama", **fields, **{"rope.scaling.attn_factor": 0.5})
+    with pytest.raises(ValueError, match=r"type 'yarn' is not supported with rope_freqs\.weight"):
+        read_metadata("llama", rope_factors=np.ones(8), **fields)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({TYPE: "yarn", FACTOR: 4.0}, r"rope\.scaling\.type 'yarn' is not supported"),
+        ({TYPE: "longrope"}, r"rope\.scaling\.type 'longrope' is not supported"),
         ({FACTOR: -1.0}, r"a file: 'rope\.scaling\.factor' is -1\.0, not a positive number"),
         ({OLD_FACTOR: "4"}, r"a file: 'rope\.scale_linear' is '4', not a positive number"),
     ],
@@ -361,6 +386,7 @@ KEPT = {
     Q.Q6_K: 8.0,
     Q.IQ4_NL: 4.5,
     Q.IQ4_XS: 5.0,
+    Q.MXFP4: 4.5,
 }
 """Bits a weight as kept."""
 

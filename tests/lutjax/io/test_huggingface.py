@@ -42,6 +42,7 @@ FAMILIES = {
 }
 DATA = Path(__file__).parents[2] / "data" / "gemma"
 MIXTURES = DATA.parent / "mixtures"
+GPT_OSS = DATA.parent / "gpt_oss"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -49,7 +50,7 @@ MIXTURES = DATA.parent / "mixtures"
 def test_every_family_is_read_back_exactly(tmp_path, tiny_config, family, shards):
     config = dataclasses.replace(tiny_config, **FAMILIES[family])
     values = random_values(config)
-    write_hf(tmp_path / "m", config, hf_tensors(values, mixtral=family == "mixtral"), shards)
+    write_hf(tmp_path / "m", config, hf_tensors(values, family), shards)
     checkpoint = open_checkpoint(tmp_path / "m")
     assert checkpoint.config == config
     assert {path: value.shape for path, value in values.items()} == dict(checkpoint.shapes)
@@ -103,6 +104,7 @@ def test_hugging_face_defaults():
     [
         *((DATA, family) for family in ("gemma", "gemma2", "gemma3")),
         *((MIXTURES, family) for family in ("mixtral", "qwen3_moe")),
+        *((GPT_OSS, stored) for stored in ("dense", "mxfp4")),
     ],
     ids=lambda value: getattr(value, "name", value),
 )
@@ -111,9 +113,9 @@ def test_computes_what_transformers_does(data, family):
     model, params, _ = load(data / family)
     tokens = outputs["tokens"]
     logits = jax.jit(model.apply)({"params": params}, tokens)
-    # float32 on both sides, logits of up to 12, weights of order 1 in up to seven layers; no expert
+    # float32 on both sides, logits of up to 18, weights of order 1 in up to seven layers; no expert
     # is chosen by less than 1e-3.
-    np.testing.assert_allclose(logits, outputs[f"{family}.logits"], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(logits, outputs[f"{family}.logits"], rtol=1e-4, atol=2e-4)
     found = generate(
         model.apply, params, tokens[:, :9].tolist(), config=model.config, max_new_tokens=16
     )
@@ -248,7 +250,10 @@ def test_the_text_model_of_a_multimodal_directory(tmp_path):
         ({"attention_bias": True}, "attention_bias=True"),
         ({"layer_types": ["chunked_attention"] * 7}, "layer_types has 'chunked_attention'"),
         ({"layer_types": ["full_attention"]}, "sliding_layers has 1 entries"),
-        ({"layer_types": None, "sliding_window_pattern": 0}, "sliding_window_pattern=0 must be"),
+        (
+            {"layer_types": None, "sliding_window_pattern": 0},
+            "'sliding_window_pattern' is 0, not an int",
+        ),
         (
             {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
             "RoPE scaling 'linear' in layers with a sliding window",
@@ -278,7 +283,26 @@ def test_unsupported_configurations_of_gemma(change, message):
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"attention_bias": True}, "attention_bias=True"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope' is not supported"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "'original_max_position_embeddings' is None",
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                    "beta_fast": 1,
+                }
+            },
+            "has a beta_slow that is not below its beta_fast",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0}},
+            "has mscale and mscale_all_dim, which are not supported",
+        ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "'low_freq_factor' is None"),
         ({"rope_scaling": {"rope_type": "linear", "factor": None}}, "'factor' is None, not a pos"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "'factor' is 0, not a positive"),

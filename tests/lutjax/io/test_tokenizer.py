@@ -46,6 +46,7 @@ def pieces(tokenizer, text):
         ("default", ["Ġa", "Ġ1", "2", "3"]),
         ("qwen2", ["Ġa", "Ġ", "1", "2", "3"]),
         ("llama-bpe", ["<|bos|>", "Ġa", "Ġ", "123"]),  # up to three digits; begins with BOS
+        ("gpt-4o", ["Ġa", "Ġ", "123"]),
     ],
 )
 def test_pre_tokenizers(pre, expected):
@@ -53,7 +54,7 @@ def test_pre_tokenizers(pre, expected):
     assert pieces(tokenizer, " a 123") == expected
 
 
-@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "qwen2", "llama-bpe"])
+@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "qwen2", "llama-bpe", "gpt-4o"])
 @pytest.mark.parametrize(
     "text", ["ab 12\n\n  ab\t", "naïve 日本 🙂", "don't", "<|end|>a<|end|>", ""]
 )

@@ -57,6 +57,23 @@ VARIANTS = {
     "gemma2": GEMMA2,
     "gemma3": GEMMA3,
     "experts": {"num_experts": 5, "num_experts_per_tok": 2},
+    "gpt-oss": {
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "expert_bias": True,
+        "qkv_bias": True,
+        "o_bias": True,
+        "attention_sinks": True,
+        "activation": "gelu_sigmoid",
+        "swiglu_limit": 0.4,
+        "sliding_window": 3,
+        "sliding_layers": (True, False),
+        "rope_theta": 50.0,
+        "rope_scaling": RopeScaling(
+            "yarn", 8.0, 0.5, 4.0, 32, attention_factor=1.3, truncate=False
+        ),
+    },
+    "yarn": {"rope_theta": 50.0, "rope_scaling": RopeScaling("yarn", 8.0, 0.5, 4.0, 32)},
     "experts, not normalised": {
         "num_experts": 3,
         "num_experts_per_tok": 3,
@@ -94,6 +111,20 @@ def oracle_divisors(scaling: RopeScaling | None, frequencies: np.ndarray) -> np.
         return np.full_like(frequencies, scaling.factor)
     if scaling.kind == "factors":
         return np.array(scaling.factors)
+    if scaling.kind == "yarn":
+        size = 2 * len(frequencies)
+        base = frequencies[0] / frequencies[1]  # theta ** (2 / size)
+
+        def index(turns):
+            context = scaling.original_max_position_embeddings
+            return math.log(context / (turns * 2 * math.pi)) / math.log(base)
+
+        low, high = index(scaling.high_freq_factor), index(scaling.low_freq_factor)
+        if scaling.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, size - 1)
+        ramps = [min(max((i - low) / (high - low), 0), 1) for i in range(len(frequencies))]
+        return np.array([1 / (ramp / scaling.factor + 1 - ramp) for ramp in ramps])
     divisors = []
     for frequency in frequencies:
         wavelength = 2 * math.pi / frequency
@@ -126,6 +157,8 @@ def oracle(config: DecoderConfig, params, tokens: list[int]) -> np.ndarray:
     def activation(x):
         if config.activation == "gelu_tanh":
             return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+        if config.activation == "gelu_sigmoid":
+            return x / (1 + np.exp(-1.702 * x))
         return x / (1 + np.exp(-x))
 
     def turns(theta, scaling):
@@ -145,6 +178,8 @@ def oracle(config: DecoderConfig, params, tokens: list[int]) -> np.ndarray:
 
         def rotate(x, turn=turn):  # [T, h]: pair i is the complex number x[i] + 1j x[i + h/2]
             z = (x[:, : h // 2] + 1j * x[:, h // 2 :]) * turn
+            if config.rope_scaling is not None:
+                z = z * config.rope_scaling.attention_factor
             return np.concatenate([z.real, z.imag], axis=-1)
 
         layer = p["layers"][str(i)]
@@ -170,9 +205,14 @@ def oracle(config: DecoderConfig, params, tokens: list[int]) -> np.ndarray:
                 scores = k[first : t + 1] @ q[t] / math.sqrt(config.query_pre_attn_scalar or h)
                 scores = cap(scores, config.attn_logit_softcapping)
                 weights = np.exp(scores - scores.max())
-                rows.append(weights @ v[first : t + 1] / weights.sum())
+                total = weights.sum()
+                if config.attention_sinks:
+                    total += np.exp(attention["sinks"][head] - scores.max())
+                rows.append(weights @ v[first : t + 1] / total)
             mixed.append(np.stack(rows))
         out = np.concatenate(mixed, axis=-1) @ attention["o_proj"]["kernel"]
+        if config.o_bias:
+            out = out + attention["o_proj"]["bias"]
         before_mlp = "post_attention_layernorm"
         if config.post_norms:
             out = norm(out, layer["post_attention_layernorm"]["scale"])
@@ -182,10 +222,16 @@ def oracle(config: DecoderConfig, params, tokens: list[int]) -> np.ndarray:
 
         def gated(y, matrices):
             gate, up, down = (matrices[f"{n}_proj"]["kernel"] for n in ("gate", "up", "down"))
-            return activation(y @ gate) * (y @ up) @ down
+            biases = (matrices[f"{n}_proj"].get("bias", 0) for n in ("gate", "up", "down"))
+            gate_bias, up_bias, down_bias = biases
+            gate, up = y @ gate + gate_bias, y @ up + up_bias
+            if config.swiglu_limit is not None:
+                gate = np.minimum(gate, config.swiglu_limit)
+                up = np.clip(up, -config.swiglu_limit, config.swiglu_limit) + 1
+            return activation(gate) * up @ down + down_bias
 
         def mixture(y, mlp=mlp, gated=gated):  # [d]
-            logits = y @ mlp["router"]["kernel"]
+            logits = y @ mlp["router"]["kernel"] + mlp["router"].get("bias", 0)
             chances = np.exp(logits) / np.exp(logits).sum()
             chosen = np.argsort(-chances)[: config.num_experts_per_tok]
             shares = chances[chosen]
@@ -210,6 +256,7 @@ COMBINATIONS = {
     "alternating layers": GEMMA3 | {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0},
     "norms, window, multi-query": VARIANTS["qwen3"] | VARIANTS["mistral"] | {"num_kv_heads": 1},
     "experts": VARIANTS["experts"] | {"qk_norm": True},
+    "sinks": VARIANTS["gpt-oss"],
 }
 
 
@@ -472,7 +519,9 @@ def test_decode_step_copies_no_cache(tiny_config):
         ({"vocab_size": 3.5}, r"vocab_size=3.5"),
         ({"sliding_window": 0}, "sliding_window=0"),
         ({"rope_scaling": RopeScaling("factors", factors=(1.0,))}, "1 factors; head_dim=6 needs 3"),
-        ({"activation": "gelu"}, "activation='gelu' must be 'silu' or 'gelu_tanh'"),
+        ({"activation": "gelu"}, "activation='gelu' must be one of silu, gelu_tanh, gelu_sigmoid"),
+        ({"swiglu_limit": -1.0}, "swiglu_limit=-1.0 must be positive"),
+        ({"expert_bias": True}, "expert_bias needs num_experts"),
         ({"attn_logit_softcapping": 0.0}, "attn_logit_softcapping=0.0 must be positive"),
         ({"sliding_layers": (True,), "sliding_window": 3}, "1 entries; num_layers=2 needs as many"),
         ({"sliding_layers": (True, False)}, "sliding_layers needs a sliding_window"),
