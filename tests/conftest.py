@@ -8,16 +8,18 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Their tests compile many tiny programs: compiling is what they would spend their time on.
-_COMPILE_QUICKLY = ("adapters", "arrays", "calibrate", "lift", "linear_maps", "models", "optim")
+_TESTS = Path(__file__).parent
 
 
-@pytest.fixture(autouse=True)
+def _compiles_quickly(path: Path) -> bool:
+    """Not where compiled code is what is tested (kernels), or where it runs for long (SmolLM2)."""
+    return not path.is_relative_to(_TESTS / "pallas_kernels") and "smollm2" not in path.name
+
+
+@pytest.fixture(autouse=True, scope="module")
 def quick_compiles(request):
-    rooms = Path(__file__).parent / "lutjax"
-    if not any(request.path.is_relative_to(rooms / room) for room in _COMPILE_QUICKLY):
-        yield
-        return
-    jax.config.update("jax_disable_most_optimizations", True)
+    """Compiling many tiny programs is what most tests would spend their time on."""
+    quickly = _compiles_quickly(request.path)
+    jax.config.update("jax_disable_most_optimizations", quickly)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -77,10 +77,11 @@ def test_greedy_continuations_with_cache(smollm2):
 
 
 def test_perplexity(smollm2):
-    result = perplexity(smollm2.model.apply, smollm2.params, smollm2.windows)
+    some = slice(None, None, 5)  # 4 of 16: one takes two seconds
+    result = perplexity(smollm2.model.apply, smollm2.params, smollm2.windows[some])
+    expected = np.array(smollm2.reference["window_nll"])
     # float32 against float32; both are within 1e-4 nats of float64 on every window.
-    np.testing.assert_allclose(
-        result.window_nll, smollm2.reference["window_nll"], rtol=0, atol=1e-4
-    )
-    assert result.perplexity == pytest.approx(smollm2.reference["perplexity"], rel=1e-4)
-    assert result.tokens == 16 * 511
+    np.testing.assert_allclose(result.window_nll, expected[some], rtol=0, atol=1e-4)
+    assert result.perplexity == pytest.approx(np.exp(expected[some].mean()), rel=1e-4)
+    assert np.exp(expected.mean()) == pytest.approx(smollm2.reference["perplexity"], rel=1e-6)
+    assert result.tokens == 4 * 511
