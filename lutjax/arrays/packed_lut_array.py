@@ -9,13 +9,13 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lutjax.arrays.base import CompressedArray, format_bytes
 from lutjax.arrays.lut_array import LutArray
 from lutjax.arrays.split import Split, is_partitioned_automatically
 from lutjax.arrays.view import MATRIX, MatrixView
-from pallas_kernels.lut_matmul import PackedWeight, packed_matmul
+from pallas_kernels.lut_matmul import PackedWeight, packed_matmul, packed_matmul_grouped
 from pallas_kernels.lut_matmul import prepack as prepack_words
 
 
@@ -99,7 +99,16 @@ class PackedLutArray(CompressedArray):
         """``x @ W.T`` by the kernel whose layout this is."""
         return self._product(x, transpose=True)
 
-    def _product(self, x: jax.Array, *, transpose: bool) -> jax.Array:
+    def matmul_grouped(
+        self, x: Float[Array, "t m k"], groups: Int[Array, " t"], sizes: Int[Array, " t"]
+    ) -> Float[Array, "t m n"]:
+        """Reads the entries where they lie if the layout is the TPU kernel's."""
+        if self.packed.implementation != "mosaic_tpu":
+            return super().matmul_grouped(x, groups, sizes)
+        self._check(x)
+        return packed_matmul_grouped(x, self.packed, groups, sizes)
+
+    def _check(self, x: jax.Array) -> None:
         if x.dtype != self.dtype:
             raise TypeError(
                 f"{self!r} is packed for activations of {self.dtype}, got {x.dtype}; cast either "
@@ -110,6 +119,9 @@ class PackedLutArray(CompressedArray):
                 f"{self!r} is packed for one device, but the activations are split over several; "
                 "run the canonical parameters"
             )
+
+    def _product(self, x: jax.Array, *, transpose: bool) -> jax.Array:
+        self._check(x)
         if self.batch_shape:
             return jax.vmap(lambda w, x: w._product(x, transpose=transpose))(self, x)
         try:

@@ -151,13 +151,14 @@ def _grouped_product(
 
 def _group_of(place: Int[Array, " m"], ends: Int[Array, " e"]) -> Int[Array, " m"]:
     """The group that each place lies in, the last one for places after all groups."""
-    found = jnp.searchsorted(ends, place, side="right").astype(jnp.int32)
+    # Comparing all is no loop, which accelerators would have to be told to go on with.
+    found = jnp.searchsorted(ends, place, side="right", method="compare_all").astype(jnp.int32)
     return jnp.minimum(found, ends.shape[0] - 1)
 
 
 def _tile_rows(m: int, count: int) -> int:
     """Rows of a tile: about as many as a group has, more where few rows cost no more than one."""
     if m <= count:
-        return 1
+        return 16 if compiling_for("tpu") else 1  # what its kernel pads them to
     mean = m / count
     return min(MAX_TILE, 1 << int(np.ceil(np.log2(max(mean, min(2 * mean, 16))))))

@@ -2,7 +2,12 @@
 
 from pallas_kernels.lut_matmul.api import IMPLEMENTATIONS, lut_matmul
 from pallas_kernels.lut_matmul.dispatch import interpret_kernels
-from pallas_kernels.lut_matmul.packed import PackedWeight, packed_matmul, prepack
+from pallas_kernels.lut_matmul.packed import (
+    PackedWeight,
+    packed_matmul,
+    packed_matmul_grouped,
+    prepack,
+)
 from pallas_kernels.lut_matmul.reference import dequantize
 
 __all__ = [
@@ -12,5 +17,6 @@ __all__ = [
     "interpret_kernels",
     "lut_matmul",
     "packed_matmul",
+    "packed_matmul_grouped",
     "prepack",
 ]

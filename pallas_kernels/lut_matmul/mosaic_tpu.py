@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -175,20 +176,25 @@ def prepack_rest(
 ) -> tuple:
     """All but the planes: small, and laid out anew in every call."""
     config = problem.config
-    per_tile = config.block_k // problem.segment
-    groups = problem.k_tiles * per_tile
-    if problem.group > config.block_k:
-        groups = -(-problem.padded_k // problem.group)
 
     def tiled(a: jax.Array | None) -> jax.Array | None:
         if a is None:
             return None
-        a = jnp.pad(a, ((0, groups - a.shape[0]), (0, problem.padded_n - a.shape[1])))
-        rows = 1 if problem.group > config.block_k else per_tile
-        return a.reshape(-1, rows, problem.padded_n)
+        rows = 1 if problem.group > config.block_k else config.block_k // problem.segment
+        return pad_scales(a, problem).reshape(-1, rows, problem.padded_n)
 
     table = tables(lut, problem.padded_n, config.lookup)
     return tiled(scales), table, tiled(offsets) if config.scale_weights else None
+
+
+def pad_scales(scales: jax.Array, problem: _Problem) -> jax.Array:
+    """Scales or offsets of whole tiles, which those that are padded already stay."""
+    if problem.group > problem.config.block_k:
+        groups = -(-problem.padded_k // problem.group)
+    else:
+        groups = problem.k_tiles * (problem.config.block_k // problem.segment)
+    missing = groups - scales.shape[0], problem.padded_n - scales.shape[1]
+    return jnp.pad(scales, ((0, missing[0]), (0, missing[1])))
 
 
 def lut_matmul(
@@ -259,13 +265,78 @@ def apply(
     x: jax.Array, packed: tuple, problem: _Problem, *, k: int, n: int, interpret: Any = False
 ) -> jax.Array:
     """Runs the kernel on prepacked operands; ``float32`` out."""
+    m = x.shape[0]
+    padded_m = -(-m // problem.config.block_m) * problem.config.block_m
+    x = jnp.pad(x, ((0, padded_m - m), (0, 0)))
+    return _call(x, packed, problem, k=k, n=n, interpret=interpret)[:m]
+
+
+def apply_grouped(
+    x: jax.Array,
+    packed: tuple,
+    problem: _Problem,
+    groups: jax.Array,
+    sizes: jax.Array,
+    *,
+    k: int,
+    n: int,
+    interpret: Any = False,
+) -> jax.Array:
+    """Runs the kernel on tiles of rows that each meet one entry of a stack of weights.
+
+    Weights are read where they lie, and only those that a tile with rows meets.
+
+    Args:
+      x: ``[tiles, M, K]``.
+      packed: As for ``apply``, with a leading axis of entries.
+      problem: Of one tile; not transposed.
+      groups: ``int32[tiles]``, the entry of each tile.
+      sizes: ``int32[tiles]``, how many rows of a tile count; the others' results are of no meaning.
+      k: The number of rows of a weight.
+      n: The number of columns of a weight.
+      interpret: Runs the kernel in interpret mode.
+
+    Returns:
+      ``float32[tiles, M, N]``.
+    """
+    tiles, m, _ = x.shape
+    block_m = problem.config.block_m
+    blocks = -(-m // block_m)  # of rows, in a tile
+    x = jnp.pad(x, ((0, 0), (0, blocks * block_m - m), (0, 0)))
+    rows = jnp.arange(blocks, dtype=jnp.int32)[None] * block_m < sizes[:, None]
+    used = rows.reshape(-1).astype(jnp.int32)
+    y = _call(
+        x.reshape(-1, x.shape[-1]),
+        packed,
+        problem,
+        k=k,
+        n=n,
+        interpret=interpret,
+        entries=(jnp.repeat(groups.astype(jnp.int32), blocks), used),
+    )
+    return y.reshape(tiles, blocks * block_m, n)[:, :m]
+
+
+def _call(
+    x: jax.Array,
+    packed: tuple,
+    problem: _Problem,
+    *,
+    k: int,
+    n: int,
+    interpret: Any,
+    entries: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:
+    """The kernel for whole blocks of rows.
+
+    With ``entries``, the weight has a leading axis; they are, for each block of rows, the entry
+    that it meets and whether any of its rows counts.
+    """
     planes, scales, table, offsets = packed
     config, p = problem.config, problem.p
     if x.dtype == jnp.float16:  # the matrix unit has none
         x = x.astype(jnp.float32)
-    m = x.shape[0]
-    padded_m = -(-m // config.block_m) * config.block_m
-    x = jnp.pad(x, ((0, padded_m - m), (0, 0)))
+    padded_m = x.shape[0]
     if problem.transpose:
         x = jnp.pad(x, ((0, 0), (0, problem.padded_n - n)))[None]
         k_axis, n_axis, x_width = 0, 2, config.block_n
@@ -284,24 +355,31 @@ def apply(
         else (grid_n, padded_m // config.block_m, grid_k)
     )
     per_scale = max(1, problem.group // config.block_k)  # tiles that share a row of scales
-    single, shared = scales.shape[0] == 1, table.shape[-1] == LANES
+    single, shared = scales.shape[-3] == 1, table.shape[-1] == LANES
 
-    def scale_index(*ids):
-        return (0 if single else ids[k_axis] // per_scale, 0, ids[n_axis])
+    def of_weight(block: tuple[int, ...], index: Callable[..., tuple]) -> pl.BlockSpec:
+        """A block of the weight at ``index(k, n)``, of the entry that the block of rows meets."""
+        if entries is None:
+            return pl.BlockSpec(block, lambda *ids: index(ids[k_axis], ids[n_axis]))
 
-    def table_index(*ids):
-        return (0, 0, 0 if shared else ids[n_axis])
+        def within(*ids):
+            groups, used = ids[3:]
+            # Rows that do not count stay with one block, which is not read again for every k.
+            along_k = jnp.where(used[ids[1]] > 0, ids[k_axis], 0)
+            return groups[ids[1]], *index(along_k, ids[n_axis])
+
+        return pl.BlockSpec((None, *block), within)
 
     plane_specs = [
-        pl.BlockSpec(
-            (config.block_k * b // 32, config.block_n), lambda *ids: (ids[k_axis], ids[n_axis])
-        )
+        of_weight((config.block_k * b // 32, config.block_n), lambda k, n: (k, n))
         for b in PLANES[problem.bits]
     ]
-    scale_spec = pl.BlockSpec((1, scales.shape[1], config.block_n), scale_index)
-    table_spec = pl.BlockSpec(
-        (*table.shape[:2], LANES if shared else config.block_n),
-        table_index,
+    scale_spec = of_weight(
+        (1, scales.shape[-2], config.block_n), lambda k, n: (0 if single else k // per_scale, 0, n)
+    )
+    table_spec = of_weight(
+        (*table.shape[-3:-1], LANES if shared else config.block_n),
+        lambda k, n: (0, 0, 0 if shared else n),
     )
     operands = [x, *planes, scales, table]
     specs = [
@@ -318,16 +396,19 @@ def apply(
         specs.append(pl.BlockSpec((3, ROWS, LANES), lambda *ids: (0, 0, 0)))
     y = pl.pallas_call(
         functools.partial(
-            _kernel,
+            _kernel if entries is None else _grouped_kernel,
             problem=problem,
             planes=len(planes),
             offsets=offsets is not None,
             interpret=bool(interpret),
         ),
-        grid=grid,
-        in_specs=specs,
-        out_specs=pl.BlockSpec(
-            (out_shape[0], config.block_m, out_block), lambda *ids: (0, ids[1], ids[0])
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=0 if entries is None else 2,
+            grid=grid,
+            in_specs=specs,
+            out_specs=pl.BlockSpec(
+                (out_shape[0], config.block_m, out_block), lambda *ids: (0, ids[1], ids[0])
+            ),
         ),
         out_shape=shape_struct(out_shape, jnp.float32, x),
         compiler_params=pltpu.CompilerParams(
@@ -335,13 +416,29 @@ def apply(
         ),
         interpret=interpret,
         name="lut_matmul",
-    )(*operands)
+    )(*(entries or ()), *operands)
     if problem.transpose:
-        return y.transpose(1, 2, 0).reshape(padded_m, -1)[:m, :k]
-    return y[0, :m, :n]
+        return y.transpose(1, 2, 0).reshape(padded_m, -1)[:, :k]
+    return y[0, :, :n]
 
 
-def _kernel(x_ref, *refs, problem: _Problem, planes: int, offsets: bool, interpret: bool):
+def _kernel(*refs, **static):
+    _accumulate(pl.program_id(2) == 0, *refs, **static)
+
+
+def _grouped_kernel(groups_ref, used_ref, *refs, **static):
+    del groups_ref  # only the operands' places depend on them
+    first = pl.program_id(2) == 0  # the interpreter knows it out here only
+
+    @pl.when(used_ref[pl.program_id(1)] > 0)
+    def _():
+        _accumulate(first, *refs, **static)
+
+
+def _accumulate(
+    first: Any, x_ref, *refs, problem: _Problem, planes: int, offsets: bool, interpret: bool
+):
+    """Adds the products of one block along K, the first of which finds nothing."""
     plane_refs, (s_ref, t_ref, *rest) = refs[:planes], refs[planes:]
     config = problem.config
     offset_ref = rest.pop(0) if offsets else None
@@ -352,7 +449,7 @@ def _kernel(x_ref, *refs, problem: _Problem, planes: int, offsets: bool, interpr
     (o_ref,) = rest
     precision = lax.Precision.HIGHEST if x_ref.dtype == jnp.float32 else None
 
-    @pl.when(pl.program_id(2) == 0)
+    @pl.when(first)
     def _():
         o_ref[...] = jnp.zeros_like(o_ref)
 

@@ -30,7 +30,7 @@ class PackedWeight:
 
     Attributes:
       planes: Packed codes in the implementation's layout (canonical words for those without one).
-      scales: ``[ceil(K / G), N]``.
+      scales: ``[ceil(K / G), N]``, or padded as the implementation wants them.
       table: ``float32[T, 2**bits, p]``, or the implementation's form of it.
       offsets: Like ``scales``, or None.
       implementation: Whose layout it is.
@@ -112,6 +112,7 @@ def prepack(
             x, words, lut, k=k, group_size=group_size, transpose=False, device_kind=kind
         )
         planes = mosaic_tpu.prepack(words, scales, lut, problem=problem)[0]
+        scales = mosaic_tpu.pad_scales(scales, problem)
         padded = (problem.padded_k, problem.padded_n, problem.config)
     elif implementation == "mosaic_gpu":
         from pallas_kernels.lut_matmul import mosaic_gpu
@@ -157,17 +158,7 @@ def packed_matmul(
       NotImplementedError: If the kernel has no transposed product for this layout or group size.
     """
     contracted, columns = (weight.n, weight.k) if transpose else (weight.k, weight.n)
-    if x.shape[-1] != contracted:
-        raise ValueError(
-            f"x of shape {x.shape} must end in {'N' if transpose else 'K'}={contracted} to be "
-            f"multiplied by the {'transposed ' if transpose else ''}weight "
-            f"[K={weight.k}, N={weight.n}]"
-        )
-    if weight.padded and x.dtype != weight.dtype:
-        raise TypeError(
-            f"the weight is prepacked for activations of {weight.dtype}, got {x.dtype}; use "
-            f"prepack(..., dtype={x.dtype.name!r}) or cast x"
-        )
+    _check(x, weight, contracted, transpose)
     if transpose and weight.padded:
         reason = _reason_against_transposed(weight)
         if reason is not None:
@@ -179,6 +170,59 @@ def packed_matmul(
     return y.reshape(*x.shape[:-1], columns)
 
 
+def packed_matmul_grouped(
+    x: jax.Array,
+    weight: PackedWeight,
+    groups: jax.Array,
+    sizes: jax.Array,
+    *,
+    interpret: Any = False,
+) -> jax.Array:
+    """``x[i] @ W[groups[i]]`` for a prepacked stack of weights, which is read where it lies.
+
+    Args:
+      x: ``[tiles, M, K]``.
+      weight: From :func:`prepack` under :func:`jax.vmap`, for ``"mosaic_tpu"``.
+      groups: ``int[tiles]``, which weight each tile meets, in range.
+      sizes: ``int[tiles]``, how many rows of each tile count.
+      interpret: Runs the kernel in interpret mode, as inside ``interpret_kernels()``.
+
+    Returns:
+      ``[tiles, M, N]`` in the dtype of ``x``; zeros where rows do not count.
+
+    Raises:
+      TypeError: If the layout was made for activations of another dtype.
+      ValueError: If ``x`` does not end in K.
+      NotImplementedError: If the layout is not that of the TPU kernel.
+    """
+    if weight.implementation != "mosaic_tpu":
+        raise NotImplementedError(
+            f"implementation {weight.implementation!r} has no product with several weights"
+        )
+    _check(x, weight, weight.k, transpose=False)
+    return _apply_grouped(x, weight, groups, sizes, interpret or dispatch.interpreting())
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _apply_grouped(
+    x: jax.Array, weight: PackedWeight, groups: jax.Array, sizes: jax.Array, interpret: Any
+) -> jax.Array:
+    from pallas_kernels.lut_matmul import mosaic_tpu
+
+    problem = _tpu_problem(x[0], weight, transpose=False)
+    rest = jax.vmap(lambda s, t: mosaic_tpu.prepack_rest(s, t, problem))
+    packed = (weight.planes, *rest(weight.scales, weight.table))
+    y = mosaic_tpu.apply_grouped(
+        x, packed, problem, groups, sizes, k=weight.k, n=weight.n, interpret=interpret
+    )
+    if weight.offsets is not None:
+        static = _static(weight, transpose=False)
+        add = jax.vmap(lambda y, x, offsets: add_offsets(y, x, offsets, **static))
+        y = add(y, x, jnp.take(weight.offsets, groups, axis=0))
+    counts = jnp.arange(x.shape[1])[None] < sizes[:, None]
+    return jnp.where(counts[..., None], y, 0).astype(x.dtype)
+
+
 def _reason_against_transposed(weight: PackedWeight) -> str | None:
     if weight.implementation == "mosaic_tpu":
         return None
@@ -187,13 +231,42 @@ def _reason_against_transposed(weight: PackedWeight) -> str | None:
     return mosaic_gpu.reason_against_transposed(weight.scales.shape[0], weight.group_size)
 
 
+def _check(x: jax.Array, weight: PackedWeight, contracted: int, transpose: bool) -> None:
+    if x.shape[-1] != contracted:
+        raise ValueError(
+            f"x of shape {x.shape} must end in {'N' if transpose else 'K'}={contracted} to be "
+            f"multiplied by the {'transposed ' if transpose else ''}weight "
+            f"[K={weight.k}, N={weight.n}]"
+        )
+    if weight.padded and x.dtype != weight.dtype:
+        raise TypeError(
+            f"the weight is prepacked for activations of {weight.dtype}, got {x.dtype}; use "
+            f"prepack(..., dtype={x.dtype.name!r}) or cast x"
+        )
+
+
+def _static(weight: PackedWeight, transpose: bool) -> dict[str, Any]:
+    return {"k": weight.k, "group_size": weight.group_size, "transpose": transpose}
+
+
+def _words_like(weight: PackedWeight) -> jax.ShapeDtypeStruct:
+    """The canonical words of one weight, of which the sizes of a product are known."""
+    blocks = -(-weight.k // (8 * weight.p))
+    return jax.ShapeDtypeStruct((blocks, weight.bits, weight.n), jnp.uint8)
+
+
+def _tpu_problem(x: jax.Array, weight: PackedWeight, transpose: bool) -> Any:
+    from pallas_kernels.lut_matmul import mosaic_tpu
+
+    config = _for_rows(weight.padded[2], x.shape[0], transpose)
+    static = _static(weight, transpose)
+    table = jax.ShapeDtypeStruct(weight.table.shape[-3:], weight.table.dtype)
+    return mosaic_tpu.make_problem(x, _words_like(weight), table, **static, config=config)
+
+
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _apply(x: jax.Array, weight: PackedWeight, transpose: bool, interpret: Any) -> jax.Array:
-    static: dict[str, Any] = {
-        "k": weight.k,
-        "group_size": weight.group_size,
-        "transpose": transpose,
-    }
+    static = _static(weight, transpose)
     if not weight.padded:
         return lut_matmul(
             x,
@@ -204,14 +277,10 @@ def _apply(x: jax.Array, weight: PackedWeight, transpose: bool, interpret: Any) 
             **static,
             implementation=weight.implementation,
         )
-    words = jax.ShapeDtypeStruct((-(-weight.k // (8 * weight.p)), weight.bits, weight.n), jnp.uint8)
     if weight.implementation == "mosaic_tpu":
         from pallas_kernels.lut_matmul import mosaic_tpu
 
-        config = weight.padded[2]
-        problem = mosaic_tpu.make_problem(
-            x, words, weight.table, **static, config=_for_rows(config, x.shape[0], transpose)
-        )
+        problem = _tpu_problem(x, weight, transpose)
         rest = mosaic_tpu.prepack_rest(weight.scales, weight.table, problem)
         packed = (weight.planes, *rest)
         y = mosaic_tpu.apply(x, packed, problem, k=weight.k, n=weight.n, interpret=interpret)
@@ -219,7 +288,7 @@ def _apply(x: jax.Array, weight: PackedWeight, transpose: bool, interpret: Any) 
         from pallas_kernels.lut_matmul import mosaic_gpu
 
         gpu_problem = mosaic_gpu.make_problem(
-            x.shape[0], words, **static, p=weight.p, padded=weight.padded[:2]
+            x.shape[0], _words_like(weight), **static, p=weight.p, padded=weight.padded[:2]
         )
         y = mosaic_gpu.apply(
             x,

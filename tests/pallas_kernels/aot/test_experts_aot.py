@@ -36,6 +36,10 @@ def test_experts_compile_to_kernels(target, implementation, call, rows, shape):
         experts,
         S((EXPERTS,), jnp.int32),
     )
-    assert f'custom_call_target="{call}' in compiled.as_text()
+    program = compiled.as_text()
+    if target == "v6e":  # one kernel for all tiles, which reads the experts where they lie
+        assert program.count(f'custom_call_target="{call}') == 1
+        assert " while(" not in program
+    assert f'custom_call_target="{call}' in program
     dense = 2 * EXPERTS * k * n
     assert compiled.memory_analysis().temp_size_in_bytes < dense / 3

@@ -9,7 +9,12 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu
 from lut_cases import Case, make, operands, oracle, relative_error
 
-from pallas_kernels.lut_matmul import interpret_kernels, packed_matmul, prepack
+from pallas_kernels.lut_matmul import (
+    interpret_kernels,
+    packed_matmul,
+    packed_matmul_grouped,
+    prepack,
+)
 
 
 @pytest.mark.parametrize("m", [1, 40])
@@ -33,6 +38,49 @@ def test_tpu_layout_serves_any_number_of_rows(m, kind):
     assert relative_error(y[0], oracle(case, data)) <= 1.1e-2
     back = packed_matmul(y[0], packed, transpose=True, interpret=True)
     assert relative_error(back, oracle(case, data | {"x": y[0]}, transpose=True)) <= 1.1e-2
+
+
+@pytest.mark.parametrize(
+    ("m", "kind", "case"),
+    [
+        (1, "TPU v6 lite", Case(k=200, n=72, group_size=96, bits=3, offsets=True)),
+        (1, "TPU v5 lite", Case(k=512, n=300, group_size=32)),
+        (70, "TPU v6 lite", Case(k=2304, n=130, group_size=4096, tables="channel")),  # 2 blocks
+    ],
+    ids=str,
+)
+def test_tiles_meet_the_weights_of_their_groups(m, kind, case):
+    def pack(*weight):
+        return prepack(
+            *weight,
+            k=case.k,
+            group_size=case.group_size,
+            implementation="mosaic_tpu",
+            device_kind=kind,
+        )
+
+    weights = [operands(make(case, seed))[1:] for seed in range(3)]
+    groups, sizes = jnp.array([0, 2, 2, 1, 2]), jnp.array([m, m, 1, 0, 0])
+    counts = jnp.arange(m)[None] < sizes[:, None]
+    x = jax.random.normal(jax.random.key(0), (5, m, case.k), jnp.bfloat16)
+    x = jnp.where(counts[..., None], x, jnp.zeros((), x.dtype))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
+    y = packed_matmul_grouped(x, jax.jit(jax.vmap(pack))(*stacked), groups, sizes, interpret=True)
+    assert (y.shape, y.dtype) == ((5, m, case.n), x.dtype)
+    packed = [pack(*weight) for weight in weights]
+    for tile, group in enumerate(groups.tolist()):
+        expected = packed_matmul(x[tile], packed[group], interpret=True)
+        np.testing.assert_array_equal(y[tile], expected)
+
+
+def test_tiles_meet_the_weights_of_one_layout_only():
+    case = Case(m=1, k=64, n=64)
+    _, *weight = operands(make(case))
+    weight = [None if a is None else a[None] for a in weight]
+    packed = jax.vmap(lambda *w: prepack(*w, k=64, group_size=64, implementation="xla"))(*weight)
+    x, groups, sizes = jnp.zeros((1, 1, 64)), jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.int32)
+    with pytest.raises(NotImplementedError, match="'xla' has no product with several weights"):
+        packed_matmul_grouped(x, packed, groups, sizes)
 
 
 def test_a_layout_for_another_dtype_is_refused():
