@@ -23,3 +23,10 @@ def quick_compiles(request):
     jax.config.update("jax_disable_most_optimizations", quickly)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def standard_promotion():
+    """Optax's optimisers mix dtypes, which strict promotion refuses."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

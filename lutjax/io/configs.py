@@ -177,6 +177,12 @@ def config_from_gguf(
     heads = integer(fields, "attention.head_count", source)
     hidden = integer(fields, "embedding_length", source)
     layers = integer(fields, "block_count", source)
+    head_dim = integer(fields, "attention.key_length", source, hidden // heads)
+    if (rotated := fields.get("rope.dimension_count", head_dim)) != head_dim:
+        raise ValueError(
+            f"{source}: rope.dimension_count={rotated} leaves a part of each head of {head_dim} as "
+            "it is, which is not supported"
+        )
     mixture = experts.fields_from_gguf(fields, source)
     own_width = model_type in ("qwen3_moe", "gpt_oss")
     width = "expert_feed_forward_length" if own_width else "feed_forward_length"
@@ -190,7 +196,7 @@ def config_from_gguf(
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=integer(fields, "attention.head_count_kv", source, heads),
-        head_dim=integer(fields, "attention.key_length", source, hidden // heads),
+        head_dim=head_dim,
         max_position_embeddings=integer(fields, "context_length", source, 2048),
         rms_norm_eps=positive(fields, "attention.layer_norm_rms_epsilon", source, 1e-5),
         rope_theta=positive(fields, "rope.freq_base", source, 1e4),
@@ -230,6 +236,7 @@ def _refuse_unsupported(data: Mapping[str, Any], model_type: str, source: str) -
         "hidden_act": ("silu", "swish"),
         "mlp_bias": (False,),
         "attention_bias": (False,),
+        "partial_rotary_factor": (1,),
     }
     if model_type.startswith("gemma"):
         # The first releases say "gelu" and mean the approximation, as transformers does.
@@ -262,6 +269,8 @@ def _rope(data: Mapping[str, Any], source: str) -> Mapping[str, Any]:
 
 def _rope_scaling(rope: Mapping[str, Any], source: str) -> RopeScaling | None:
     where = f"{source}: RoPE scaling {dict(rope)}"
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"{where} leaves a part of each head as it is, which is not supported")
     kind = rope.get("rope_type", rope.get("type"))
     if kind is None and "factor" in rope:
         raise ValueError(f"{where} does not name its 'rope_type'; it may be 'linear'")

@@ -36,6 +36,7 @@ _SPLITS = {
 PRE_TOKENIZERS = ("smollm", "gpt-2", "default", *_SPLITS)
 """The GGUF pre-tokenizers that can be rebuilt."""
 
+_TEMPLATE = "tokenizer.chat_template"
 _PUT_BESIDE = "put the tokenizer.json of the model's Hugging Face directory beside it"
 
 
@@ -128,13 +129,7 @@ class Tokenizer:
             pre or "default",
         )
 
-        def token(kind: str) -> str | None:
-            index = metadata.get(f"tokenizer.ggml.{kind}_token_id")
-            if index is None or not 0 <= index < len(tokens):
-                return None
-            return tokens[index]
-
-        bos = token("bos")
+        bos = _token_of_gguf(metadata, "bos")
         # llama.cpp begins texts of this pre-tokenizer with BOS unless told otherwise.
         add_bos = metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe")
         if add_bos and bos is not None:
@@ -145,13 +140,15 @@ class Tokenizer:
             backend,
             _end_ids_of_gguf(metadata),
             bos,
-            token("eos"),
-            metadata.get("tokenizer.chat_template"),
+            _token_of_gguf(metadata, "eos"),
+            metadata.get(_TEMPLATE),
         )
 
     @classmethod
     def beside_gguf(cls, path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
         """Reads the tokenizer.json beside a GGUF file, with the file's ends of a generation.
+
+        What the directory does not say of a chat template, BOS and EOS, the file does.
 
         Args:
           path: the GGUF file.
@@ -171,7 +168,13 @@ class Tokenizer:
                     f"{tokenizer.backend.id_to_token(index)!r}, not {token!r}"
                 )
         ends = tokenizer.eos_ids + _end_ids_of_gguf(metadata)
-        return dataclasses.replace(tokenizer, eos_ids=tuple(dict.fromkeys(ends)))
+        return dataclasses.replace(
+            tokenizer,
+            eos_ids=tuple(dict.fromkeys(ends)),
+            bos_token=tokenizer.bos_token or _token_of_gguf(metadata, "bos"),
+            eos_token=tokenizer.eos_token or _token_of_gguf(metadata, "eos"),
+            chat_template=tokenizer.chat_template or metadata.get(_TEMPLATE),
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -375,6 +378,12 @@ def can_rebuild(metadata: Mapping[str, Any]) -> bool:
     """Whether GGUF metadata describes a tokenizer in full, and of a kind that is rebuilt."""
     known = metadata.get("tokenizer.ggml.pre") in PRE_TOKENIZERS
     return known and metadata.get("tokenizer.ggml.model") == "gpt2"
+
+
+def _token_of_gguf(metadata: Mapping[str, Any], kind: str) -> str | None:
+    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    index = metadata.get(f"tokenizer.ggml.{kind}_token_id")
+    return tokens[index] if index is not None and 0 <= index < len(tokens) else None
 
 
 def _end_ids_of_gguf(metadata: Mapping[str, Any]) -> tuple[int, ...]:

@@ -25,7 +25,6 @@ from lutjax.io import load_peft, load_peft_head, save_peft
 from lutjax.models import Decoder, DecoderConfig
 from lutjax.paths import named_leaves
 from tests.lutjax.tiny_checkpoint import assert_same_bits, dense_params, write_hf
-from tests.train.standard_promotion import standard_promotion
 from tests.virtual_devices import environment
 from train.finetune import FinetuneConfig, finetune, main
 from train.lora_step import (
@@ -81,7 +80,7 @@ def qlora_run(config):
     config = dataclasses.replace(
         config, method="qlora", group_size=16, output=config.output / "whole"
     )
-    with standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):
         return config, finetune(config, quiet=True)
 
 
@@ -477,7 +476,7 @@ def classifier_run(config):
         dtype="bfloat16",
         remat=True,
     )
-    with standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):
         return config, finetune(config, quiet=True)
 
 

@@ -14,7 +14,6 @@ from lutjax.io import save_peft
 from lutjax.models import Decoder, DecoderConfig
 from tests.lutjax.tiny_checkpoint import dense_params, write_hf
 from tests.train.characters import characters
-from tests.train.standard_promotion import standard_promotion
 from train.few_shot import Format, questions
 from train.lora_step import Batch, Trained, TrainState, make_step, next_token, update_each
 from train.solver import Answered, ranked, solve
@@ -77,7 +76,7 @@ def config(tmp_path_factory) -> TTTConfig:
 def whole(config) -> tuple[TTTConfig, list[Answered]]:
     """A run that nothing interrupts."""
     config = dataclasses.replace(config, output=config.output / "whole")
-    with standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):
         return config, answer_tasks(config, quiet=True)
 
 

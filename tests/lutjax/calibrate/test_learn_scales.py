@@ -14,10 +14,7 @@ from lutjax.models import Decoder, DecoderConfig
 RNG = np.random.default_rng(0)
 
 
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):  # optax needs it
-        yield
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def normal(*shape):

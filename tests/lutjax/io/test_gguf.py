@@ -233,14 +233,18 @@ def test_a_tokenizer_with_an_unknown_pre_tokenizer_is_read_beside_the_file(tmp_p
         ("tokenizer.ggml.tokens", tokens),
         ("tokenizer.ggml.merges", ["c a"]),
         *([] if pre is None else [("tokenizer.ggml.pre", pre)]),
+        ("tokenizer.chat_template", "of the file"),
     ]
     numbers = {"tokenizer.ggml.eos_token_id": 3, "tokenizer.ggml.eot_token_id": 5}
     values = random_values(config)
     write_gguf(tmp_path / "m.gguf", config, values, metadata=metadata, numbers=numbers)
     checkpoint = open_checkpoint(tmp_path / "m.gguf")
-    tiny.save(tmp_path)
+    dataclasses.replace(tiny, chat_template=None, eos_token=None).save(tmp_path)
     tokenizer = load_tokenizer(checkpoint)
     assert (tokenizer.encode("cab"), tokenizer.eos_ids) == ([2, 0, 1], (3, 5))
+    assert (tokenizer.chat_template, tokenizer.eos_token) == ("of the file", tokens[3])
+    dataclasses.replace(tiny, chat_template="beside it").save(tmp_path)
+    assert load_tokenizer(checkpoint).chat_template == "beside it"
 
 
 @pytest.mark.parametrize("family", GEMMA_IN_GGUF)
@@ -350,6 +354,7 @@ def test_rope_scaling_that_is_refused(fields, message):
     [
         ({"rope.freq_base": 0.0}, r"a file: 'rope\.freq_base' is 0\.0, not a positive number"),
         ({"attention.head_count": 0}, r"a file: 'attention\.head_count' is 0, not an integer of"),
+        ({"rope.dimension_count": 8}, r"rope\.dimension_count=8 leaves a part of each head of 16"),
         ({"attention.head_count_kv": [2] * 12}, r"a file: 'attention\.head_count_kv' is \[2"),
     ],
 )

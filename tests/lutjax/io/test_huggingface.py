@@ -309,6 +309,11 @@ def test_unsupported_configurations_of_gemma(change, message):
         ({"rope_scaling": {"factor": 4.0}}, "does not name its 'rope_type'"),
         ({"rope_scaling": "linear"}, "'rope_scaling' is 'linear', not a JSON object"),
         ({"rope_parameters": {"rope_theta": None}}, "'rope_theta' is None, not a positive number"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
+            "leaves a part of each head as it is",
+        ),
         ({"rope_theta": None}, "'rope_theta' is None, not a positive number"),
         ({"rope_theta": -1.0}, r"'rope_theta' is -1\.0"),
         ({"rms_norm_eps": None}, "'rms_norm_eps' is None"),
