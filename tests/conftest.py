@@ -20,9 +20,9 @@ def _compiles_quickly(path: Path) -> bool:
 def quick_compiles(request):
     """Compiling many tiny programs is what most tests would spend their time on."""
     quickly = _compiles_quickly(request.path)
-    jax.config.update("jax_disable_most_optimizations", quickly)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    if jax.config.read("jax_disable_most_optimizations") != quickly:
+        jax.config.update("jax_disable_most_optimizations", quickly)
+        jax.clear_caches()  # of programs that were compiled the other way
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ from lutjax.transforms.recipe import COLUMN, MIN_GROUP_SIZE
 ALL_LINEAR = ("*kernel",)
 """Every kernel but that of the output head and those of routers."""
 
-_NEVER = ("*embed*", "*lm_head*", "*router*")
+_NEVER = ("*embed*", "*lm_head*", "*router*", "*bias*", "*sinks*")
 
 
 def init(

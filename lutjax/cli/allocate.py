@@ -245,6 +245,11 @@ def _read_shapes(name: str) -> ModelShapes:
     from lutjax.io.safetensors import read_json
 
     config = config_from_hf(read_json(Path(name)), name)
+    if config.num_experts is not None:
+        raise ValueError(
+            f"{name} describes {config.num_experts} experts, which plans from shapes alone do not "
+            "know; plan from the checkpoint"
+        )
     return ModelShapes(
         config.hidden_size,
         config.intermediate_size,

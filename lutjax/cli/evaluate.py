@@ -40,8 +40,8 @@ class Eval:
     json: bool = False
     """Print JSON instead of a table."""
     keep_quantized: bool = False
-    """Run matrices that are quantised already (GGUF, GPTQ, AWQ, bitsandbytes, compressed-tensors)
-    as they are, not dequantised."""
+    """Run matrices that are quantised already (GGUF, GPTQ, AWQ, bitsandbytes, compressed-tensors,
+    MXFP4) as they are, not dequantised."""
     sparsity: Path | None = None
     """Plan of `lutjax sparsify`: ignore small activations, for all tokens."""
 

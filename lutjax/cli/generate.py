@@ -42,8 +42,8 @@ class Generate:
     stream: bool = False
     """Print the text while it is made."""
     keep_quantized: bool = False
-    """Run matrices that are quantised already (GGUF, GPTQ, AWQ, bitsandbytes, compressed-tensors)
-    as they are, not dequantised."""
+    """Run matrices that are quantised already (GGUF, GPTQ, AWQ, bitsandbytes, compressed-tensors,
+    MXFP4) as they are, not dequantised."""
     sparsity: Path | None = None
     """Plan of `lutjax sparsify`: ignore small activations, for the tokens that are generated."""
 

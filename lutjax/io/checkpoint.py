@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lutjax.io import gpt_oss
 from lutjax.io.blocks import GridBlocks, GridSpec
 from lutjax.io.configs import config_from_gguf
 from lutjax.io.gguf import GGUFReader
@@ -238,9 +239,8 @@ def _stored_name(
     path: str, config: DecoderConfig, fmt: CheckpointFormat, reader: TensorReader
 ) -> str:
     name = checkpoint_name(path, fmt, post_norms=config.post_norms)
-    if fmt == "gguf" and config.model_type == "gpt_oss":
-        # As if it were a norm of what attention gives.
-        return name.replace(".ffn_norm.", ".post_attention_norm.")
+    if config.model_type == "gpt_oss":
+        return gpt_oss.checkpoint_name(name)
     if path == "embed_tokens/embedding" and fmt == "hf" and config.tie_embeddings:
         # Of two tensors that are one, some tools keep the output head.
         head = checkpoint_name("lm_head/kernel", fmt)

@@ -22,7 +22,7 @@ TEXT_PREFIX = {"gemma3": "language_model."}
 """What begins the names of the text model's tensors, for models with several parts."""
 
 # Where null means what a missing key means.
-_NULLABLE = ("num_key_value_heads", "head_dim")
+_NULLABLE = ("num_key_value_heads", "head_dim", "rope_scaling")
 
 # GGUF's names of architectures where they are not the `model_type`.
 _FROM_GGUF = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss"}
@@ -183,10 +183,12 @@ def config_from_gguf(
             f"{source}: rope.dimension_count={rotated} leaves a part of each head of {head_dim} as "
             "it is, which is not supported"
         )
-    mixture = experts.fields_from_gguf(fields, source)
+    mixture = experts.fields_from_gguf(fields, model_type, source)
     own_width = model_type in ("qwen3_moe", "gpt_oss")
     width = "expert_feed_forward_length" if own_width else "feed_forward_length"
     window = fields.get("attention.sliding_window") or None
+    if model_type == "gpt_oss":
+        window = integer(fields, "attention.sliding_window", source)
     if model_type == "gemma2" and window is None:
         window = gemma.DEFAULTS["gemma2"]["sliding_window"]
     return DecoderConfig(
@@ -300,27 +302,25 @@ def _rope_scaling(rope: Mapping[str, Any], source: str) -> RopeScaling | None:
 
 
 def _yarn(rope: Mapping[str, Any], where: str) -> RopeScaling:
-    """YaRN with the defaults of transformers."""
-    if rope.get("mscale") and rope.get("mscale_all_dim"):
+    """YaRN with the defaults of transformers, which are those of llama.cpp, too."""
+    known = "attention_factor" in rope
+    if not known and rope.get("mscale") and rope.get("mscale_all_dim"):
         raise ValueError(f"{where} has mscale and mscale_all_dim, which are not supported")
     factor = positive(rope, "factor", where)
+    # arXiv 2309.00071, equation 22
+    attention_factor = 0.1 * math.log(max(factor, 1.0)) + 1.0
     scaling = RopeScaling(
         "yarn",
         factor=factor,
         low_freq_factor=positive(rope, "beta_slow", where, 1.0),
         high_freq_factor=positive(rope, "beta_fast", where, 32.0),
         original_max_position_embeddings=integer(rope, "original_max_position_embeddings", where),
-        attention_factor=positive(rope, "attention_factor", where, _yarn_attention_factor(factor)),
+        attention_factor=positive(rope, "attention_factor", where, attention_factor),
         truncate=bool(rope.get("truncate", True)),
     )
     if scaling.low_freq_factor >= scaling.high_freq_factor:
         raise ValueError(f"{where} has a beta_slow that is not below its beta_fast")
     return scaling
-
-
-def _yarn_attention_factor(factor: float) -> float:
-    """What YaRN multiplies queries and keys by (arXiv 2309.00071, equation 22)."""
-    return 0.1 * math.log(max(factor, 1.0)) + 1.0
 
 
 def _gguf_rope_scaling(
@@ -347,18 +347,19 @@ def _gguf_yarn(fields: Mapping[str, Any], model_type: str, source: str) -> RopeS
     for name, value in neutral.items():
         if fields.get(f"rope.scaling.{name}", value) != value:
             raise ValueError(f"{source}: rope.scaling.{name} is not supported")
-    factor = positive(fields, "rope.scaling.factor", source)
-    return RopeScaling(
-        "yarn",
-        factor=factor,
-        low_freq_factor=positive(fields, "rope.scaling.yarn_beta_slow", source, 1.0),
-        high_freq_factor=positive(fields, "rope.scaling.yarn_beta_fast", source, 32.0),
-        original_max_position_embeddings=integer(
-            fields, "rope.scaling.original_context_length", source
-        ),
-        attention_factor=_yarn_attention_factor(factor),
-        truncate=model_type != "gpt_oss",  # which files do not say
-    )
+    names = {
+        "factor": "factor",
+        "beta_slow": "yarn_beta_slow",
+        "beta_fast": "yarn_beta_fast",
+        "original_max_position_embeddings": "original_context_length",
+    }
+    rope = {
+        key: fields[f"rope.scaling.{name}"]
+        for key, name in names.items()
+        if f"rope.scaling.{name}" in fields
+    }
+    rope["truncate"] = model_type != "gpt_oss"  # which files do not say
+    return _yarn(rope, f"{source}: RoPE scaling {rope}")
 
 
 def _sliding_window(

@@ -95,13 +95,13 @@ def fields_to_hf(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def fields_from_gguf(fields: Mapping[str, Any], source: str) -> dict[str, Any]:
+def fields_from_gguf(fields: Mapping[str, Any], model_type: str, source: str) -> dict[str, Any]:
     """The fields of `DecoderConfig` that only mixtures set; none for other families.
 
     Raises:
       ValueError: if a number makes no sense.
     """
-    if not fields.get("expert_count"):
+    if not fields.get("expert_count") and model_type not in _FAMILIES:
         return {}
     return {
         "num_experts": integer(fields, "expert_count", source),

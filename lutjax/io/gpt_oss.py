@@ -57,7 +57,6 @@ _MATRICES = {
 _EXPERTS = re.compile(
     r"(model\.layers\.\d+\.mlp\.experts\.)(gate_up_proj|down_proj)(_bias|_blocks|_scales|)"
 )
-_ROUTER = re.compile(r"(model\.layers\.\d+)\.mlp\.router\.(weight|bias)")
 
 
 def fields_from_hf(
@@ -91,6 +90,8 @@ def fields_to_hf(config: DecoderConfig) -> dict[str, Any]:
     if config.model_type != MODEL_TYPE:
         return {}
     data: dict[str, Any] = {"swiglu_limit": config.swiglu_limit, "attention_bias": True}
+    if config.rope_scaling is None:  # which a missing key would not mean
+        data["rope_scaling"] = {"rope_type": "default"}
     if config.sliding_layers is not None:
         data["layer_types"] = layer_types(config.sliding_layers)
     return data
@@ -121,6 +122,14 @@ def _family_fields(swiglu_limit: float) -> dict[str, Any]:
         "attention_sinks": True,
         "expert_bias": True,
     }
+
+
+def checkpoint_name(name: str) -> str:
+    """What a tensor is called in checkpoints of gpt-oss, where other families call it `name`.
+
+    In GGUF files the second norm of a block has the name of one of what attention gives.
+    """
+    return name.replace(".mlp.gate.", ".mlp.router.").replace(".ffn_norm.", ".post_attention_norm.")
 
 
 def check_quantization(config: Any, source: str) -> None:
@@ -173,21 +182,24 @@ class GptOssReader(TensorReader):
           ValueError: naming a tensor of another shape or dtype than it must have.
         """
         self._reader, self._source = reader, source
-        self._plain: dict[str, str] = {}
         self._parts: dict[str, _Part] = {}
         self._specs: dict[str, GridSpec] = {}
         infos: dict[str, TensorInfo] = {}
         for stored, info in reader.infos.items():
             match = _EXPERTS.fullmatch(stored)
             if match is None:
-                name = _ROUTER.sub(r"\1.mlp.gate.\2", stored)
-                self._plain[name], infos[name] = stored, info
+                infos[stored] = info
                 continue
             prefix, matrix, kind = match.groups()
             if kind == "_scales":
+                if (blocks := stored.replace("_scales", "_blocks")) not in reader.infos:
+                    raise self._error(blocks, f"is missing beside {stored!r}")
                 continue
             for ours, rows in _MATRICES[matrix].items():
                 name = f"{prefix}{ours}.{'bias' if kind == '_bias' else 'weight'}"
+                if name in self._parts:
+                    other = self._parts[name].name
+                    raise self._error(stored, f"is there beside {other!r}, which is the same")
                 shape = self._shape(stored, kind, rows)
                 self._parts[name] = _Part(stored, rows)
                 infos[name] = dataclasses.replace(info, shape=shape)
@@ -203,8 +215,7 @@ class GptOssReader(TensorReader):
         """
         if name in self._specs:
             return np.dtype(np.float32)
-        part = self._parts.get(name)
-        return self._reader.dtype(self._plain[name] if part is None else part.name)
+        return self._reader.dtype(self._parts[name].name if name in self._parts else name)
 
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor, dequantised to float32 if it is quantised.
@@ -215,9 +226,9 @@ class GptOssReader(TensorReader):
         if name in self._specs:
             return self.read_grid(name).dense()
         if name not in self._parts:
-            return self._reader.read(self._plain[name])
+            return self._reader.read(name)
         part = self._parts[name]
-        tensor = self._reader.read(part.name)[..., part.rows]
+        tensor = self._reader.read_part(part.name, (..., part.rows))
         return tensor if name.endswith(".bias") else tensor.swapaxes(-1, -2)
 
     def grid_spec(self, name: str) -> GridSpec | None:
@@ -233,8 +244,9 @@ class GptOssReader(TensorReader):
         if name not in self._specs:
             raise KeyError(name)
         part = self._parts[name]
-        blocks = self._reader.read(part.name)[:, part.rows]
-        exponents = self._reader.read(_scales_beside(part.name))[:, part.rows]
+        rows = slice(None), part.rows
+        blocks = self._reader.read_part(part.name, rows)
+        exponents = self._reader.read_part(_scales_beside(part.name), rows)
         codes = unpack_words(blocks.reshape(*blocks.shape[:2], -1), 4)
         return GridBlocks(codes, _LEVELS, powers_of_two(exponents, 127), None, _GROUP)
 

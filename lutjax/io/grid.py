@@ -12,6 +12,7 @@ from lutjax.arrays import LutArray, MatrixView, ReorderedArray
 from lutjax.io.blocks import GridBlocks
 from lutjax.io.checkpoint import Checkpoint
 from lutjax.io.gguf_blocks import BLOCK_TYPES
+from lutjax.io.gpt_oss import QUANT_METHOD
 from lutjax.io.names import is_transposed
 from lutjax.io.quantized import METHODS
 from lutjax.packing import BLOCK, pack, packed_shape
@@ -31,7 +32,7 @@ def check_keeps_quantized(checkpoint: Checkpoint) -> None:
     if not any(has_grid(checkpoint, path) for path in checkpoint.shapes):
         raise ValueError(
             f"keep_quantized: {checkpoint.source} has no matrix of the GGUF types "
-            f"{', '.join(BLOCK_TYPES)}, or quantised by {', '.join(METHODS)}"
+            f"{', '.join(BLOCK_TYPES)}, or quantised by {', '.join((*METHODS, QUANT_METHOD))}"
         )
 
 

@@ -40,7 +40,7 @@ def load(
         checkpoint and what was saved for a compressed one.
       keep_quantized: load matrices that are quantised already as `LutArray`s that stand for the
         same values bit for bit, instead of dequantising them: GGUF's block types, and directories
-        of GPTQ, AWQ, bitsandbytes and compressed-tensors (docs/checkpoints.md).
+        of GPTQ, AWQ, bitsandbytes, compressed-tensors and MXFP4 (docs/checkpoints.md).
       check_finite: whether a weight with NaN or Inf is an error.
 
     Returns:

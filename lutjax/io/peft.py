@@ -190,7 +190,7 @@ def _module(path: str, part: LowRankArray) -> str:
         name = checkpoint_name(path, "hf")
     except KeyError:
         name = ""
-    if not path.endswith("/kernel") or not name or part.left.ndim != 2:
+    if not path.endswith("/kernel") or "/router/" in path or not name or part.left.ndim != 2:
         raise ValueError(
             f"{path!r} ({part!r}) is no kernel of the unrolled decoder; PEFT adapters are made of "
             "those (use unstack_layers if layers are stacked)"

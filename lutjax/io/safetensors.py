@@ -108,6 +108,16 @@ class SafetensorsReader(TensorReader):
         info = self.infos[name]
         return read_bytes(info).view(self.dtype(name)).reshape(info.shape)
 
+    def read_part(self, name: str, index: Any) -> np.ndarray:
+        """A contiguous copy of a part of a tensor; of the rest, nothing is held.
+
+        Raises:
+          KeyError: if there is no such tensor.
+        """
+        info = self.infos[name]
+        whole = np.memmap(info.path, np.uint8, mode="r", offset=info.offset, shape=(info.nbytes,))
+        return np.array(whole.view(self.dtype(name)).reshape(info.shape)[index], order="C")
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object from a file.

@@ -182,6 +182,8 @@ class DecoderConfig:
         if experts is not None and taken is not None and not 1 <= taken <= experts:
             raise ValueError(f"num_experts_per_tok={taken} must be from 1 to num_experts={experts}")
         scaling = self.rope_scaling
+        if scaling is not None and scaling.kind == "yarn" and self.head_dim < 4:
+            raise ValueError(f"head_dim={self.head_dim} has one frequency; YaRN needs several")
         if (
             scaling is not None
             and scaling.kind == "factors"

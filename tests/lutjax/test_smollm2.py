@@ -83,5 +83,4 @@ def test_perplexity(smollm2):
     # float32 against float32; both are within 1e-4 nats of float64 on every window.
     np.testing.assert_allclose(result.window_nll, expected[some], rtol=0, atol=1e-4)
     assert result.perplexity == pytest.approx(np.exp(expected[some].mean()), rel=1e-4)
-    assert np.exp(expected.mean()) == pytest.approx(smollm2.reference["perplexity"], rel=1e-6)
     assert result.tokens == 4 * 511

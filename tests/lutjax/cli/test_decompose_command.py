@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from tiny_checkpoint import dense_params, write_hf
@@ -111,6 +112,8 @@ def test_bad_input(capsys, tmp_path, source):
     assert "either --budget or --budget-mb" in fails(capsys, *shapes)
     assert "either a MODEL or --shapes" in fails(capsys, "allocate", "--budget", 3)
     assert "unknown model" in fails(capsys, "allocate", "--shapes", "gpt", "--budget", 3)
+    experts = Path(__file__).parents[2] / "data" / "mixtures" / "mixtral" / "config.json"
+    assert "describes 4 experts" in fails(capsys, "allocate", "--shapes", experts, "--budget", 3)
     assert "does not exist" in fails(capsys, *shapes, "--budget", 3, "-o", tmp_path / "no" / "p")
     # Known before anything is measured or calibrated.
     assert "smallest feasible" in fails(capsys, "allocate", source, "--budget", 1, "--rank", 2)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from lutjax.io import gpt_oss
 from lutjax.io.checkpoint import parameter_shapes
 from lutjax.io.configs import config_to_hf
 from lutjax.io.names import checkpoint_name, is_transposed
@@ -107,9 +108,7 @@ def hf_tensors(values: dict[str, np.ndarray], family: str | None = None) -> dict
 
 def gpt_oss_tensors(values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     plain = {path: value for path, value in values.items() if "/experts/" not in path}
-    tensors = {
-        name.replace("mlp.gate", "mlp.router"): tensor for name, tensor in hf_tensors(plain).items()
-    }
+    tensors = {gpt_oss.checkpoint_name(name): tensor for name, tensor in hf_tensors(plain).items()}
     for path, gate in values.items():
         layer, _, name = path.partition("/mlp/experts/")
         prefix = f"model.{layer.replace('/', '.')}.mlp.experts"

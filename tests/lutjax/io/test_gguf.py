@@ -12,7 +12,7 @@ import pytest
 from checkpoints import FAMILIES_OF_EXPERTS, FAMILIES_OF_GEMMA, post_norms, random_values
 from tiny_checkpoint import tiny_tokenizer
 
-from lutjax.io import load, load_params, load_tokenizer, open_checkpoint
+from lutjax.io import gpt_oss, load, load_params, load_tokenizer, open_checkpoint
 from lutjax.io.checkpoint import parameter_shapes
 from lutjax.io.configs import config_from_gguf
 from lutjax.io.grid import abstract_grid_array, grid_array
@@ -118,7 +118,7 @@ def write_gguf(path, config, values, kind=Q.F32, metadata=(), numbers=(), extra=
             data = gguf.quantize(tensor, quantised)
         label = checkpoint_name(name, "gguf", post_norms=post_norms(values))
         if arch == "gpt-oss":
-            label = label.replace("ffn_norm", "post_attention_norm")
+            label = gpt_oss.checkpoint_name(label)
         writer.add_tensor(label, data, raw_dtype=quantised)
     for name, tensor in extra:
         writer.add_tensor(name, tensor)
@@ -199,8 +199,8 @@ def test_names_of_experts_are_those_of_the_gguf_package(config, arch, family):
         if family == "mixtral" and "router" in path:
             hf = hf.replace("mlp.gate", "block_sparse_moe.gate")
         if family == "gpt_oss":
-            hf = hf.replace("mlp.gate", "mlp.router").replace(".sinks", ".sinks.weight")
-            ours = ours.replace("ffn_norm", "post_attention_norm")
+            hf, ours = (gpt_oss.checkpoint_name(name) for name in (hf, ours))
+            hf = hf.replace(".sinks", ".sinks.weight")
         assert table.get_name(hf, try_suffixes=(".weight", ".bias")) == ours, path
 
 
@@ -329,10 +329,28 @@ def test_yarn_is_what_llama_cpp_reads():
     betas = {"rope.scaling.yarn_beta_fast": 16.0, "rope.scaling.yarn_beta_slow": 2.0}
     scaling = read_metadata("llama", **fields, **betas).rope_scaling
     assert scaling == dataclasses.replace(expected, low_freq_factor=2.0, high_freq_factor=16.0)
+    with pytest.raises(ValueError, match=r"a file: .* has a beta_slow that is not below"):
+        read_metadata("llama", **fields, **{"rope.scaling.yarn_beta_slow": 40.0})
     with pytest.raises(ValueError, match=r"rope\.scaling\.attn_factor is not supported"):
         read_metadata("llama", **fields, **{"rope.scaling.attn_factor": 0.5})
     with pytest.raises(ValueError, match=r"type 'yarn' is not supported with rope_freqs\.weight"):
         read_metadata("llama", rope_factors=np.ones(8), **fields)
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("attention.sliding_window", r"a file: 'attention\.sliding_window' is None"),
+        ("expert_count", r"a file: 'expert_count' is None"),
+    ],
+)
+def test_gpt_oss_without_what_it_needs(missing, message):
+    fields = {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 96}
+    fields |= {"attention.sliding_window": 128}
+    assert read_metadata("gpt-oss", **fields).sliding_layers == (True, False) * 6
+    del fields[missing]
+    with pytest.raises(ValueError, match=message):
+        read_metadata("gpt-oss", **fields)
 
 
 @pytest.mark.parametrize(

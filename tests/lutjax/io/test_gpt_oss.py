@@ -14,6 +14,7 @@ from checkpoints import FAMILIES_OF_EXPERTS, hf_tensors, random_values, write_hf
 from safetensors.numpy import load_file, save_file
 
 import lutjax
+from lutjax.adapters import lora
 from lutjax.calibrate import quantize_decoder
 from lutjax.io import load, open_checkpoint
 from lutjax.io.configs import config_from_hf, config_to_hf
@@ -121,6 +122,28 @@ def test_error_feedback_reaches_attention_and_experts():
     assert error(rounded) < 0.9 * error(nearest)
 
 
+def test_only_matrices_are_compressed_and_adapted():
+    _, params, _ = load(DATA / "dense")
+    stacked = {**params, "layers": stack_layers(params)["layers"]}
+    for tree in (params, stacked):
+        compressed = lutjax.quantize(tree, bits=4, group_size=32)
+        found = {
+            path
+            for path, leaf in lutjax.paths.named_leaves(compressed)
+            if lutjax.is_compressed(leaf)
+        }
+        assert found and all(path.endswith("_proj/kernel") for path in found)
+        adapter = lora.init(tree, 2, jax.random.key(0), targets=("*self_attn*", "*experts*"))
+        assert all(path.endswith("_proj/kernel") for path in adapter)
+
+
+def test_halves_of_a_tensor_hold_no_more_than_themselves():
+    checkpoint = open_checkpoint(DATA / "dense")
+    gate = checkpoint.read("layers/0/mlp/experts/gate_proj/kernel")
+    assert gate.base is None or gate.base.nbytes == gate.nbytes
+    assert gate.shape == (4, 64, 32)
+
+
 def test_the_published_configuration():
     config = config_from_hf(PUBLISHED)
     assert (config.num_experts, config.num_experts_per_tok, config.norm_topk_prob) == (32, 4, True)
@@ -131,6 +154,10 @@ def test_the_published_configuration():
     said = ("layer_types", "rope_scaling", "rope_theta", "sliding_window", "swiglu_limit")
     least = {key: PUBLISHED[key] for key in PUBLISHED if key not in said}
     assert config_from_hf(least) == config  # what GptOssConfig takes
+    assert config_from_hf(PUBLISHED | {"rope_scaling": None}) == config
+    plain = config_from_hf(PUBLISHED | {"rope_scaling": {"rope_type": "default"}})
+    assert plain.rope_scaling is None
+    assert config_from_hf(config_to_hf(plain)) == plain
     everywhere = config_from_hf(PUBLISHED | {"sliding_window": None})
     assert (everywhere.sliding_window, everywhere.sliding_layers) == (None, None)
 
@@ -190,13 +217,16 @@ def test_other_quantisation_is_refused(tmp_path, tiny_config):
 
 BLOCKS = "model.layers.1.mlp.experts.down_proj_blocks"
 SCALES = BLOCKS.replace("blocks", "scales")
+DENSE = BLOCKS.replace("_blocks", "")
 
 
 @pytest.mark.parametrize(
     ("name", "tensor", "message"),
     [
         (SCALES, None, rf"'{SCALES}' is missing"),
-        (BLOCKS, None, r"'model\.layers\.1\.mlp\.experts\.down_proj\.weight' is missing"),
+        (BLOCKS, None, rf"'{BLOCKS}' is missing beside '{SCALES}'"),
+        (DENSE, np.zeros((4, 32, 64), np.float32), "is there beside .*, which is the same"),
+        ("model.layers.1.mlp.router.bias", None, r"'model\.layers\.1\.mlp\.router\.bias' is mis"),
         (BLOCKS, np.zeros((4, 64, 16), np.uint8), rf"'{BLOCKS}' has shape \[4, 64, 16\], of the"),
         (BLOCKS, np.zeros((4, 64, 1, 8), np.uint8), rf"'{BLOCKS}' of dtype U8 .* end with 16"),
         (BLOCKS, np.zeros((4, 64, 1, 16), np.int8), rf"'{BLOCKS}' of dtype I8 .* must be of U8"),

@@ -54,6 +54,15 @@ def test_pre_tokenizers(pre, expected):
     assert pieces(tokenizer, " a 123") == expected
 
 
+def test_o200k_splits_at_capitals_and_keeps_contractions():
+    """By hand, from the pattern that tiktoken has for o200k_base."""
+    split = Tokenizer.from_gguf(metadata("gpt-4o")).backend.pre_tokenizer.pre_tokenize_str
+    text = "fooBar HTTPServer don't x!\n/y 1234"
+    expected = ["foo", "Bar", " HTTPServer", " don't", " x", "!\n/", "y", " ", "123", "4"]
+    spans = [span for _, span in split(text)]
+    assert [text[start:stop] for start, stop in spans] == expected
+
+
 @pytest.mark.parametrize("pre", ["smollm", "gpt-2", "qwen2", "llama-bpe", "gpt-4o"])
 @pytest.mark.parametrize(
     "text", ["ab 12\n\n  ab\t", "naïve 日本 🙂", "don't", "<|end|>a<|end|>", ""]

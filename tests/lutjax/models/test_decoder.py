@@ -521,6 +521,7 @@ def test_decode_step_copies_no_cache(tiny_config):
         ({"rope_scaling": RopeScaling("factors", factors=(1.0,))}, "1 factors; head_dim=6 needs 3"),
         ({"activation": "gelu"}, "activation='gelu' must be one of silu, gelu_tanh, gelu_sigmoid"),
         ({"swiglu_limit": -1.0}, "swiglu_limit=-1.0 must be positive"),
+        ({"head_dim": 2, "rope_scaling": RopeScaling("yarn", 4.0)}, "YaRN needs several"),
         ({"expert_bias": True}, "expert_bias needs num_experts"),
         ({"attn_logit_softcapping": 0.0}, "attn_logit_softcapping=0.0 must be positive"),
         ({"sliding_layers": (True,), "sliding_window": 3}, "1 entries; num_layers=2 needs as many"),
