@@ -240,7 +240,7 @@ def _stored_name(
 ) -> str:
     name = checkpoint_name(path, fmt, post_norms=config.post_norms)
     if config.model_type == "gpt_oss":
-        return gpt_oss.checkpoint_name(name)
+        name = gpt_oss.checkpoint_name(name)
     if path == "embed_tokens/embedding" and fmt == "hf" and config.tie_embeddings:
         # Of two tensors that are one, some tools keep the output head.
         head = checkpoint_name("lm_head/kernel", fmt)

@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from lutjax.codebooks import float_e2m1
 from lutjax.io.blocks import GridBlocks, GridSpec, powers_of_two, unpack_words
 from lutjax.io.config_values import layer_types, layers_by_period, positive, sliding_layers
 from lutjax.io.readers import TensorInfo, TensorReader
@@ -43,9 +44,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What a config.json means that does not say it, by `model_type`."""
 
-# The values of E2M1, by code.
-_HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_LEVELS = np.array([*_HALF, *(-value for value in _HALF)], np.float32)
+_LEVELS = float_e2m1(4) * np.float32(6)
 _GROUP = 32
 _SCALES = np.dtype(ml_dtypes.bfloat16)  # has every power of two that E8M0 has
 
