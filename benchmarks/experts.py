@@ -5,6 +5,11 @@ It runs as it is (JAX's `ragged_dot`), lifted, so that rows are put into tiles, 
 compressed experts, in turn.
 
     python benchmarks/experts.py --output benchmarks/results/experts.json
+
+One of gpt-oss-20b's, without its biases:
+
+    python benchmarks/experts.py --experts 32 --taken 4 --hidden 2880 --width 2880 --rounds 3 \
+      --output benchmarks/results/experts-gpt-oss.json
 """
 
 from __future__ import annotations

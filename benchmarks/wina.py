@@ -235,6 +235,7 @@ def main() -> None:
     parser.add_argument("--target", type=float, default=0.5)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/sparsity")
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     model, params, tokenizer = lutjax.load(demo_model_path())
     assert tokenizer is not None
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
