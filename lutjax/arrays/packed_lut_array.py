@@ -75,7 +75,7 @@ class PackedLutArray(CompressedArray):
     @property
     def batch_shape(self) -> tuple[int, ...]:
         """The leading axes that all data fields share."""
-        return tuple(self.packed.scales.shape[:-2])
+        return self.packed.batch_shape
 
     @property
     def matrix_shape(self) -> tuple[int, int]:

@@ -168,33 +168,32 @@ def prepack(
     """Planes, scales, tables and offsets (only if they scale weights) as the kernel reads them."""
     config = problem.config
     planes = pack_planes(words, problem.padded_k, problem.padded_n, config.lookup)
-    return planes, *prepack_rest(scales, lut, problem, offsets)
+    if not config.scale_weights:
+        offsets = None
+    return (
+        planes,
+        _tiled(scales, problem),
+        tables(lut, problem.padded_n, config.lookup),
+        None if offsets is None else _tiled(offsets, problem),
+    )
 
 
-def prepack_rest(
-    scales: jax.Array, lut: jax.Array, problem: _Problem, offsets: jax.Array | None = None
-) -> tuple:
-    """All but the planes: small, and laid out anew in every call."""
+def _tiled(scales: jax.Array, problem: _Problem) -> jax.Array:
+    """Scales or offsets as ``[tiles along K, groups of a tile, padded N]``.
+
+    The groups are padded to whole sublanes: XLA would otherwise lay out a stack of experts with
+    these there, and bring them into the kernel's order in every call.
+    """
     config = problem.config
-
-    def tiled(a: jax.Array | None) -> jax.Array | None:
-        if a is None:
-            return None
-        rows = 1 if problem.group > config.block_k else config.block_k // problem.segment
-        return pad_scales(a, problem).reshape(-1, rows, problem.padded_n)
-
-    table = tables(lut, problem.padded_n, config.lookup)
-    return tiled(scales), table, tiled(offsets) if config.scale_weights else None
-
-
-def pad_scales(scales: jax.Array, problem: _Problem) -> jax.Array:
-    """Scales or offsets of whole tiles, which those that are padded already stay."""
-    if problem.group > problem.config.block_k:
-        groups = -(-problem.padded_k // problem.group)
+    if problem.group > config.block_k:
+        groups, rows = -(-problem.padded_k // problem.group), 1
     else:
-        groups = problem.k_tiles * (problem.config.block_k // problem.segment)
+        rows = config.block_k // problem.segment
+        groups = problem.k_tiles * rows
     missing = groups - scales.shape[0], problem.padded_n - scales.shape[1]
-    return jnp.pad(scales, ((0, missing[0]), (0, missing[1])))
+    scales = jnp.pad(scales, ((0, missing[0]), (0, missing[1])))
+    scales = scales.reshape(-1, rows, problem.padded_n)
+    return scales if rows == 1 else jnp.pad(scales, ((0, 0), (0, -rows % 8), (0, 0)))
 
 
 def lut_matmul(
@@ -381,6 +380,10 @@ def _call(
         (*table.shape[-3:-1], LANES if shared else config.block_n),
         lambda k, n: (0, 0, 0 if shared else n),
     )
+    if entries is not None and not interpret:
+        # Or XLA brings those of all entries into vector memory, though few may be met.
+        in_hbm = functools.partial(pltpu.with_memory_space_constraint, memory_space=pltpu.HBM)
+        planes, scales = tuple(map(in_hbm, planes)), in_hbm(scales)
     operands = [x, *planes, scales, table]
     specs = [
         pl.BlockSpec((x.shape[0], config.block_m, x_width), lambda *ids: (0, ids[1], ids[x_index])),

@@ -30,9 +30,9 @@ class PackedWeight:
 
     Attributes:
       planes: Packed codes in the implementation's layout (canonical words for those without one).
-      scales: ``[ceil(K / G), N]``, or padded as the implementation wants them.
+      scales: ``[ceil(K / G), N]``, or the implementation's form of them.
       table: ``float32[T, 2**bits, p]``, or the implementation's form of it.
-      offsets: Like ``scales``, or None.
+      offsets: ``[ceil(K / G), N]``, or None.
       implementation: Whose layout it is.
       dtype: Of the activations; a table may be stored in it.
       k: The number of rows K.
@@ -55,6 +55,12 @@ class PackedWeight:
     group_size: int
     p: int
     padded: tuple
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Axes that all arrays lead with, which ``jax.vmap`` over :func:`prepack` makes."""
+        own = 3 if self.implementation == "mosaic_tpu" else 2
+        return self.scales.shape[:-own]
 
 
 def prepack(
@@ -111,8 +117,7 @@ def prepack(
         problem = mosaic_tpu.make_problem(
             x, words, lut, k=k, group_size=group_size, transpose=False, device_kind=kind
         )
-        planes = mosaic_tpu.prepack(words, scales, lut, problem=problem)[0]
-        scales = mosaic_tpu.pad_scales(scales, problem)
+        planes, scales, table, _ = mosaic_tpu.prepack(words, scales, lut, problem=problem)
         padded = (problem.padded_k, problem.padded_n, problem.config)
     elif implementation == "mosaic_gpu":
         from pallas_kernels.lut_matmul import mosaic_gpu
@@ -210,8 +215,7 @@ def _apply_grouped(
     from pallas_kernels.lut_matmul import mosaic_tpu
 
     problem = _tpu_problem(x[0], weight, transpose=False)
-    rest = jax.vmap(lambda s, t: mosaic_tpu.prepack_rest(s, t, problem))
-    packed = (weight.planes, *rest(weight.scales, weight.table))
+    packed = (weight.planes, weight.scales, weight.table, None)
     y = mosaic_tpu.apply_grouped(
         x, packed, problem, groups, sizes, k=weight.k, n=weight.n, interpret=interpret
     )
@@ -260,8 +264,8 @@ def _tpu_problem(x: jax.Array, weight: PackedWeight, transpose: bool) -> Any:
 
     config = _for_rows(weight.padded[2], x.shape[0], transpose)
     static = _static(weight, transpose)
-    table = jax.ShapeDtypeStruct(weight.table.shape[-3:], weight.table.dtype)
-    return mosaic_tpu.make_problem(x, _words_like(weight), table, **static, config=config)
+    lut = jax.ShapeDtypeStruct((1, 2**weight.bits, weight.p), jnp.float32)
+    return mosaic_tpu.make_problem(x, _words_like(weight), lut, **static, config=config)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
@@ -281,8 +285,7 @@ def _apply(x: jax.Array, weight: PackedWeight, transpose: bool, interpret: Any) 
         from pallas_kernels.lut_matmul import mosaic_tpu
 
         problem = _tpu_problem(x, weight, transpose)
-        rest = mosaic_tpu.prepack_rest(weight.scales, weight.table, problem)
-        packed = (weight.planes, *rest)
+        packed = (weight.planes, weight.scales, weight.table, None)
         y = mosaic_tpu.apply(x, packed, problem, k=weight.k, n=weight.n, interpret=interpret)
     else:
         from pallas_kernels.lut_matmul import mosaic_gpu

@@ -1,5 +1,7 @@
 """Experts compile to fused kernels, whether few tokens meet them or many."""
 
+import re
+
 import compilers
 import jax
 import jax.numpy as jnp
@@ -40,6 +42,8 @@ def test_experts_compile_to_kernels(target, implementation, call, rows, shape):
     if target == "v6e":  # one kernel for all tiles, which reads the experts where they lie
         assert program.count(f'custom_call_target="{call}') == 1
         assert " while(" not in program
+        made = re.findall(rf"= (?:s32|bf16)\[{EXPERTS},\d+,\d+.*? ([\w-]+)\(", program)
+        assert set(made) == {"parameter"}
     assert f'custom_call_target="{call}' in program
     dense = 2 * EXPERTS * k * n
     assert compiled.memory_analysis().temp_size_in_bytes < dense / 3
