@@ -74,8 +74,8 @@ class Checkpoint:
             if reader.is_zero_bias(name):
                 continue
             raise ValueError(
-                f"{source}: tensor {name!r} has no place in a {config.model_type!r} decoder of "
-                f"{config.num_layers} layers"
+                f"{source}: tensor {_label(reader, name)} has no place in a "
+                f"{config.model_type!r} decoder of {config.num_layers} layers"
             )
         return cls(source, config, fmt, reader, shapes, check_finite)
 
@@ -98,8 +98,8 @@ class Checkpoint:
         if self.check_finite and not np.isfinite(tensor).all():
             count = tensor.size - int(np.isfinite(tensor).sum())
             raise ValueError(
-                f"{self.source}: tensor {name!r} ({path}) holds {count} NaN or infinite values; "
-                "pass check_finite=False to load it all the same"
+                f"{self.source}: tensor {_label(self.reader, name)} ({path}) holds {count} NaN or "
+                "infinite values; pass check_finite=False to load it all the same"
             )
         rows = self._row_order(path)
         if rows is not None:
@@ -133,8 +133,9 @@ class Checkpoint:
         for values in (grid.levels, grid.scales, grid.offsets):
             if self.check_finite and values is not None and not np.isfinite(values).all():
                 raise ValueError(
-                    f"{self.source}: tensor {name!r} ({path}) has a scale, an offset or a table "
-                    "that is not finite; pass check_finite=False to load it all the same"
+                    f"{self.source}: tensor {_label(self.reader, name)} ({path}) has a scale, an "
+                    "offset or a table that is not finite; pass check_finite=False to load it all "
+                    "the same"
                 )
         rows = self._row_order(path)
         return grid if rows is None else grid.rows(rows)
@@ -248,6 +249,12 @@ def _stored_name(
     return name
 
 
+def _label(reader: TensorReader, name: str) -> str:
+    """What to call a tensor in errors: as the decoder knows it, and as it is stored."""
+    stored = reader.stored_name(name)
+    return repr(name) if stored == name else f"{name!r} (stored in {stored!r})"
+
+
 def _check_tensor(
     source: Path,
     reader: TensorReader,
@@ -264,12 +271,12 @@ def _check_tensor(
     stored = (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
     if info.shape != stored:
         raise ValueError(
-            f"{source}: tensor {name!r} has shape {list(info.shape)}; the configuration needs "
-            f"{list(stored)}"
+            f"{source}: tensor {_label(reader, name)} has shape {list(info.shape)}; the "
+            f"configuration needs {list(stored)}"
         )
     quantized = reader.grid_spec(name) is not None
     if fmt != "gguf" and not quantized and info.dtype not in FLOAT_TYPES:
         raise ValueError(
-            f"{source}: tensor {name!r} has dtype {info.dtype}; a dense weight must be one of "
-            f"{', '.join(FLOAT_TYPES)}"
+            f"{source}: tensor {_label(reader, name)} has dtype {info.dtype}; a dense weight must "
+            f"be one of {', '.join(FLOAT_TYPES)}"
         )

@@ -163,7 +163,7 @@ class ExpertsReader(TensorReader):
         Raises:
           KeyError: if there is no such tensor.
         """
-        return self._reader.dtype(self._first(name))
+        return self._reader.dtype(self.stored_name(name))
 
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor, or those of all experts.
@@ -175,9 +175,13 @@ class ExpertsReader(TensorReader):
             return self._reader.read(self._renamed[name])
         return np.stack([self._reader.read(member) for member in self._experts[name]])
 
+    def stored_name(self, name: str) -> str:
+        """The tensor of the files that a tensor is read from, that of the first expert for all."""
+        return self._experts[name][0] if name in self._experts else self._renamed[name]
+
     def grid_spec(self, name: str) -> GridSpec | None:
         """What the headers say of weights that are stored as codes; None for any other tensor."""
-        spec = self._reader.grid_spec(self._first(name))
+        spec = self._reader.grid_spec(self.stored_name(name))
         if spec is None or name not in self._experts:
             return spec
         return dataclasses.replace(spec, shape=(len(self._experts[name]), *spec.shape))
@@ -202,9 +206,6 @@ class ExpertsReader(TensorReader):
     def is_zero_bias(self, name: str) -> bool:
         """Whether a tensor is a quantised layer's bias of zeros, which some tools always write."""
         return self._reader.is_zero_bias(self._renamed.get(name, name))
-
-    def _first(self, name: str) -> str:
-        return self._experts[name][0] if name in self._experts else self._renamed[name]
 
 
 def _all_of(members: Mapping[int, str], count: int, source: str) -> list[str]:

@@ -214,7 +214,7 @@ class GptOssReader(TensorReader):
         """
         if name in self._specs:
             return np.dtype(np.float32)
-        return self._reader.dtype(self._parts[name].name if name in self._parts else name)
+        return self._reader.dtype(self.stored_name(name))
 
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor, dequantised to float32 if it is quantised.
@@ -229,6 +229,10 @@ class GptOssReader(TensorReader):
         part = self._parts[name]
         tensor = self._reader.read_part(part.name, (..., part.rows))
         return tensor if name.endswith(".bias") else tensor.swapaxes(-1, -2)
+
+    def stored_name(self, name: str) -> str:
+        """The tensor of the files that a tensor is read from."""
+        return self._parts[name].name if name in self._parts else name
 
     def grid_spec(self, name: str) -> GridSpec | None:
         """What the headers say of weights in MXFP4; None for any other tensor."""

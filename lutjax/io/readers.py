@@ -56,6 +56,10 @@ class TensorReader(abc.ABC):
           KeyError: if there is no such tensor.
         """
 
+    def stored_name(self, name: str) -> str:
+        """The tensor of the files that a tensor is read from, or the first of several."""
+        return name
+
     def grid_spec(self, name: str) -> GridSpec | None:
         """What the headers say of a weight that is stored as codes; None for any other tensor."""
         return None

@@ -217,6 +217,7 @@ def test_other_quantisation_is_refused(tmp_path, tiny_config):
 
 BLOCKS = "model.layers.1.mlp.experts.down_proj_blocks"
 SCALES = BLOCKS.replace("blocks", "scales")
+GATES = "model.layers.0.mlp.experts.gate_up_proj_bias"
 DENSE = BLOCKS.replace("_blocks", "")
 
 
@@ -232,6 +233,11 @@ DENSE = BLOCKS.replace("_blocks", "")
         (BLOCKS, np.zeros((4, 64, 1, 16), np.int8), rf"'{BLOCKS}' of dtype I8 .* must be of U8"),
         (SCALES, np.zeros((4, 32, 1), np.uint8), rf"'{SCALES}' .* must .* shape \[4, 64, 1\]"),
         (BLOCKS.replace("blocks", "bias"), np.zeros(4, np.float32), r"has shape \[4\], of the"),
+        (
+            GATES,
+            np.zeros((4, 60), np.float32),
+            rf"\.gate_proj\.bias' \(stored in '{GATES}'\) has shape \[4, 30\]",
+        ),
         ("model.layers.1.mlp.experts.9.up", np.zeros(4, np.float32), "has no place in a 'gpt_oss'"),
     ],
 )
