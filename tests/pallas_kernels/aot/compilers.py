@@ -7,11 +7,13 @@ before they load, so this module must be imported before any device of theirs is
 
 from __future__ import annotations
 
+import atexit
 import collections
 import glob
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +21,7 @@ import tempfile
 os.environ.setdefault("TPU_LOG_DIR", "disabled")
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 DUMP = tempfile.mkdtemp(prefix="kernels_")
+atexit.register(shutil.rmtree, DUMP, ignore_errors=True)  # gigabytes
 os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={DUMP} --xla_jf_dump_llo_text=true"
 os.environ.update(MOSAIC_GPU_DUMP_PTX="1", MOSAIC_GPU_DUMP_TO=DUMP)
 os.environ["XLA_FLAGS"] = f"--xla_dump_to={DUMP} --xla_dump_emitter_re=ptx"
