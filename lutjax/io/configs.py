@@ -209,7 +209,7 @@ def config_from_gguf(
         sliding_window=window,
         model_type=model_type,
         **gemma.fields_from_gguf(fields, model_type, layers, window),
-        **gpt_oss.fields_from_gguf(model_type, layers, window),
+        **gpt_oss.fields_from_gguf(model_type, layers),
         **mixture,
     )
 

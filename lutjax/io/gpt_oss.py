@@ -96,21 +96,19 @@ def fields_to_hf(config: DecoderConfig) -> dict[str, Any]:
     return data
 
 
-def fields_from_gguf(model_type: str, layers: int, window: int | None) -> dict[str, Any]:
+def fields_from_gguf(model_type: str, layers: int) -> dict[str, Any]:
     """The fields of `DecoderConfig` that only gpt-oss sets; none for other families.
 
     Args:
       model_type: the family's `model_type`.
       layers: the number of layers.
-      window: the sliding window.
     """
     if model_type != MODEL_TYPE:
         return {}
     defaults = DEFAULTS[MODEL_TYPE]
-    found = _family_fields(defaults["swiglu_limit"])
-    if window is not None:
-        found["sliding_layers"] = layers_by_period(defaults["sliding_window_pattern"], layers)
-    return found
+    return _family_fields(defaults["swiglu_limit"]) | {
+        "sliding_layers": layers_by_period(defaults["sliding_window_pattern"], layers)
+    }
 
 
 def _family_fields(swiglu_limit: float) -> dict[str, Any]:

@@ -5,4 +5,4 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def optax_promotion(standard_promotion):
-    pass
+    """Every test here has it."""
