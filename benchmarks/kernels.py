@@ -20,7 +20,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,13 @@ import other_libraries
 
 from pallas_kernels.device_time import busy_seconds, copies_beyond_cache
 from pallas_kernels.layout import packed_shape
-from pallas_kernels.lut_matmul import IMPLEMENTATIONS, lut_matmul, packed_matmul, prepack
+from pallas_kernels.lut_matmul import (
+    IMPLEMENTATIONS,
+    lut_matmul,
+    packed_matmul,
+    packed_matmul_grouped,
+    prepack,
+)
 from pallas_kernels.lut_matmul.reference import dequantize
 
 LLAMA_8B = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
@@ -142,7 +148,8 @@ def random_weight(key: jax.Array, k: int, n: int, bits: int, p: int = 1) -> tupl
 class Check:
     """A small product; ``identity`` asks for the bits of the rounded dense weight.
 
-    ``bits`` are those of a code for ``p`` rows.
+    ``bits`` are those of a code for ``p`` rows. Several ``weights`` are multiplied at once, each by
+    a tile of ``m`` rows of its own, of which one is empty.
     """
 
     bits: int
@@ -152,6 +159,7 @@ class Check:
     identity: bool = False
     k: int = 576
     p: int = 1
+    weights: int = 1
 
 
 CHECKS = (  # the simplest first: a kernel that hangs takes the rest with it
@@ -170,12 +178,17 @@ CHECKS = (  # the simplest first: a kernel that hangs takes the rest with it
     Check(8, 16, p=2),
     Check(6, 130, "float16", p=2),
     Check(4, 64, identity=True, p=2),
+    Check(4, 1, weights=5),
+    Check(3, 16, "float16", weights=40),
+    Check(4, 130, weights=3),
 )
 LIMITS = {"bfloat16": 1.1e-2, "float16": 2e-3, "float32": 1e-5}
 
 
 def check(implementation: str, case: Check) -> float | str:
     """Relative Frobenius error (of an identity: 0 or 1), or why it cannot run."""
+    if case.weights > 1:
+        return check_several(implementation, case)
     k, n = (case.m if case.identity else case.k), 320
     words, scales, lut = random_weight(jax.random.key(case.bits), k, n, case.bits, case.p)
     shape = (case.m, n if case.transpose else k)
@@ -189,22 +202,47 @@ def check(implementation: str, case: Check) -> float | str:
         transpose=case.transpose,
         implementation=implementation,
     )
+    y = repeated(lambda: product(x, words, scales, lut))
+    if isinstance(y, str):
+        return y
+    weight = dequantize(words, scales, lut, k=k, group_size=min(GROUP, k))
+    if case.identity:
+        return float(not np.array_equal(y, np.asarray(weight.astype(case.dtype))))
+    dense = np.asarray(weight, np.float64)
+    return relative_error(y, np.asarray(x, np.float64) @ (dense.T if case.transpose else dense))
+
+
+def check_several(implementation: str, case: Check) -> float | str:
+    """The same for several weights in one launch."""
+    static = {"k": case.k, "group_size": GROUP}
+    keys = jax.random.split(jax.random.key(case.bits), case.weights)
+    stack = jax.vmap(lambda key: random_weight(key, case.k, 320, case.bits, case.p))(keys)
+    places = jnp.arange(case.weights)
+    sizes = jnp.where(places == 1, 0, case.m)
+    x = jax.random.normal(jax.random.key(case.m), (case.weights, case.m, case.k))
+    x = jnp.where((sizes > 0)[:, None, None], x, 0).astype(case.dtype)
+    pack = functools.partial(prepack, **static, implementation=implementation, dtype=case.dtype)
+    y = repeated(lambda: packed_matmul_grouped(x, jax.vmap(pack)(*stack), places[::-1], sizes))
+    if isinstance(y, str):
+        return y
+    dense = jax.vmap(functools.partial(dequantize, **static))(*stack)[::-1]
+    return relative_error(y, np.asarray(x, np.float64) @ np.asarray(dense, np.float64))
+
+
+def repeated(product: Callable[[], jax.Array]) -> np.ndarray | str:
+    """The result of two equal runs, or why there is none."""
     try:
-        y = product(x, words, scales, lut)
-        again = product(x, words, scales, lut)
+        y, again = np.asarray(product()), np.asarray(product())
     except NotImplementedError as error:
         return str(error)
     except Exception as error:
         return f"FAILED {type(error).__name__}: {str(error)[:300]}"
-    if not np.array_equal(np.asarray(y), np.asarray(again)):
-        return "FAILED two runs differ"
-    weight = dequantize(words, scales, lut, k=k, group_size=min(GROUP, k))
-    if case.identity:
-        return float(not np.array_equal(np.asarray(y), np.asarray(weight.astype(case.dtype))))
-    dense = np.asarray(weight, np.float64)
-    expected = np.asarray(x, np.float64) @ (dense.T if case.transpose else dense)
-    error_norm = np.linalg.norm(np.asarray(y, np.float64) - expected)
-    return float(error_norm / np.linalg.norm(expected))
+    return y if np.array_equal(y, again) else "FAILED two runs differ"
+
+
+def relative_error(y: np.ndarray, expected: np.ndarray) -> float:
+    """Frobenius norm of the difference over that of the expected result."""
+    return float(np.linalg.norm(y.astype(np.float64) - expected) / np.linalg.norm(expected))
 
 
 def check_all(name: str, cases: tuple[Check, ...]) -> list[dict]:
@@ -329,6 +367,7 @@ def markdown(report: dict) -> str:
         result = c["result"] if isinstance(c["result"], str) else f"{c['result']:.1e}"
         kind = "identity" if c["identity"] else "transposed" if c["transpose"] else "plain"
         kind += ", pairs" if c["p"] > 1 else ""
+        kind += f", {c['weights']} weights" if c["weights"] > 1 else ""
         lines.append(
             f"| {c['implementation']} | {c['bits']} | {c['m']} | {c['dtype']} | {kind} | "
             f"{c['status']} | {result} |"

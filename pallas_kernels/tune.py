@@ -41,12 +41,11 @@ def seconds(config: Any, m: int, k: int, n: int, bits: int) -> float:
     lut = jax.random.normal(jax.random.key(1), (1, 2**bits, 1))
     x = jax.random.normal(jax.random.key(2), (m, k), jnp.bfloat16)
     problem = mosaic_gpu.make_problem(m, words[0], k=k, group_size=GROUP, config=config)
-    pack = jax.jit(lambda w: mosaic_gpu.prepack(w, lut, problem, x.dtype))
+    pack = jax.jit(lambda w: mosaic_gpu.prepack(w, scales, lut, problem, x.dtype))
     packed = [pack(w) for w in words]
-    one = jax.jit(  # lowered once
-        lambda x, p, t: mosaic_gpu.apply(x, p, scales, t, problem, out_dtype=x.dtype)
-    )
-    run = jax.jit(lambda x, packed: [one(x, p, t) for p, t in packed])
+    # lowered once
+    one = jax.jit(lambda x, p: mosaic_gpu.apply(x, p, problem, out_dtype=x.dtype))
+    run = jax.jit(lambda x, packed: [one(x, p) for p in packed])
     error = relative_error(run(x, packed)[0], x, words[0], scales, lut)
     if not error <= LIMIT:
         raise ArithmeticError(f"relative error {error}")

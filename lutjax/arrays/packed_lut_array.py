@@ -102,8 +102,8 @@ class PackedLutArray(CompressedArray):
     def matmul_grouped(
         self, x: Float[Array, "t m k"], groups: Int[Array, " t"], sizes: Int[Array, " t"]
     ) -> Float[Array, "t m n"]:
-        """Reads the entries where they lie if the layout is the TPU kernel's."""
-        if self.packed.implementation != "mosaic_tpu":
+        """Reads the entries where they lie if the layout is a kernel's own."""
+        if not self.packed.padded:
             return super().matmul_grouped(x, groups, sizes)
         self._check(x)
         return packed_matmul_grouped(x, self.packed, groups, sizes)

@@ -158,7 +158,8 @@ def _group_of(place: Int[Array, " m"], ends: Int[Array, " e"]) -> Int[Array, " m
 
 def _tile_rows(m: int, count: int) -> int:
     """Rows of a tile: about as many as a group has, more where few rows cost no more than one."""
+    least = 16 if compiling_for("tpu") else 8 if compiling_for("cuda") else 1
     if m <= count:
-        return 16 if compiling_for("tpu") else 1  # what its kernel pads them to
+        return least  # what the kernels pad them to
     mean = m / count
-    return min(MAX_TILE, 1 << int(np.ceil(np.log2(max(mean, min(2 * mean, 16))))))
+    return max(least, min(MAX_TILE, 1 << int(np.ceil(np.log2(max(mean, min(2 * mean, 16)))))))

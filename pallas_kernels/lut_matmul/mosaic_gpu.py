@@ -148,19 +148,27 @@ def reason_against_transposed(groups: int, group_size: int) -> str | None:
     )
 
 
-def default_config(m: int, bits: int, *, n: int, k: int, group: int) -> Config:
-    """Wide steps where every block has several, and as many stages as shared memory holds."""
+def default_config(m: int, bits: int, *, n: int, k: int, group: int, tiles: int = 1) -> Config:
+    """Wide steps where every block has several, and as many stages as shared memory holds.
+
+    Several ``tiles``, which each meet a weight of their own, share the multiprocessors. Where they
+    are enough to keep all busy, a block has whole columns, and there are no parts to add.
+    """
     n = -(-n // _PADDED_N) * _PADDED_N
-    blocks = multiprocessors(dispatch.device_kind("cuda"))
+    most = multiprocessors(dispatch.device_kind("cuda"))
+    undivided = tiles > 1 and tiles * n // _PADDED_N >= most
+    blocks = max(1, most // tiles)
     sizes = ((2, 1), (1, 2), (1, 1))
-    for tiles, slices in sizes if bits >= 4 else ((2, 2), *sizes):  # many codes in few bytes
-        steps = -(-k // (slices * SLICE_K)) * (n // (2 * tiles * TILE_N))
-        enough = steps >= 4 * blocks or tiles == 1
+    for wide, slices in sizes if bits >= 4 else ((2, 2), *sizes):  # many codes in few bytes
+        steps = -(-k // (slices * SLICE_K)) * (n // (2 * wide * TILE_N))
+        enough = steps >= 4 * blocks or wide == 1
         padded = -(-k // SLICE_K) % slices  # K would be padded by a slice
         for stages in (4, 3, 2):
-            config = Config(2, stages, tiles, slices, blocks)
+            config = Config(2, stages, wide, slices, blocks)
             whole = n % config.block_n == 0 and not padded
             if enough and whole and _fits(m, bits, config, group):
+                if undivided:
+                    return dataclasses.replace(config, blocks=n // config.block_n)
                 return config
     raise AssertionError("the smallest configuration fits 64 rows")
 
@@ -278,23 +286,31 @@ def make_problem(
     config: Config | mosaic_gpu_tile.Config | None = None,
     padded: tuple[int, int] | None = None,
     transpose: bool = False,
+    tiles: int = 1,
 ) -> _Problem | mosaic_gpu_tile.Problem:
     """Pads the sizes of a product to the tiles of ``config`` (None: a tuned or heuristic one).
 
     ``p`` rows share a code. ``padded`` is the K and N of words that are packed already; tiles then
-    divide those.
+    divide those. ``tiles`` of ``m`` rows each meet a weight of their own.
     """
     bits, n = words.shape[1] // p, words.shape[2]
-    if config is None and not transpose:
+    if config is None and not transpose and tiles == 1:
         config = _tuned(m, bits, k=k, n=n)
     if transpose or m > _DECODE_ROWS:
         assert not isinstance(config, Config), "many rows take a mosaic_gpu_tile.Config"
         padded = padded or (-(-k // SLICE_K) * SLICE_K, -(-n // _PADDED_N) * _PADDED_N)
         return mosaic_gpu_tile.make_problem(
-            m, bits, k=k, group_size=group_size, padded=padded, transpose=transpose, config=config
+            m,
+            bits,
+            k=k,
+            group_size=group_size,
+            padded=padded,
+            transpose=transpose,
+            tiles=tiles,
+            config=config,
         )
     assert not isinstance(config, mosaic_gpu_tile.Config), "few rows take a Config"
-    config = config or default_config(m, bits, n=n, k=k, group=group_size)
+    config = config or default_config(m, bits, n=n, k=k, group=group_size, tiles=tiles)
 
     if padded is None:
         padded = (-(-k // config.block_k) * config.block_k, -(-n // _PADDED_N) * _PADDED_N)
@@ -319,11 +335,19 @@ def make_problem(
 
 
 def prepack(
-    words: jax.Array, lut: jax.Array, problem: _Problem | mosaic_gpu_tile.Problem, dtype: Any
+    words: jax.Array,
+    scales: jax.Array,
+    lut: jax.Array,
+    problem: _Problem | mosaic_gpu_tile.Problem,
+    dtype: Any,
 ) -> tuple:
-    """Words in fragments, and the table of bytes."""
+    """Words in fragments, scales for all of them, and the table of bytes."""
     planes = pack_fragments(words, problem.padded_k, problem.padded_n, lut.shape[2])
-    return planes, lookup_table(lut, problem.bits, dtype)
+    groups = -(-problem.padded_k // problem.group)
+    scales = jnp.pad(
+        scales, ((0, groups - scales.shape[0]), (0, problem.padded_n - scales.shape[1]))
+    )
+    return planes, scales, lookup_table(lut, problem.bits, dtype)
 
 
 def lut_matmul(
@@ -356,9 +380,9 @@ def lut_matmul(
         config=config,
         transpose=transpose,
     )
-    planes, table = prepack(words, lut, problem, x.dtype)
+    packed = prepack(words, scales, lut, problem, x.dtype)
     out_dtype = x.dtype if offsets is None else jnp.float32
-    y = apply(x, planes, scales, table, problem, out_dtype=out_dtype, interpret=interpret)
+    y = apply(x, packed, problem, out_dtype=out_dtype, interpret=interpret)
     y = y[:, : k if transpose else words.shape[2]]
     y = add_offsets(y, x, offsets, k=k, group_size=group_size, transpose=transpose)
     return y.astype(x.dtype)
@@ -366,37 +390,96 @@ def lut_matmul(
 
 def apply(
     x: jax.Array,
-    planes: tuple,
-    scales: jax.Array,
-    table: jax.Array,
+    packed: tuple,
     problem: _Problem | mosaic_gpu_tile.Problem,
     *,
     out_dtype: Any = jnp.float32,
     interpret: Any = False,
 ) -> jax.Array:
-    """Runs the kernel on prepacked operands; ``out_dtype[M, padded N]``, K when transposed."""
+    """Runs the kernel on what :func:`prepack` made; ``out_dtype[M, padded N]``, K if transposed."""
+    m, rows = x.shape[0], _rows(problem)
+    x = jnp.pad(x, ((0, -m % rows), (0, 0)))
+    return _call(x, packed, problem, out_dtype=out_dtype, interpret=interpret)[:m]
+
+
+def apply_grouped(
+    x: jax.Array,
+    packed: tuple,
+    problem: _Problem | mosaic_gpu_tile.Problem,
+    groups: jax.Array,
+    sizes: jax.Array,
+    *,
+    out_dtype: Any = jnp.float32,
+    interpret: Any = False,
+) -> jax.Array:
+    """Runs the kernel on tiles of rows that each meet one entry of a stack of weights.
+
+    Weights are read where they lie, and only those that a tile with rows meets.
+
+    Args:
+      x: ``[tiles, M, K]``.
+      packed: As for :func:`apply`, with a leading axis of entries.
+      problem: Of one of the tiles; not transposed.
+      groups: ``int32[tiles]``, the entry of each tile.
+      sizes: ``int32[tiles]``, how many rows of a tile count; the others' results are of no meaning.
+      out_dtype: Of the result.
+      interpret: Runs the kernel in interpret mode.
+
+    Returns:
+      ``out_dtype[tiles, M, padded N]``.
+    """
+    tiles, m, _ = x.shape
+    rows = _rows(problem)
+    x = jnp.pad(x, ((0, 0), (0, -m % rows), (0, 0)))
+    starts = jnp.arange(0, x.shape[1], rows, dtype=jnp.int32)  # of the kernel's blocks of rows
+    counts = starts[None] < sizes[:, None].astype(jnp.int32)
+    entries = jnp.where(counts, groups[:, None].astype(jnp.int32), -1).reshape(-1)
+    y = _call(
+        x.reshape(-1, x.shape[2]),
+        packed,
+        problem,
+        out_dtype=out_dtype,
+        interpret=interpret,
+        entries=entries,
+    )
+    return y.reshape(*x.shape[:2], -1)[:, :m]
+
+
+def _rows(problem: _Problem | mosaic_gpu_tile.Problem) -> int:
+    """Rows of ``x`` of a block of the kernel."""
+    return problem.block_m if isinstance(problem, _Problem) else problem.config.rows
+
+
+def _call(
+    x: jax.Array,
+    packed: tuple,
+    problem: _Problem | mosaic_gpu_tile.Problem,
+    *,
+    out_dtype: Any,
+    interpret: Any,
+    entries: jax.Array | None = None,
+) -> jax.Array:
+    """The kernel for whole blocks of rows; with ``entries``, see ``mosaic_gpu_tile.of_entries``."""
     if isinstance(problem, mosaic_gpu_tile.Problem):
         return mosaic_gpu_tile.apply(
-            x, planes, scales, table, problem, out_dtype=out_dtype, interpret=interpret
+            x, packed, problem, out_dtype=out_dtype, interpret=interpret, entries=entries
         )
-    m, padded_k = x.shape[0], problem.padded_k
-    x = jnp.pad(x, ((0, problem.block_m - m), (0, padded_k - x.shape[1])))
-    groups = -(-padded_k // problem.group)
-    scales = jnp.pad(
-        scales, ((0, groups - scales.shape[0]), (0, problem.padded_n - scales.shape[1]))
-    )
-    scales = scales.reshape(groups, -1, TILE_N)  # a copy has at most 256 elements along an axis
+    planes, scales, table = packed
+    x = jnp.pad(x, ((0, 0), (0, problem.padded_k - x.shape[1])))
+    # a copy has at most 256 elements along an axis
+    scales = scales.reshape(*scales.shape[:-1], -1, TILE_N)
     config, parts = problem.config, problem.parts()
     dtype = out_dtype if len(parts) == 1 else jnp.float32
     options: dict[str, Any] = {}
     if interpret:
         params = plgpu.InterpretGPUParams() if interpret is True else interpret
         options["interpret"] = params
+    body = functools.partial(
+        _kernel, problem=problem, dtype=x.dtype, planes=len(planes), interpret=bool(interpret)
+    )
     kernel = plgpu.kernel(
-        functools.partial(
-            _kernel, problem=problem, dtype=x.dtype, planes=len(planes), interpret=bool(interpret)
-        ),
-        out_type=shape_struct((len(parts), problem.block_m, problem.padded_n), dtype, x),
+        body if entries is None else mosaic_gpu_tile.of_entries(body, len(planes)),
+        out_type=shape_struct((len(parts), x.shape[0], problem.padded_n), dtype, x),
         scratch_types=[
             plgpu.SMEM((table_rows(problem.bits), 64), jnp.uint32),
             mosaic_gpu_asm.staging(config.warpgroups, problem.block_m, dtype),
@@ -404,17 +487,17 @@ def apply(
             # the interpreter has no register operands
             *([plgpu.SMEM((config.warpgroups, TILE_N, SLICE_K), x.dtype)] if interpret else []),
         ],
-        grid=(-(-problem.all_steps // problem.steps_of_block),),
-        grid_names=("block",),
+        grid=(-(-problem.all_steps // problem.steps_of_block), x.shape[0] // problem.block_m),
+        grid_names=("block", "m"),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         **options,
     )
-    y = kernel(*planes, x, scales, table)
+    y = kernel(*(() if entries is None else (entries,)), *planes, x, scales, table)
     if len(parts) == 1:
-        return y[0, :m]
+        return y[0]
     written = np.repeat(parts, config.block_n, axis=1)[:, None, : problem.padded_n]
-    return jnp.sum(jnp.where(written, y, 0), axis=0)[:m].astype(out_dtype)
+    return jnp.sum(jnp.where(written, y, 0), axis=0).astype(out_dtype)
 
 
 def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
@@ -422,7 +505,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
     x_ref, s_ref, t_ref, o_ref, table, staged, barrier, *operand = refs
     config, bits, block_m = problem.config, problem.bits, problem.block_m
     layout = plgpu.Layout
-    warpgroup = lax.axis_index("warpgroup")
+    warpgroup, tile_m = lax.axis_index("warpgroup"), lax.axis_index("m")
     byte_planes = () if interpret else mosaic_gpu_asm.load_byte_planes(t_ref, bits, problem.p)
     group = min(problem.group, SLICE_K)
     block, share = lax.axis_index("block"), problem.steps_of_block
@@ -502,7 +585,8 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
                 own = staged.at[warpgroup]
                 mosaic_gpu_asm.stage(own, totals[tile])
                 first = column * config.block_n + (warpgroup * config.tiles + tile) * TILE_N
-                plgpu.copy_smem_to_gmem(own, o_ref.at[part, :, pl.ds(first, TILE_N)])
+                rows = pl.ds(tile_m * block_m, block_m)
+                plgpu.copy_smem_to_gmem(own, o_ref.at[part, rows, pl.ds(first, TILE_N)])
             return tuple(zeros() for _ in totals)
 
         ends = inside & ((row == problem.steps - 1) | (step == share - 1))
@@ -530,7 +614,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
     in_specs += [
         plgpu.BlockSpec(
             (block_m, config.block_k),
-            lambda step: (0, place(step)[1]),
+            lambda step: (tile_m, place(step)[1]),
             transforms=(plgpu.TilingTransform((8, tile_k)), plgpu.SwizzleTransform(2 * tile_k)),
         ),
         plgpu.BlockSpec(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -100,7 +101,9 @@ class Problem:
         return max(1, self.span // self.group)
 
 
-def clocks(m: int, bits: int, config: Config, *, columns: int, contracted: int) -> float:
+def clocks(
+    m: int, bits: int, config: Config, *, columns: int, contracted: int, tiles: int = 1
+) -> float:
     """Estimated time in clocks of a multiprocessor: what no measurement has yet confirmed.
 
     A block takes the longest of the tensor cores (2048 products a clock), shared memory (128
@@ -117,15 +120,22 @@ def clocks(m: int, bits: int, config: Config, *, columns: int, contracted: int) 
         (fill / config.cluster + words) / 24,
         2.4 * block_n / 128,
     )
-    blocks = -(-columns // block_n) * -(-m // rows) * config.splits
+    blocks = -(-columns // block_n) * -(-m // rows) * config.splits * tiles
     waves = -(-blocks // _MULTIPROCESSORS)
-    streamed = columns * contracted * bits / 8 / 2700
-    parts = 8 * config.splits * m * columns / 2700 if config.splits > 1 else 0
+    streamed = tiles * columns * contracted * bits / 8 / 2700
+    parts = 8 * config.splits * tiles * m * columns / 2700 if config.splits > 1 else 0
     return max(waves * contracted / config.splits * step, streamed) + 2000 * waves + parts
 
 
 def candidates(
-    m: int, bits: int, *, group: int, columns: int, contracted: int, transpose: bool
+    m: int,
+    bits: int,
+    *,
+    group: int,
+    columns: int,
+    contracted: int,
+    transpose: bool,
+    tiles: int = 1,
 ) -> list[Config]:
     """Configurations that fit, the one of the smallest estimate first."""
     steps = contracted // SLICE_K
@@ -133,18 +143,19 @@ def candidates(
     unit = 8 if m <= 8 else 16
     rows = {-(-m // (unit * -(-m // most))) * unit for most in (64, 96, 128)}
     found = [
-        Config(r, tiles, stages, splits, cluster)
+        Config(r, wide, stages, splits, cluster)
         for r in sorted(rows)
-        for tiles in (1, 2)
+        for wide in (1, 2)
         for stages in (6, 5, 4, 3)
         for splits in range(1, 9)
         for cluster in (2, 1)
         if r % (8 * cluster) == 0  # each block of a cluster loads whole rows of tiles
         and steps % splits == 0
-        and _fits(bits, Config(r, tiles, stages), group)
-        and (not transpose or 0 in (group % (128 * tiles), 128 * tiles % group))
+        and _fits(bits, Config(r, wide, stages), group)
+        and (not transpose or 0 in (group % (128 * wide), 128 * wide % group))
     ]
-    return sorted(found, key=lambda c: clocks(m, bits, c, columns=columns, contracted=contracted))
+    sizes = {"columns": columns, "contracted": contracted, "tiles": tiles}
+    return sorted(found, key=lambda config: clocks(m, bits, config, **sizes))
 
 
 def _fits(bits: int, config: Config, group: int) -> bool:
@@ -163,37 +174,57 @@ def make_problem(
     group_size: int,
     padded: tuple[int, int],
     transpose: bool = False,
+    tiles: int = 1,
     config: Config | None = None,
 ) -> Problem:
-    """The product of ``m`` rows with words that are padded to ``padded`` = (K, N)."""
+    """The product of ``m`` rows with words that are padded to ``padded`` = (K, N).
+
+    ``tiles`` is how many of them there are, each with a weight of its own.
+    """
     padded_k, padded_n = padded
     columns, contracted = (padded_k, padded_n) if transpose else (padded_n, padded_k)
     group = padded_k if group_size >= k else group_size
     if config is None:
-        sizes = {"group": group, "columns": columns, "contracted": contracted}
+        sizes = {"group": group, "columns": columns, "contracted": contracted, "tiles": tiles}
         config = candidates(m, bits, **sizes, transpose=transpose)[0]
     return Problem(bits, group, m, padded_k, padded_n, transpose, config)
 
 
+def of_entries(kernel: Callable[..., None], planes: int) -> Callable[..., None]:
+    """The same kernel for blocks of rows that each meet one entry of a stack of weights.
+
+    It takes ``int32[blocks of rows]`` first, the entry of each block or -1 for no work.
+    """
+
+    def run(entries_ref, *refs):
+        entry = entries_ref[lax.axis_index("m")]
+        words, (x, scales, table, *rest) = refs[:planes], refs[planes:]
+
+        @pl.when(entry >= 0)
+        def _():
+            own = [ref.at[entry] for ref in (*words, scales, table)]
+            kernel(*own[:planes], x, *own[planes:], *rest)
+
+    return run
+
+
 def apply(
     x: jax.Array,
-    planes: tuple,
-    scales: jax.Array,
-    table: jax.Array,
+    packed: tuple,
     problem: Problem,
     *,
     out_dtype: Any,
     interpret: Any = False,
+    entries: jax.Array | None = None,
 ) -> jax.Array:
-    """Runs the kernel on prepacked operands; ``out_dtype[M, padded N]``, or K when transposed."""
-    config = problem.config
-    m, splits = x.shape[0], config.splits
-    tiles_m = -(-m // config.rows)
-    x = jnp.pad(x, ((0, tiles_m * config.rows - m), (0, problem.contracted - x.shape[1])))
-    groups = -(-problem.padded_k // problem.group)
-    scales = jnp.pad(
-        scales, ((0, groups - scales.shape[0]), (0, problem.padded_n - scales.shape[1]))
-    )
+    """Runs the kernel on prepacked operands and whole blocks of rows.
+
+    Returns:
+      ``out_dtype[M, padded N]``, or K when transposed.
+    """
+    planes, scales, table = packed
+    config, splits = problem.config, problem.config.splits
+    x = jnp.pad(x, ((0, 0), (0, problem.contracted - x.shape[1])))
     kernel_dtype = jnp.float32 if splits > 1 else out_dtype
     table_type = plgpu.SMEM((table_rows(problem.bits), 64), jnp.uint32)
     result_type = mosaic_gpu_asm.staging(_WARPGROUPS, config.rows, kernel_dtype)
@@ -207,13 +238,14 @@ def apply(
     else:  # the result takes the place of the table
         scratch = [plgpu.RefUnion(table_type, result_type)]
     columns = -(-problem.columns // config.block_n)
+    body = functools.partial(
+        _kernel, problem=problem, dtype=x.dtype, planes=len(planes), interpret=bool(interpret)
+    )
     kernel = plgpu.kernel(
-        functools.partial(
-            _kernel, problem=problem, dtype=x.dtype, planes=len(planes), interpret=bool(interpret)
-        ),
-        out_type=shape_struct((splits, tiles_m * config.rows, problem.columns), kernel_dtype, x),
+        body if entries is None else of_entries(body, len(planes)),
+        out_type=shape_struct((splits, x.shape[0], problem.columns), kernel_dtype, x),
         scratch_types=[*scratch, plgpu.Barrier(num_arrivals=_WARPGROUPS)],
-        grid=(splits, -(-columns // config.cluster), tiles_m),
+        grid=(splits, -(-columns // config.cluster), x.shape[0] // config.rows),
         grid_names=("split", "n", "m"),
         cluster=(config.cluster,),
         cluster_names=("pair",),
@@ -221,9 +253,8 @@ def apply(
         thread_name="warpgroup",
         **options,
     )
-    y = kernel(*planes, x, scales, table)
-    y = y[0] if splits == 1 else jnp.sum(y, axis=0).astype(out_dtype)
-    return y[:m]
+    y = kernel(*(() if entries is None else (entries,)), *planes, x, scales, table)
+    return y[0] if splits == 1 else jnp.sum(y, axis=0).astype(out_dtype)
 
 
 def _kernel(*refs, problem: Problem, dtype: Any, planes: int, interpret: bool):

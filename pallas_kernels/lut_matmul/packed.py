@@ -125,7 +125,7 @@ def prepack(
         gpu_problem = mosaic_gpu.make_problem(
             16, words, k=k, group_size=group_size, p=lut.shape[-1]
         )
-        planes, table = mosaic_gpu.prepack(words, lut, gpu_problem, dtype)
+        planes, scales, table = mosaic_gpu.prepack(words, scales, lut, gpu_problem, dtype)
         padded = (gpu_problem.padded_k, gpu_problem.padded_n)
     return PackedWeight(
         planes=planes,
@@ -187,7 +187,7 @@ def packed_matmul_grouped(
 
     Args:
       x: ``[tiles, M, K]``.
-      weight: From :func:`prepack` under :func:`jax.vmap`, for ``"mosaic_tpu"``.
+      weight: From :func:`prepack` under :func:`jax.vmap`, in a layout of a kernel's own.
       groups: ``int[tiles]``, which weight each tile meets, in range.
       sizes: ``int[tiles]``, how many rows of each tile count.
       interpret: Runs the kernel in interpret mode, as inside ``interpret_kernels()``.
@@ -198,9 +198,9 @@ def packed_matmul_grouped(
     Raises:
       TypeError: If the layout was made for activations of another dtype.
       ValueError: If ``x`` does not end in K.
-      NotImplementedError: If the layout is not that of the TPU kernel.
+      NotImplementedError: If the layout is no kernel's own.
     """
-    if weight.implementation != "mosaic_tpu":
+    if not weight.padded:
         raise NotImplementedError(
             f"implementation {weight.implementation!r} has no product with several weights"
         )
@@ -212,13 +212,26 @@ def packed_matmul_grouped(
 def _apply_grouped(
     x: jax.Array, weight: PackedWeight, groups: jax.Array, sizes: jax.Array, interpret: Any
 ) -> jax.Array:
-    from pallas_kernels.lut_matmul import mosaic_tpu
+    if weight.implementation == "mosaic_tpu":
+        from pallas_kernels.lut_matmul import mosaic_tpu
 
-    problem = _tpu_problem(x[0], weight, transpose=False)
-    packed = (weight.planes, weight.scales, weight.table, None)
-    y = mosaic_tpu.apply_grouped(
-        x, packed, problem, groups, sizes, k=weight.k, n=weight.n, interpret=interpret
-    )
+        problem = _tpu_problem(x[0], weight, transpose=False)
+        packed = (weight.planes, weight.scales, weight.table, None)
+        y = mosaic_tpu.apply_grouped(
+            x, packed, problem, groups, sizes, k=weight.k, n=weight.n, interpret=interpret
+        )
+    else:
+        from pallas_kernels.lut_matmul import mosaic_gpu
+
+        y = mosaic_gpu.apply_grouped(
+            x,
+            (weight.planes, weight.scales, weight.table),
+            _gpu_problem(x.shape[1], weight, transpose=False, tiles=x.shape[0]),
+            groups,
+            sizes,
+            out_dtype=_out_dtype(x, weight),
+            interpret=interpret,
+        )[..., : weight.n]
     if weight.offsets is not None:
         static = _static(weight, transpose=False)
         add = jax.vmap(lambda y, x, offsets: add_offsets(y, x, offsets, **static))
@@ -268,6 +281,20 @@ def _tpu_problem(x: jax.Array, weight: PackedWeight, transpose: bool) -> Any:
     return mosaic_tpu.make_problem(x, _words_like(weight), lut, **static, config=config)
 
 
+def _gpu_problem(m: int, weight: PackedWeight, transpose: bool, tiles: int = 1) -> Any:
+    from pallas_kernels.lut_matmul import mosaic_gpu
+
+    static = _static(weight, transpose)
+    return mosaic_gpu.make_problem(
+        m, _words_like(weight), **static, p=weight.p, padded=weight.padded[:2], tiles=tiles
+    )
+
+
+def _out_dtype(x: jax.Array, weight: PackedWeight) -> Any:
+    """Of the kernel's result, to which offsets are added before it is rounded."""
+    return x.dtype if weight.offsets is None else jnp.float32
+
+
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _apply(x: jax.Array, weight: PackedWeight, transpose: bool, interpret: Any) -> jax.Array:
     static = _static(weight, transpose)
@@ -290,16 +317,11 @@ def _apply(x: jax.Array, weight: PackedWeight, transpose: bool, interpret: Any) 
     else:
         from pallas_kernels.lut_matmul import mosaic_gpu
 
-        gpu_problem = mosaic_gpu.make_problem(
-            x.shape[0], _words_like(weight), **static, p=weight.p, padded=weight.padded[:2]
-        )
         y = mosaic_gpu.apply(
             x,
-            weight.planes,
-            weight.scales,
-            weight.table,
-            gpu_problem,
-            out_dtype=x.dtype if weight.offsets is None else jnp.float32,
+            (weight.planes, weight.scales, weight.table),
+            _gpu_problem(x.shape[0], weight, transpose),
+            out_dtype=_out_dtype(x, weight),
             interpret=interpret,
         )[:, : weight.k if transpose else weight.n]
     y = add_offsets(y, x, weight.offsets, **static)

@@ -1,5 +1,8 @@
 """Experts compile to fused kernels, whether few tokens meet them or many."""
 
+from __future__ import annotations
+
+import functools
 import re
 
 import compilers
@@ -8,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import lutjax
+from pallas_kernels.lut_matmul import packed_matmul, packed_matmul_grouped, prepack
 
 S = jax.ShapeDtypeStruct
 EXPERTS = 16
@@ -20,7 +24,7 @@ SHAPES = {"qwen3_moe": (2048, 768, 64), "gpt_oss": (2880, 2880, 32)}
     ("target", "implementation", "call"),
     [("v6e", "mosaic_tpu", "tpu_custom_call"), ("h200", "mosaic_gpu", "mosaic_gpu")],
 )
-def test_experts_compile_to_kernels(target, implementation, call, rows, shape):
+def test_experts_compile_to_one_kernel(target, implementation, call, rows, shape):
     k, n, group_size = SHAPES[shape]
     (compilers.need_tpu if target == "v6e" else compilers.need_gpu)()
     kind = compilers.KIND[target] if target == "v6e" else None
@@ -38,12 +42,70 @@ def test_experts_compile_to_kernels(target, implementation, call, rows, shape):
         experts,
         S((EXPERTS,), jnp.int32),
     )
+    # One kernel for all tiles, which reads the experts where they lie.
     program = compiled.as_text()
-    if target == "v6e":  # one kernel for all tiles, which reads the experts where they lie
-        assert program.count(f'custom_call_target="{call}') == 1
-        assert " while(" not in program
-        made = re.findall(rf"= (?:s32|bf16)\[{EXPERTS},\d+,\d+.*? ([\w-]+)\(", program)
-        assert set(made) == {"parameter"}
-    assert f'custom_call_target="{call}' in program
-    dense = 2 * EXPERTS * k * n
-    assert compiled.memory_analysis().temp_size_in_bytes < dense / 3
+    assert program.count(f'custom_call_target="{call}') == 1
+    assert " while(" not in program
+    made = re.findall(rf"= [us]?(?:32|bf16)\[{EXPERTS},\d+,\d+.*? ([\w-]+)\(", program)
+    assert "parameter" in made
+    assert set(made) <= {"parameter", "bitcast"}
+    if rows < EXPERTS:
+        assert compiled.memory_analysis().temp_size_in_bytes < 2 * EXPERTS * k * n / 20
+
+
+def packed_weight(target, implementation, shape, *, entries=None):
+    """A prepacked weight, or a stack of so many."""
+    k, n, group_size = SHAPES[shape]
+    options = {} if target == "h200" else {"device_kind": compilers.KIND[target]}
+    pack = functools.partial(
+        prepack, k=k, group_size=group_size, implementation=implementation, **options
+    )
+    arrays = [
+        S((k // 8, 4, n), jnp.uint8),
+        S((k // group_size, n), jnp.bfloat16),
+        S((1, 16, 1), jnp.float32),
+    ]
+    if entries is not None:
+        pack = jax.vmap(pack)
+        arrays = [S((entries, *a.shape), a.dtype) for a in arrays]
+    with compilers.abstract(target):
+        return jax.eval_shape(pack, *arrays)
+
+
+def rows_of(shape, *lead):
+    return S((*lead, SHAPES[shape][0]), jnp.bfloat16)
+
+
+def grouped_operands(shape, weight, tiles, rows):
+    tile = S((tiles,), jnp.int32)
+    return rows_of(shape, tiles, rows), weight, tile, tile
+
+
+# Bundles of the kernel for eight weights over those for one: measured 1.17 and 1.10 (v6e), 1.07 and
+# 1.02 (tpu7x), 1.09 and 1.06 (v5e).
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("target", ["v6e", "tpu7x", "v5e"])
+def test_tpu_bundles_of_several_weights(target, shape):
+    compilers.need_tpu()
+    one = packed_weight(target, "mosaic_tpu", shape)
+    single = compilers.bundles(target, packed_matmul, rows_of(shape, 16), one)
+    several = packed_weight(target, "mosaic_tpu", shape, entries=8)
+    operands = grouped_operands(shape, several, 8, 16)
+    grouped = compilers.bundles(target, packed_matmul_grouped, *operands)
+    assert single < grouped <= 1.2 * single
+
+
+# SASS instructions a code in the main loop by tiles and rows; one weight has 2.73 and 3.94 in the
+# first two, as all that several add is outside of it. Many rows may cost 8 (test_hopper_aot.py).
+@pytest.mark.parametrize(
+    ("shape", "tiles", "rows", "most"),
+    [("qwen3_moe", 4, 16, 2.8), ("gpt_oss", 4, 8, 4.0), ("qwen3_moe", 16, 128, 3.1)],
+)
+def test_hopper_instructions_of_several_weights(shape, tiles, rows, most):
+    compilers.need_gpu()
+    several = packed_weight("h200", "mosaic_gpu", shape, entries=EXPERTS)
+    operands = grouped_operands(shape, several, tiles, rows)
+    code = compilers.sass(packed_matmul_grouped, *operands)
+    assert code.spills == 0
+    loop = code.main_loop()
+    assert loop.total() / (8 * loop["HGMMA"]) <= most  # of 16 rows and 64 columns a product

@@ -46,18 +46,17 @@ def compiled_kernel(
         problem = mosaic_gpu.make_problem(
             m, words, k=k, group_size=group, p=p, transpose=transpose, config=config
         )
-    planes, table = jax.eval_shape(
-        lambda w, t: mosaic_gpu.prepack(w, t, problem, jnp.bfloat16),
+    packed = jax.eval_shape(
+        lambda *weight: mosaic_gpu.prepack(*weight, problem, jnp.bfloat16),
         words,
+        S((k // group, n), scale_dtype),
         S((1, 2 ** (bits * p), p), jnp.float32),
     )
     out_dtype = jnp.bfloat16 if isinstance(problem, mosaic_gpu_tile.Problem) else jnp.float32
     code = compilers.sass(
-        lambda x, p, s, t: mosaic_gpu.apply(x, p, s, t, problem, out_dtype=out_dtype),
+        lambda x, packed: mosaic_gpu.apply(x, packed, problem, out_dtype=out_dtype),
         S((m, n if transpose else k), jnp.bfloat16),
-        planes,
-        S((k // group, n), scale_dtype),
-        table,
+        packed,
     )
     return code, problem
 

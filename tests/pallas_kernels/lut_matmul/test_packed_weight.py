@@ -73,6 +73,40 @@ def test_tiles_meet_the_weights_of_their_groups(m, kind, case):
         np.testing.assert_array_equal(y[tile], expected)
 
 
+@pytest.mark.parametrize(
+    ("m", "case"),
+    [
+        (1, Case(k=200, n=72, group_size=64, bits=3, offsets=True)),
+        (9, Case(k=512, n=300, group_size=32)),
+        (70, Case(k=384, n=130, group_size=4096, p=2)),  # a block of rows is empty
+    ],
+    ids=str,
+)
+def test_tiles_meet_the_weights_of_their_groups_on_hopper(m, case):
+    if not hasattr(mosaic_gpu, "InterpretGPUParams"):
+        pytest.skip(f"jax {jax.__version__} has no interpret mode for Mosaic GPU")
+
+    def pack(*weight):
+        with interpret_kernels():
+            return prepack(
+                *weight, k=case.k, group_size=case.group_size, implementation="mosaic_gpu"
+            )
+
+    data = [make(case, seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[operands(d)[1:] for d in data])
+    groups, sizes = jnp.array([0, 2, 2, 1]), jnp.array([m, m, 1, 0])
+    counts = jnp.arange(m)[None] < sizes[:, None]
+    x = jax.random.normal(jax.random.key(0), (4, m, case.k), jnp.bfloat16)
+    x = jnp.where(counts[..., None], x, jnp.zeros((), x.dtype))
+    y = packed_matmul_grouped(x, jax.vmap(pack)(*stacked), groups, sizes, interpret=True)
+    assert (y.shape, y.dtype) == ((4, m, case.n), x.dtype)
+    for tile, (group, size) in enumerate(zip(groups.tolist(), sizes.tolist(), strict=True)):
+        expected = oracle(case, data[group] | {"x": x[tile]})
+        if size:
+            assert relative_error(y[tile, :size], expected[:size]) <= 1.1e-2
+        assert not jnp.any(y[tile, size:])
+
+
 def test_tiles_meet_the_weights_of_one_layout_only():
     case = Case(m=1, k=64, n=64)
     _, *weight = operands(make(case))
