@@ -428,8 +428,7 @@ def apply_grouped(
     Returns:
       ``out_dtype[tiles, M, padded N]``.
     """
-    tiles, m, _ = x.shape
-    rows = _rows(problem)
+    m, rows = x.shape[1], _rows(problem)
     x = jnp.pad(x, ((0, 0), (0, -m % rows), (0, 0)))
     starts = jnp.arange(0, x.shape[1], rows, dtype=jnp.int32)  # of the kernel's blocks of rows
     counts = starts[None] < sizes[:, None].astype(jnp.int32)
