@@ -4,33 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Collection
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from lutjax.arrays.base import CompressedArray, format_bytes
 from lutjax.arrays.lut_array import LutArray
-from lutjax.arrays.split import Split, is_partitioned_automatically
+from lutjax.arrays.split import Split, is_partitioned_automatically, typed_entries
 from lutjax.arrays.view import MATRIX, MatrixView
 from pallas_kernels.lut_matmul import PackedWeight, packed_matmul, packed_matmul_grouped
 from pallas_kernels.lut_matmul import prepack as prepack_words
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["packed"], meta_fields=["view"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["packed"], meta_fields=["view", "sharded"]
+)
 @dataclasses.dataclass(frozen=True)
 class PackedLutArray(CompressedArray):
     """The weight of a :class:`LutArray` as one kernel reads it, without reordering in every call.
 
     A layout for the running program on one kind of device, made at load time by
-    :func:`lutjax.prepack`. It takes activations of its :attr:`dtype` and has no gradients; it
-    cannot be saved or split over a mesh: save and shard the canonical array.
+    :func:`lutjax.prepack`. It takes activations of its :attr:`dtype` and has no gradients, and
+    cannot be saved: save the canonical array. A weight that was split over a mesh is packed shard
+    by shard, and multiplied inside ``jax.shard_map``, where every device has one of them.
 
     Attributes:
       packed: What the kernel reads; with batch axes, all its arrays lead with them.
       view: How the logical axes map onto ``[K, N]``.
+      sharded: Whether two more axes follow the batch axes in all arrays of ``packed``, over the
+        shards of K and those of N. Its sizes are then those of a shard.
 
     >>> import lutjax
     >>> w = lutjax.quantize(jnp.eye(64), bits=4, group_size=32)
@@ -41,10 +48,11 @@ class PackedLutArray(CompressedArray):
 
     packed: PackedWeight
     view: MatrixView = MATRIX
+    sharded: bool = False
 
     @classmethod
     def of(cls, array: LutArray, implementation: str, device_kind: str | None = None) -> Self:
-        """Repacks a canonical array.
+        """Repacks a canonical array; one that is split over a mesh shard by shard, where it lies.
 
         Args:
           array: The weight; its dtype is that of the activations.
@@ -53,7 +61,11 @@ class PackedLutArray(CompressedArray):
 
         Raises:
           NotImplementedError: If the implementation does not take this weight.
+          ValueError: If it is on several devices but not over one mesh, or the shards of K are not
+            whole groups.
         """
+        if len(_devices(array.words)) > 1:
+            return cls._of_shards(array, implementation, device_kind)
         pack = functools.partial(
             prepack_words,
             k=array.matrix_shape[0],
@@ -67,6 +79,60 @@ class PackedLutArray(CompressedArray):
         operands = (array.words, array.expanded_scales(), array.lut, array.offsets)
         return cls(jax.jit(pack)(*operands), array.view)
 
+    @classmethod
+    def _of_shards(cls, array: LutArray, implementation: str, device_kind: str | None) -> Self:
+        """Every device repacks what it has."""
+        shardings: Any = jax.tree.map(lambda a: a.sharding, array)
+        meshes = {getattr(sharding, "mesh", None) for sharding in jax.tree.leaves(shardings)}
+        mesh = meshes.pop()
+        if meshes or not isinstance(mesh, Mesh):
+            raise ValueError(
+                "its parts are on several devices, but not over one mesh; place them with "
+                "lutjax.shardings_like"
+            )
+        count = len(array.batch_shape)
+        words = shardings.words.spec
+        entries = [*words, *[None] * (array.words.ndim - len(words))]
+        k, n = entries[count], entries[count + 2]
+        split = Split(tuple(entries[:count]), k, n, mesh.shape)
+        count_k, rows_of_all = split.shards(k), array.matrix_shape[0]
+        rows = rows_of_all // count_k
+        if count_k > 1 and array.group_size < rows_of_all and rows % array.group_size:
+            raise ValueError(
+                f"its {count_k} shards of {rows} rows are not whole groups of {array.group_size}; "
+                "split N"
+            )
+
+        def one(shard: LutArray) -> PackedLutArray:
+            whole = cls.of(shard, implementation, device_kind)
+            axes = (count, count + 1)
+            packed = jax.tree.map(lambda a: jnp.expand_dims(a, axes), whole.packed)
+            return dataclasses.replace(whole, packed=packed, sharded=True)
+
+        parts = jax.tree.map(lambda sharding: sharding.spec, shardings)
+        pack = jax.shard_map(one, mesh=mesh, in_specs=(parts,), out_specs=split.spec(k, n))
+        packed: Self = jax.jit(pack)(array)
+        return packed
+
+    @property
+    def shards(self) -> tuple[int, int]:
+        """The number of shards of K and of N."""
+        k, n = self.packed.batch_shape[-2:] if self.sharded else (1, 1)
+        return k, n
+
+    def _whole(self) -> Self:
+        """Without the axes over shards, of which a device has one."""
+        if not self.sharded:
+            return self
+        if self.shards != (1, 1):
+            raise ValueError(
+                f"{self!r} is packed for {self.shards[0]} x {self.shards[1]} shards of K and N; "
+                "multiply it inside jax.shard_map, or run the canonical parameters"
+            )
+        axes = (len(self.batch_shape), len(self.batch_shape) + 1)
+        packed = jax.tree.map(lambda a: jnp.squeeze(a, axes), self.packed)
+        return dataclasses.replace(self, packed=packed, sharded=False)
+
     @property
     def dtype(self) -> np.dtype:  # type: ignore[override]
         """Dtype of the weight this stands for, and of the activations."""
@@ -75,12 +141,14 @@ class PackedLutArray(CompressedArray):
     @property
     def batch_shape(self) -> tuple[int, ...]:
         """The leading axes that all data fields share."""
-        return self.packed.batch_shape
+        axes = self.packed.batch_shape
+        return axes[:-2] if self.sharded else axes
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """K and N of the stored matrix."""
-        return self.packed.k, self.packed.n
+        k, n = self.shards
+        return k * self.packed.k, n * self.packed.n
 
     def materialize_matrix(self) -> Float[Array, "*batch k n"]:
         """The dense stored matrix, by a product with the identity.
@@ -88,7 +156,7 @@ class PackedLutArray(CompressedArray):
         It is the kernel's: one that keeps the table in the dtype of the activations, as that for
         TPUs does, rounds the entries to it first.
         """
-        identity = jnp.eye(self.packed.k, dtype=self.dtype)
+        identity = jnp.eye(self.matrix_shape[0], dtype=self.dtype)
         return self.matmul(jnp.broadcast_to(identity, (*self.batch_shape, *identity.shape)))
 
     def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
@@ -106,7 +174,7 @@ class PackedLutArray(CompressedArray):
         if not self.packed.padded:
             return super().matmul_grouped(x, groups, sizes)
         self._check(x)
-        return packed_matmul_grouped(x, self.packed, groups, sizes)
+        return packed_matmul_grouped(x, self._whole().packed, groups, sizes)
 
     def _check(self, x: jax.Array) -> None:
         if x.dtype != self.dtype:
@@ -116,12 +184,14 @@ class PackedLutArray(CompressedArray):
             )
         if is_partitioned_automatically(x):
             raise ValueError(
-                f"{self!r} is packed for one device, but the activations are split over several; "
-                "run the canonical parameters"
+                f"{self!r} is packed for products on one device, but the activations are split "
+                "over several; go inside jax.shard_map, or run the canonical parameters"
             )
 
     def _product(self, x: jax.Array, *, transpose: bool) -> jax.Array:
         self._check(x)
+        if self.sharded:
+            return self._whole()._product(x, transpose=transpose)
         if self.batch_shape:
             return jax.vmap(lambda w, x: w._product(x, transpose=transpose))(self, x)
         try:
@@ -136,14 +206,27 @@ class PackedLutArray(CompressedArray):
         return self._product(picks, transpose=axis == "n")
 
     def split_specs(self, split: Split) -> Any:
-        """Only batch axes are split.
+        """Batch axes are split, and the shards that were packed.
 
         Raises:
-          ValueError: If K or N would be.
+          ValueError: If K or N would be split otherwise.
         """
-        if split.shards(split.k) * split.shards(split.n) > 1:
-            raise ValueError("it is packed for one device; shard the canonical LutArray instead")
-        return super().split_specs(split)
+        wanted = split.shards(split.k), split.shards(split.n)
+        if wanted != self.shards:
+            raise ValueError(
+                f"it is packed for {self.shards[0]} x {self.shards[1]} shards of K and N, not "
+                f"{wanted[0]} x {wanted[1]}; shard the canonical LutArray before lutjax.prepack"
+            )
+        if not self.sharded:
+            return super().split_specs(split)
+        shards = split.spec(split.k, split.n)
+        return jax.tree.map(lambda a: shards, self)
+
+    def typed_spec(self) -> tuple[tuple[Any, ...], Any, Any]:
+        """The explicit mesh axes over which batch axes and shards are split."""
+        entries, count = typed_entries(self.packed.scales), len(self.batch_shape)
+        k, n = entries[count : count + 2] if self.sharded else (None, None)
+        return entries[:count], k, n
 
     def with_view(self, view: MatrixView) -> Self:
         """The same data under another view."""
@@ -171,3 +254,8 @@ class PackedLutArray(CompressedArray):
             )
         except (AttributeError, IndexError, TypeError):  # placeholders instead of arrays
             return f"PackedLutArray(packed={self.packed!r})"
+
+
+def _devices(array: Any) -> Collection[Any]:
+    """The devices that an array is on; none for one that is traced."""
+    return getattr(getattr(array, "sharding", None), "device_set", ())

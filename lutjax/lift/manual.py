@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-from jax.sharding import AxisType
+from jax.sharding import AbstractMesh, AxisType
 
 from lutjax.arrays.sharding import part_specs
 from lutjax.lift.registry import NEEDS_DENSE
@@ -62,8 +62,10 @@ def _local_shape(array: Any, specs: Any, mesh: Any) -> tuple[int, ...] | None:
         return jax.ShapeDtypeStruct(shape, a.dtype)
 
     local = jax.tree.map(shard, array, specs)
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     try:
-        jax.eval_shape(lambda a: a.materialize(), local)
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+            jax.eval_shape(lambda a: a.materialize(), local)
     except (ValueError, TypeError):
         return None
     return local.shape

@@ -14,12 +14,16 @@ from pallas_kernels.lut_matmul import dispatch
 def prepack(
     params: Any, *, implementation: str | None = None, device_kind: str | None = None
 ) -> Any:
-    """Reorders lookup-table weights once, for inference on one device.
+    """Reorders lookup-table weights once, for inference.
 
     TPUs and Hopper GPUs read another order than the canonical words, and reorder them in every call
     unless this is done at load time. The result is for :func:`lutjax.lift` and cannot be saved,
-    sharded or trained: keep the canonical parameters for that. Embeddings stay as they are: lookups
-    need single rows, which only the canonical words give.
+    resharded or trained: keep the canonical parameters for that. Embeddings stay as they are:
+    lookups need single rows, which only the canonical words give.
+
+    Weights that are split over a mesh (:func:`lutjax.shardings_like`) are reordered shard by shard
+    where they are, and stay split; they are multiplied inside ``jax.shard_map``, whose
+    ``in_specs`` ``shardings_like`` gives for them, too.
 
     Args:
       params: Parameters; weights that stand inside other compressed arrays are found too.
@@ -34,8 +38,8 @@ def prepack(
       weights stay (see :func:`lutjax.sparsity.prepack`).
 
     Raises:
-      ValueError: If a weight is on several devices, the named implementation does not take it (the
-        message has its path), or ``device_kind`` is not a TPU's.
+      ValueError: If the named implementation does not take a weight, or its shards are not whole
+        groups (the message has its path), or ``device_kind`` is not a TPU's.
 
     >>> import jax.numpy as jnp
     >>> import lutjax
@@ -53,13 +57,10 @@ def prepack(
     def one(path: tuple, leaf: Any) -> Any:
         if chosen is None or not isinstance(leaf, LutArray) or "embed" in path_string(path):
             return leaf
-        if len(getattr(getattr(leaf.words, "sharding", None), "device_set", ())) > 1:
-            raise ValueError(
-                f"{path_string(path)!r}: {leaf!r} is on several devices; prepacked weights are for "
-                "one, so run the canonical parameters"
-            )
         try:
             return PackedLutArray.of(leaf, chosen, device_kind)
+        except ValueError as error:
+            raise ValueError(f"{path_string(path)!r} {leaf!r}: {error}") from error
         except NotImplementedError as error:
             if implementation is None:
                 return leaf

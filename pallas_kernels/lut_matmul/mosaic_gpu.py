@@ -40,7 +40,7 @@ from pallas_kernels.lut_matmul.mosaic_gpu_layout import (
     pack_fragments,
     table_rows,
 )
-from pallas_kernels.manual_axes import shape_struct
+from pallas_kernels.manual_axes import shape_struct, vary_over, varying_axes
 
 plgpu: Any = mosaic_gpu  # its interface moves with every release; see `mosaic_gpu_asm.available`
 
@@ -493,6 +493,7 @@ def _call(
         **options,
     )
     y = kernel(*(() if entries is None else (entries,)), *planes, x, scales, table)
+    y = vary_over(y, varying_axes(x))  # which JAX 0.10 forgets
     if len(parts) == 1:
         return y[0]
     written = np.repeat(parts, config.block_n, axis=1)[:, None, : problem.padded_n]

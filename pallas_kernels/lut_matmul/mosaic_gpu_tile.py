@@ -32,7 +32,7 @@ from pallas_kernels.lut_matmul.mosaic_gpu_layout import (
     fill_lookup_table,
     table_rows,
 )
-from pallas_kernels.manual_axes import shape_struct
+from pallas_kernels.manual_axes import shape_struct, vary_over, varying_axes
 
 plgpu: Any = mosaic_gpu
 
@@ -254,6 +254,7 @@ def apply(
         **options,
     )
     y = kernel(*(() if entries is None else (entries,)), *planes, x, scales, table)
+    y = vary_over(y, varying_axes(x))  # which JAX 0.10 forgets
     return y[0] if splits == 1 else jnp.sum(y, axis=0).astype(out_dtype)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from pallas_kernels.lut_matmul import dispatch
 from pallas_kernels.lut_matmul.api import lut_matmul
 from pallas_kernels.lut_matmul.epilogue import add_offsets
+from pallas_kernels.manual_axes import vary_over, varying_axes
 
 
 @functools.partial(
@@ -171,7 +172,8 @@ def packed_matmul(
                 f"{reason}; use lut_matmul(..., transpose=True) with the canonical words"
             )
     interpret = interpret or dispatch.interpreting()
-    y = _apply(x.reshape(-1, contracted), weight, transpose, interpret)
+    rows, weight = _vary_alike(x.reshape(-1, contracted), weight)
+    y = _apply(rows, weight, transpose, interpret)
     return y.reshape(*x.shape[:-1], columns)
 
 
@@ -205,7 +207,14 @@ def packed_matmul_grouped(
             f"implementation {weight.implementation!r} has no product with several weights"
         )
     _check(x, weight, weight.k, transpose=False)
-    return _apply_grouped(x, weight, groups, sizes, interpret or dispatch.interpreting())
+    operands = _vary_alike(x, weight, groups, sizes)
+    return _apply_grouped(*operands, interpret or dispatch.interpreting())
+
+
+def _vary_alike(*operands: Any) -> tuple:
+    """The operands varying over the same axes of a mesh, as those of a kernel have to."""
+    axes = varying_axes(*jax.tree.leaves(operands))
+    return jax.tree.map(lambda a: vary_over(a, axes), operands)
 
 
 @functools.partial(jax.jit, static_argnums=4)

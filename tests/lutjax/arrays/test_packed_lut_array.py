@@ -126,7 +126,7 @@ def test_a_device_by_name():
 
 def test_a_packed_weight_is_not_split():
     packed = lutjax.prepack({"kernel": weight()}, implementation="xla")["kernel"]
-    with pytest.raises(ValueError, match="packed for one device; shard the canonical"):
+    with pytest.raises(ValueError, match="packed for 1 x 1 shards of K and N, not 1 x 2"):
         part_specs(packed, P(None, "model"), {"model": 2})
     specs = part_specs(packed, P(), {"model": 2})
     shards = jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, P))

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import lutjax
 from lutjax.arrays import LowRankArray
+from pallas_kernels.lut_matmul import interpret_kernels
 
 WIDTH, HIDDEN = 128, 256
 
@@ -22,13 +23,14 @@ def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def make_params():
+def make_params(dtype="float32"):
     """A tensor-parallel MLP: the first kernel by columns, the second by rows."""
     dense = {
         "up": {"kernel": normal(0, WIDTH, HIDDEN) / WIDTH**0.5},
         "down": {"kernel": normal(1, HIDDEN, WIDTH) / HIDDEN**0.5},
     }
-    return lutjax.quantize(dense, bits=4, group_size=16)
+    params = lutjax.quantize(dense, bits=4, group_size=16)
+    return jax.tree.map(lambda a: a.astype(dtype), params, is_leaf=lutjax.is_compressed)
 
 
 def mlp(params, x):
@@ -189,17 +191,110 @@ def adapters():
 
 
 def prepacked():
-    """Prepacked weights are for one device: one on several is refused by its path."""
-    mesh, params = mesh_of(AxisType.Auto), make_params()
-    replicated = jax.device_put(params, NamedSharding(mesh, P()))
-    for several in (place(params, mesh), replicated):
-        try:
-            lutjax.prepack(several, implementation="xla")
-        except ValueError as error:
-            assert str(error).startswith("'down/kernel'"), error
-            assert "is on several devices" in str(error), error
-        else:
-            raise AssertionError("prepack took a weight on several devices")
+    """Weights that every device packs for itself: equal to one device, and no codes move."""
+    params, x = make_params(), normal(2, 16, WIDTH)
+    mesh = mesh_of(AxisType.Auto)
+    dense = jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS)
+    packed = lutjax.prepack(place(params, mesh), implementation="xla")
+    up, down = packed["up"]["kernel"], packed["down"]["kernel"]
+    assert (up.shards, down.shards) == ((1, 4), (4, 1))
+    assert (up.shape, down.shape) == ((WIDTH, HIDDEN), (HIDDEN, WIDTH))
+    specs = jax.tree.map(lambda s: s.spec, lutjax.shardings_like(packed, dense))
+    expected = mlp(lutjax.materialize(params), x)
+
+    def local(params, x):
+        hidden = jnp.tanh(x @ params["up"]["kernel"])
+        return x + jax.lax.psum(hidden @ params["down"]["kernel"], "model")
+
+    def split(fn, specs):
+        rows = P("data", None)
+        return jax.shard_map(fn, mesh=mesh, in_specs=(specs, rows), out_specs=rows)
+
+    outside = jax.jit(split(lutjax.lift(local, strict=True), specs))
+    inside = jax.jit(lutjax.lift(split(local, SPECS), strict=True))
+    for run in (outside, inside):
+        np.testing.assert_allclose(run(packed, x), expected, rtol=2e-5, atol=2e-5)
+        assert not collectives(run.lower(packed, x).compile().as_text())
+    explicit_mesh = mesh_of(AxisType.Explicit)
+    with jax.set_mesh(explicit_mesh):
+        packed = lutjax.prepack(place(params, explicit_mesh), implementation="xla")
+        rows = NamedSharding(explicit_mesh, P("data", None))
+        run = jax.shard_map(
+            local, mesh=explicit_mesh, in_specs=(SPECS, rows.spec), out_specs=rows.spec
+        )
+        found = jax.jit(lutjax.lift(run, strict=True))(packed, jax.device_put(x, rows))
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+    assert refusal(lambda: x @ up).endswith("or run the canonical parameters")
+    by_rows = {"kernel": NamedSharding(mesh, P("model", None))}
+    assert "1 x 4 shards" in refusal(lambda: lutjax.shardings_like({"kernel": up}, by_rows))
+
+
+def prepacked_for_tpus():
+    """The same in the layout of a kernel, which is interpreted."""
+    params, x = make_params("bfloat16"), normal(2, 16, WIDTH).astype(jnp.bfloat16)
+    mesh = mesh_of(AxisType.Auto)
+    with interpret_kernels():
+        packed = lutjax.prepack(place(params, mesh), device_kind="TPU v6 lite")
+        dense = jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS)
+        specs = jax.tree.map(lambda s: s.spec, lutjax.shardings_like(packed, dense))
+
+        def local(params, x):
+            hidden = jnp.tanh(x @ params["up"]["kernel"])
+            return jax.lax.psum(hidden @ params["down"]["kernel"], "model")
+
+        rows = P("data", None)
+        run = jax.shard_map(
+            lutjax.lift(local, strict=True),
+            mesh=mesh,
+            in_specs=(specs, rows),
+            out_specs=rows,
+            check_vma=False,  # the interpreter slices by numbers that vary over no axis
+        )
+        found = jax.jit(run)(packed, x).astype(jnp.float32)
+    dense = lutjax.materialize(make_params())
+    expected = mlp(dense, x.astype(jnp.float32)) - x.astype(jnp.float32)
+    assert jnp.linalg.norm(found - expected) < 2e-2 * jnp.linalg.norm(expected)
+
+
+def prepacked_experts():
+    """Experts that are split by columns, and experts over devices."""
+    dense = normal(0, 8, WIDTH, HIDDEN)
+    params = lutjax.quantize({"kernel": dense}, bits=4, group_size=16)
+    mesh = mesh_of(AxisType.Auto)
+    for spec in (P(None, None, "model"), P("model", None, None)):
+        sharding = {"kernel": NamedSharding(mesh, spec)}
+        placed = jax.device_put(params, lutjax.shardings_like(params, sharding))
+        packed = lutjax.prepack(placed, implementation="xla")
+        parts = jax.tree.map(lambda s: s.spec, lutjax.shardings_like(packed, sharding))
+        back = jax.shard_map(
+            lambda p: p["kernel"].materialize(), mesh=mesh, in_specs=(parts,), out_specs=spec
+        )(packed)
+        np.testing.assert_array_equal(back, lutjax.materialize(params)["kernel"])
+
+
+def unaligned_shards():
+    """What cannot be packed is refused by its path."""
+    mesh = mesh_of(AxisType.Auto)
+    params = lutjax.quantize({"kernel": normal(0, 96, 64)}, bits=4, group_size=36)
+
+    def pack(spec):
+        sharding = {"kernel": NamedSharding(mesh, spec)}
+        placed = jax.device_put(params, lutjax.shardings_like(params, sharding))
+        return lutjax.prepack(placed, implementation="xla")["kernel"]
+
+    message = refusal(lambda: pack(P("model", None)))
+    assert message.startswith("'kernel'"), message
+    assert "4 shards of 24 rows are not whole groups of 36" in message, message
+    assert pack(P(None, "model")).shards == (1, 4)  # the last group is a short one
+
+
+def refusal(call):
+    """What a ValueError says."""
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("nothing was refused")
 
 
 def experts():
@@ -223,7 +318,10 @@ def experts():
 
 PROGRAMS = {
     f.__name__: f
-    for f in (gspmd, manual_outside, manual_inside, explicit, adapters, prepacked, experts)
+    for f in (
+        *(gspmd, manual_outside, manual_inside, explicit, adapters),
+        *(prepacked, prepacked_for_tpus, prepacked_experts, unaligned_shards, experts),
+    )
 }
 
 if __name__ == "__main__":

@@ -101,14 +101,15 @@ def need_triton() -> None:
     need_gpu()
 
 
-def _device(target: str):
+def devices(target: str, count: int = 1) -> list:
+    """So many devices of one machine; of TPUs there are four (of tpu7x eight halves)."""
     if target == "h200":
         description = topologies.get_topology_desc(
-            platform="cuda", topology_name="", target_config=H200, topology="1x1x1"
+            platform="cuda", topology_name="", target_config=H200, topology=f"1x1x{count}"
         )
     else:
         description = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY[target])
-    return description.devices[0]
+    return description.devices[:count]
 
 
 def abstract(target: str):
@@ -126,9 +127,14 @@ def abstract_device(kind: str):
 
 
 def compile_for(target: str, function, *args):
-    """Compiles ``function`` for shapes ``args`` on ``target``; the new files of the dump."""
-    sharding = SingleDeviceSharding(_device(target))
-    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
+    """Compiles ``function`` for shapes ``args`` on ``target``; the new files of the dump.
+
+    Arguments without a sharding are on one device.
+    """
+    one = SingleDeviceSharding(devices(target)[0])
+    args = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or one), args
+    )
     before = set(glob.glob(f"{DUMP}/*"))
     platform = "cuda" if target == "h200" else "tpu"
     with abstract(target):
