@@ -125,13 +125,15 @@ def _encode_chat(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) ->
 def _encode_spans(
     text: str, spans: Sequence[tuple[int, int | None]], tokenizer: Tokenizer, *, special: bool
 ) -> Example:
-    """Tokens, learnt where they begin within one of the spans of characters."""
+    """Tokens, learnt where they have a character of one of the spans."""
     encoding = tokenizer.backend.encode(text, add_special_tokens=special)
     tokens = np.asarray(encoding.ids, np.int32)
-    starts = np.asarray([start for start, _ in encoding.offsets], np.int64)
+    starts, ends = np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T
     learnt = np.zeros(len(starts), bool)
     for begin, end in spans:
-        learnt |= (starts >= begin) & (starts < (len(text) if end is None else end))
+        # A token may join the space before a span with its first word.
+        reaches = np.maximum(starts, ends - 1) >= begin
+        learnt |= reaches & (starts < (len(text) if end is None else end))
     following = np.append(np.where(learnt, tokens, NOTHING)[1:], NOTHING)
     return Example(tokens, following.astype(np.int32))
 
@@ -140,12 +142,14 @@ def classes_of(records: Iterable[Mapping[str, Any]], field: str) -> tuple[Any, .
     """The different labels, in order.
 
     Raises:
-      ValueError: If a record has none, or there are fewer than two.
+      ValueError: If a record has none, they are no numbers or names, or there are fewer than two.
 
     >>> classes_of([{"label": 1}, {"label": 0}, {"label": 1}], "label")
     (0, 1)
     """
-    labels = {_field(record, field) for record in records}
+    labels = {_label(record, field) for record in records}
+    if len({type(label) for label in labels}) > 1:
+        raise ValueError(f"the field {field!r} is of several types: {sorted(map(repr, labels))}")
     if len(labels) < 2:
         raise ValueError(f"all records have the {field} {labels.pop()!r}; two are needed at least")
     return tuple(sorted(labels))
@@ -175,7 +179,7 @@ def encode_labelled(
         unknown.
     """
     text = "\n".join(_text(record, field) for field in fields)
-    kind = _field(record, label)
+    kind = _label(record, label)
     tokens = np.asarray(tokenizer.backend.encode(text).ids[:length], np.int32)
     if not len(tokens):
         raise ValueError(f"a record's {', '.join(fields)} has no token to predict {label!r} from")
@@ -192,6 +196,13 @@ def _field(record: Mapping[str, Any], field: str) -> Any:
     if record.get(field) is None:
         raise ValueError(f"a record has the fields {sorted(record)}, and no {field!r}")
     return record[field]
+
+
+def _label(record: Mapping[str, Any], field: str) -> float | str:
+    label = _field(record, field)
+    if not isinstance(label, (int, float, str)):
+        raise ValueError(f"the field {field!r} is {label!r:.80}; a class is a number or a name")
+    return label
 
 
 def _text(record: Mapping[str, Any], field: str) -> str:

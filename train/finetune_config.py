@@ -12,6 +12,14 @@ import optax
 import lutjax
 from train.base_model import METHODS, Method
 
+_UNUSED: dict[Method, tuple[str, ...]] = {
+    "lora": ("bits", "group_size", "rounds", "recipe"),
+    "qlora": ("rounds",),
+    "lq-lora": ("targets", "adapter"),
+    "loftq": ("targets", "adapter"),
+}
+"""Options that would have no effect."""
+
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
@@ -102,15 +110,15 @@ class FinetuneConfig:
             raise ValueError(f"task={self.task!r} is unknown; use language or classification")
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is unknown; use one of {', '.join(METHODS)}")
-        if self.method == "lora":
-            for field in dataclasses.fields(self):
-                name = field.name
-                unused = name in ("bits", "group_size", "rounds", "recipe")
-                if unused and getattr(self, name) != field.default:
-                    raise ValueError(
-                        f"{name}={getattr(self, name)} has no meaning with method='lora', which "
-                        f"takes the base as it is; use qlora, lq-lora or loftq"
-                    )
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if name in _UNUSED[self.method] and value != field.default:
+                raise ValueError(
+                    f"{name}={value} has no meaning with method={self.method!r}; leave it out or "
+                    f"use another method"
+                )
+            if name in ("bits", "group_size") and self.recipe and value != field.default:
+                raise ValueError(f"{name}={value} has no meaning beside recipe={self.recipe}")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must be at least 0")
         if not 0 < self.learning_rate < math.inf:

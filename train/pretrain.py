@@ -106,15 +106,24 @@ class PretrainConfig:
             raise ValueError(
                 f"accumulate={self.accumulate} does not divide batch_size={self.batch_size}"
             )
-        if self.cyclic_bits is not None and not 2 <= self.cyclic_bits[0] <= self.cyclic_bits[1]:
-            raise ValueError(f"cyclic_bits={self.cyclic_bits} must be (low, high), low >= 2")
+        if self.cyclic_bits is not None:
+            low, high = self.cyclic_bits
+            if not 2 <= low <= high <= 24:  # float32 has no more
+                raise ValueError(
+                    f"cyclic_bits={self.cyclic_bits} must be (low, high), 2 <= low <= high <= 24"
+                )
+        if self.scale is not None and not 0 < self.scale < math.inf:
+            raise ValueError(f"scale={self.scale} must be above 0 and finite, or None")
+        if self.characters is not None and self.characters < 1:
+            raise ValueError(f"characters={self.characters} must be at least 1, or None")
 
     def schedule(self) -> optax.Schedule:
         """The learning rate by step."""
+        rise = max(1, self.steps // 10)
         return optax.warmup_cosine_decay_schedule(
-            0.0,
+            self.learning_rate / (rise + 1),  # not 0: the first update would be lost
             self.learning_rate,
-            max(1, self.steps // 10),
+            rise,
             max(2, self.steps),
             self.learning_rate / 10,
         )
@@ -254,7 +263,10 @@ def load_corpus(config: PretrainConfig) -> Corpus:
     if config.tokenizer is not None:
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(config.tokenizer)
+        try:
+            tokenizer = Tokenizer.from_file(config.tokenizer)
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise ValueError(f"tokenizer={config.tokenizer!r} is no tokenizer: {error}") from error
         tokenizer.no_truncation()  # of the batches it was last used for
         tokenizer.no_padding()
 

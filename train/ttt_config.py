@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -75,9 +76,10 @@ class TTTConfig:
             value, least = getattr(self, field.name), int(field.name not in ("steps", "seed"))
             if type(value) is int and value < least:
                 raise ValueError(f"{field.name}={value} must be at least {least}")
-        for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate={self.learning_rate} must be above 0 and finite")
+        if not self.clip > 0:
+            raise ValueError(f"clip={self.clip} must be above 0 (inf: no limit)")
 
     def optimizer(self) -> optax.GradientTransformation:
         """AdamW with clipping and the schedule."""

@@ -56,8 +56,16 @@ class AdapterArray(CompressedArray):
         latent: Float[Array, "..."] | None = None,
         *,
         train_factor: bool = False,
+        dtype: Any = None,
     ) -> Self:
-        """The adapter of a weight for a map on its logical shape; the latent is zero by default.
+        """The adapter of a weight for a map on its logical shape.
+
+        Args:
+          base: The weight.
+          bound: The map.
+          latent: Zeros if None.
+          train_factor: Whether the map's own factor is trained too.
+          dtype: Of those zeros; that of the weight if None.
 
         Raises:
           ValueError: For a compressed base whose view is not that of the map.
@@ -70,12 +78,13 @@ class AdapterArray(CompressedArray):
         if isinstance(base, CompressedArray):
             if base.view != view:
                 raise ValueError(f"the map is for the view {view}, but {base} has {base.view}")
-            dtype, batch = base.dtype, len(base.batch_shape)
+            batch = len(base.batch_shape)
         else:
             batch = base.ndim - len(view.order)
-            matrix, dtype = view.to_matrix(base, batch), base.dtype
+            matrix = view.to_matrix(base, batch)
         inner = bound.inner if isinstance(bound, Reshaped) else bound
         if latent is None:
+            dtype = base.dtype if dtype is None else dtype
             shape = (
                 (*base.batch_shape, *base.matrix_shape)
                 if isinstance(base, CompressedArray)

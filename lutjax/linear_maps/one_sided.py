@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lutjax.dtypes import at_least_float32
@@ -26,7 +27,7 @@ def projected_side(shape: tuple[int, ...], side: Side | None) -> Side:
 
 def check_rank(map_: LinearMap, rank: int, shape: tuple[int, ...]) -> None:
     """Raises when `rank` can't be the rank of an `m x n` matrix."""
-    if not isinstance(rank, int) or isinstance(rank, bool):
+    if not isinstance(rank, (int, np.integer)) or isinstance(rank, bool):
         raise TypeError(f"rank={rank!r} of {type(map_).__name__} must be an int")
     smallest = min(shape[-2:])
     if not 1 <= rank <= smallest:

@@ -51,7 +51,7 @@ def _semi_orthogonal(
     k = columns[wanted][None, :]
     odd = 2 * jnp.arange(d, dtype=jnp.int32)[:, None] + 1
     period = 4 * d
-    # k in two digits, so that the products stay below 2**31 for d up to 700 000.
+    # k in two digits, so that the products stay below 2**31.
     phase = ((odd * (k // 256)) % period * 256 + odd * (k % 256)) % period
     wide = at_least_float32(dtype)
     angle = phase.astype(wide) * jnp.asarray(math.pi / (2 * d), wide)
@@ -142,6 +142,8 @@ class _Sketch(LinearMap):
         check_rank(self, self.rank, shape)
         side = projected_side(shape, self.side)
         batch = shape[:-2]
+        if self.distribution == "semi_orthogonal" and max(shape[-2:]) >= 2**19:
+            raise ValueError(f"a weight of shape {shape} is too large for exact angles in int32")
         return SketchMap(
             key_data=jax.random.key_data(_key_per_matrix(key, batch)),
             worker=jnp.zeros(batch, jnp.int32),

@@ -26,8 +26,13 @@ _ACCUMULATORS = frozenset({"acc_grads", "grad_acc"})
 """State fields in which gradients are collected until a step is taken."""
 
 
-def _key_paths(state: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[_KeyPath]:
-    return [path for path, _ in jax.tree_util.tree_leaves_with_path(state, is_leaf)]
+def _key_paths(tree: Any) -> list[_KeyPath]:
+    return [path for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_compressed)]
+
+
+def leaf_paths(tree: Any) -> set[str]:
+    """The paths of the leaves of a tree, such as parameters or their gradients."""
+    return set(map(path_string, _key_paths(tree)))
 
 
 def _name(key: Any) -> str | None:
@@ -35,19 +40,19 @@ def _name(key: Any) -> str | None:
     return key.name if isinstance(key, jax.tree_util.GetAttrKey) else None
 
 
-def find_moments(
-    state: Any, is_leaf: Callable[[Any], bool] | None = None
-) -> list[tuple[Literal[1, 2], _KeyPath] | None]:
-    """For each leaf of a state its order and the key path of its parameter, None if no moment.
+def find_moments(state: Any, paths: Collection[str]) -> list[tuple[Literal[1, 2], str] | None]:
+    """For each leaf of a state its order and the path of its parameter, None if no moment.
 
-    The outermost field decides: those further inside may be names of parameters.
+    Args:
+      state: The state of any optax transformation; a compressed array is one leaf.
+      paths: Those of all parameters. Only fields that hold a whole parameter are meant: one further
+        inside may be the parameter's own name.
 
     >>> import optax
-    >>> orders = [found and found[0] for found in find_moments(optax.adam(1.0).init({"v": 1.0}))]
-    >>> orders  # count, mu, nu
-    [None, 1, 2]
+    >>> find_moments(optax.adam(1.0).init({"v": 1.0}), {"v"})  # count, mu, nu
+    [None, (1, 'v'), (2, 'v')]
     """
-    key_paths = _key_paths(state, is_leaf)
+    key_paths = _key_paths(state)
     fields: dict[_KeyPath, set[str | None]] = {}
     for key_path in key_paths:
         for i, key in enumerate(key_path):
@@ -56,8 +61,9 @@ def find_moments(
     def moment(key_path: _KeyPath) -> Any:
         for i, key in enumerate(key_path):
             orders = _ORDERS_BESIDE_N if {"m", "n"} <= fields[key_path[:i]] else _ORDERS
-            if (order := orders.get(_name(key) or "")) is not None:
-                return order, key_path[i + 1 :]
+            order, path = orders.get(_name(key) or ""), path_string(key_path[i + 1 :])
+            if order is not None and path in paths:
+                return order, path
         return None
 
     return [moment(key_path) for key_path in key_paths]
@@ -77,11 +83,12 @@ def map_moments(
       The new state and the number of first moments that were found.
     """
     found = 0
-    leaves, treedef = jax.tree.flatten(state)
-    for i, moment in enumerate(find_moments(state)):
-        if moment is not None and (path := path_string(moment[1])) in paths:
-            leaves[i] = function(path, moment[0], leaves[i])
-            found += moment[0] == 1
+    leaves, treedef = jax.tree.flatten(state, is_compressed)
+    for i, moment in enumerate(find_moments(state, paths)):
+        if moment is not None:
+            order, path = moment
+            leaves[i] = function(path, order, leaves[i])
+            found += order == 1
     return jax.tree.unflatten(treedef, leaves), found
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int32, PRNGKeyArray, UInt32
 
+from lutjax.arrays import is_compressed
 from lutjax.linear_maps import BoundMap, DimensionNumbers, LinearMap
 from lutjax.linear_maps.dimension_numbers import (
     WeightDimensionNumbers,
@@ -19,6 +20,7 @@ from lutjax.linear_maps.dimension_numbers import (
 )
 from lutjax.linear_maps.sketches import SketchMap
 from lutjax.optim._state import map_moments, restart
+from lutjax.optim.quantized import reencode
 from lutjax.paths import path_string
 
 OnRefresh = Literal["keep", "reset", "rotate"]
@@ -150,14 +152,16 @@ class ProjectConfig:
                 fresh.inner_states["projected"], inner.inner_states["projected"], latents
             )
             return inner._replace(inner_states=states)
-        carried, _ = map_moments(
-            lambda path, order, moment: (
-                new[path].carry(old[path], moment, order).astype(moment.dtype)
-            ),
-            inner,
-            new.keys(),
-        )
-        return carried
+        shapes = {path: latent.shape for path, latent in _by_path(latents).items()}
+
+        def carry(path: str, order: Literal[1, 2], moment: Any) -> Any:
+            if is_compressed(moment):
+                return reencode(carry(path, order, moment.materialize()), moment, order)
+            if moment.shape != shapes[path]:  # a factored second moment, or what stands for none
+                return moment
+            return new[path].carry(old[path], moment, order).astype(moment.dtype)
+
+        return map_moments(carry, inner, new.keys())[0]
 
 
 class ProjectedTransformation(optax.GradientTransformationExtraArgs):
@@ -210,7 +214,10 @@ def zero_latents(maps: dict[str, BoundMap], weights: Any) -> Any:
 
     def visit(path: Any, leaf: Any) -> Any:
         bound = maps.get(path_string(path))
-        return jnp.copy(leaf) if bound is None else jnp.zeros_like(bound.down(leaf))
+        if bound is None:
+            return jnp.copy(leaf)
+        latent = jax.eval_shape(bound.down, leaf)
+        return jnp.zeros(latent.shape, latent.dtype)
 
     return jax.tree_util.tree_map_with_path(visit, weights)
 
@@ -240,7 +247,8 @@ def project(
 
     Inner transformations that use parameters (decoupled weight decay, trust ratios) are given
     `S theta`. With ``optax.inject_hyperparams``, name `rank` and `refresh_every` of an alias among
-    its ``static_args``: shapes depend on them. Wrap ``optax.apply_if_finite`` and
+    its ``static_args``, since shapes depend on them, and a function for `weight_dimension_numbers`,
+    which would be taken for a schedule. Wrap ``optax.apply_if_finite`` and
     :func:`lutjax.optim.skip_nonfinite` around the whole: inside they do not keep NaN from the maps.
 
     Args:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from lutjax.arrays import LutArray, MatrixView, is_compressed
 from lutjax.codebooks import nearest_codes
-from lutjax.optim._state import find_moments
+from lutjax.optim._state import find_moments, leaf_paths
 from lutjax.packing import BLOCK, pack
 
 
@@ -86,6 +86,11 @@ def _encode(x: Float[Array, "..."], table: np.ndarray, block: int) -> LutArray:
     )
 
 
+def reencode(x: Float[Array, "..."], old: LutArray, order: Literal[1, 2]) -> LutArray:
+    """A moment in as many bits, and blocks of the same size, as the one that it replaces."""
+    return _encode(x, moment_table(old.bits, order), old.group_size)
+
+
 def quantized_state(
     inner: optax.GradientTransformation,
     bits: Literal[4, 8] = 8,
@@ -129,15 +134,16 @@ def quantized_state(
     inner = optax.with_extra_args_support(inner)
 
     def is_worth_it(x: Array) -> bool:
-        if x.size < min_size or x.ndim < 1 or not jnp.issubdtype(x.dtype, jnp.floating):
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        if not floating or x.ndim < 1 or x.size < max(1, min_size):
             return False
         encoded = jax.eval_shape(lambda: _encode(x, moment_table(bits, 1), block))
         return encoded.nbytes < x.size * x.dtype.itemsize
 
-    def encode(state: Any, is_encoded: list[bool]) -> Any:
-        """`state` with codes for the leaves so marked."""
+    def encode(state: Any, params: Any, is_encoded: list[bool]) -> Any:
+        """`state` with codes for the leaves so marked; `params` may be gradients."""
         leaves, treedef = jax.tree.flatten(state)
-        for i, moment in enumerate(find_moments(state)):
+        for i, moment in enumerate(find_moments(state, leaf_paths(params))):
             if is_encoded[i]:
                 order: Literal[1, 2] = 1 if moment is None else moment[0]
                 leaves[i] = _encode(leaves[i], moment_table(bits, order), block)
@@ -145,14 +151,14 @@ def quantized_state(
 
     def init(params: Any) -> Any:
         state = inner.init(params)
-        return encode(state, [is_worth_it(x) for x in jax.tree.leaves(state)])
+        return encode(state, params, [is_worth_it(x) for x in jax.tree.leaves(state)])
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         dense = jax.tree.map(
             lambda x: x.materialize() if is_compressed(x) else x, state, is_leaf=is_compressed
         )
-        updates, dense = inner.update(updates, dense, params, **extra_args)
+        new_updates, dense = inner.update(updates, dense, params, **extra_args)
         old = jax.tree.leaves(state, is_leaf=is_compressed)
-        return updates, encode(dense, [is_compressed(x) for x in old])
+        return new_updates, encode(dense, updates, [is_compressed(x) for x in old])
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -77,7 +77,8 @@ def scale_by_spam(
             spikes = clipping & (v > 0) & (jnp.abs(g) > limit)
             return jnp.where(spikes, jnp.sign(g) * limit, g)
 
-        mu, nu = (jax.tree.map(lambda m: m * keep.astype(m.dtype), m) for m in state[1:])
+        # Not a product: what has overflowed is cleared as well.
+        mu, nu = (jax.tree.map(lambda m: jnp.where(keep, m, 0), m) for m in state[1:])
         clipped = jax.tree.map(lambda g, v: clip(g, v.astype(g.dtype)), updates, nu)
         mu = optax.tree.update_moment(clipped, mu, b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(clipped, nu, b2, 2)

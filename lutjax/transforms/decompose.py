@@ -323,6 +323,15 @@ class _Steps:
 
         return cls(weight, error, lambda a: quantize_array(a, rule), factorize)
 
+    def in_dtype(self, dtype: Any) -> _Steps:
+        """With factors rounded to their dtype, so that the codes make up for it."""
+
+        def factorize(key, residual):
+            left, right = self.factorize(key, residual)
+            return left.astype(dtype).astype(jnp.float32), right.astype(dtype).astype(jnp.float32)
+
+        return dataclasses.replace(self, factorize=factorize)
+
     @classmethod
     def _of_products(
         cls, weight: jax.Array, hessian: jax.Array, rule: Rule, rank: int, svd: SvdMethod
@@ -368,7 +377,7 @@ def _decompose(
 
     def one(arguments):
         key, matrix, fisher, hessian = arguments
-        steps = _Steps.of(matrix, fisher, hessian, config, rank, svd)
+        steps = _Steps.of(matrix, fisher, hessian, config, rank, svd).in_dtype(weight.dtype)
         quantized, left, right, error, history, count = run(steps, key, rank, rounds)
         low_rank = LowRankArray.of(left.astype(weight.dtype), right.astype(weight.dtype))
         array = SumArray.of(quantized.astype(weight.dtype), low_rank)

@@ -49,6 +49,14 @@ def learnt_text(example: Example, tokenizer: Tokenizer) -> str:
     )
 
 
+def _with_merge(tokenizer: Tokenizer, first: str, second: str) -> tokenizers.Tokenizer:
+    """A copy of its backend in which two letters are a token."""
+    data = json.loads(tokenizer.backend.to_str())
+    data["model"]["vocab"][first + second] = 1000
+    data["model"]["merges"] = [[first, second]]
+    return tokenizers.Tokenizer.from_str(json.dumps(data))
+
+
 def test_the_answers_of_a_chat_are_learnt(tokenizer):
     messages = [
         {"role": "user", "content": "1+1?"},
@@ -65,6 +73,9 @@ def test_the_answers_of_a_chat_are_learnt(tokenizer):
 def test_completions_and_texts(tokenizer):
     record = {"prompt": "a b", "completion": " c"}
     assert learnt_text(encode_record(record, tokenizer), tokenizer) == " c<|end|>"
+    joined = Tokenizer(_with_merge(tokenizer, "Ġ", "c"), eos_token="<|end|>", chat_template=CHATML)
+    record = {"prompt": "a b ", "completion": "c"}  # its first token has the prompt's last space
+    assert learnt_text(encode_record(record, joined), joined) == " c<|end|>"
     text = encode_record({"text": "a b"}, tokenizer)
     assert learnt_text(text, tokenizer) == " b<|end|>"  # nothing comes before its first token
     with pytest.raises(ValueError, match=r"fields \['body'\]"):

@@ -143,6 +143,9 @@ def test_losses_that_are_not_finite_stop_the_run(config, monkeypatch, tmp_path):
         ({"learning_rate": -1.0}, "learning_rate=-1.0 must be above 0 and finite"),
         ({"learning_rate": float("nan")}, "learning_rate=nan must be above 0 and finite"),
         ({"tokenizer": "absent.json"}, "tokenizer='absent.json' is no file"),
+        ({"scale": float("nan")}, "scale=nan must be above 0 and finite"),
+        ({"characters": 0}, "characters=0 must be at least 1"),
+        ({"cyclic_bits": (3, 200)}, r"cyclic_bits=\(3, 200\) must be"),
     ],
 )
 def test_what_would_fail_late_is_refused(config, change, message):
@@ -249,3 +252,14 @@ def test_docstrings_are_of_source_files_and_not_of_tests(tmp_path, monkeypatch):
     assert docstrings("sample_package") == "First.\n\nSecond.\n\nThird."
     with pytest.raises(ValueError, match="no Python source of 'sys'"):
         docstrings("sys")
+
+
+def test_the_first_update_is_not_lost(config):
+    schedule = dataclasses.replace(config, steps=40).schedule()
+    assert 0 < schedule(0) < schedule(1) < schedule(4) == config.learning_rate
+
+
+def test_a_file_that_is_no_tokenizer_is_named(config, tmp_path):
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"bad\.json' is no tokenizer"):
+        load_corpus(dataclasses.replace(config, tokenizer=str(tmp_path / "bad.json")))

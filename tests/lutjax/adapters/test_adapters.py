@@ -194,3 +194,18 @@ def test_a_base_with_another_view_is_refused():
 def test_errors_name_the_parameter():
     with pytest.raises(ValueError, match="'block/w': rank=5"):
         one_sided({"block": {"w": jnp.ones((4, 4))}}, lm.Gaussian(5), jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda p, k: two_sided(p, 2, k), lambda p, k: kronecker(p, (2, 4), k)]
+)
+def test_factors_of_narrow_weights_are_float32(make):
+    params = {"w": jnp.ones((6, 8), jnp.bfloat16)}
+    adapted = make(params, jax.random.key(0))
+    assert adapted["w"].dtype == jnp.bfloat16
+    dtypes = jax.tree.map(lambda a: a.dtype.name, trainable(adapted)["w"])
+    assert dtypes == {"factor": "float32", "latent": "float32"}
+    x = jnp.ones((3, 6), jnp.bfloat16)
+    y = lutjax.lift(lambda p, x: x @ p["w"], strict=True)(adapted, x)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y, x @ params["w"])

@@ -307,3 +307,17 @@ def test_sketches_of_another_kind_are_refused():
     state = jax.eval_shape(make(lm.Rademacher(2)).init, W)
     with pytest.raises(ValueError, match="resume with the map"):
         jax.eval_shape(make(lm.Gaussian(2)).update, W, state)
+
+
+def test_factored_moments_stay_where_entries_are_selected_anew():
+    weight = jnp.asarray(np.random.default_rng(0).normal(size=(160, 160)), jnp.float32)
+    optimizer = project(
+        optax.adafactor(1e-2, momentum=0.9, min_dim_size_to_factor=32),
+        lm.PrincipalWeights(4, 2),
+        refresh_every=2,
+        on_refresh="rotate",
+    )
+    state = optimizer.init(weight)
+    for _ in range(3):  # with a refresh
+        updates, state = optimizer.update(weight, state, weight)
+    assert updates.shape == weight.shape and np.isfinite(updates).all()

@@ -9,7 +9,8 @@ import optax
 import pytest
 
 from lutjax import LutArray
-from lutjax.optim import galore, quantized_state
+from lutjax.linear_maps import Gaussian
+from lutjax.optim import galore, project, quantized_state
 from lutjax.optim.quantized import dynamic_map, moment_table
 
 
@@ -128,6 +129,39 @@ def test_parameters_may_have_the_names_of_moments():
     np.testing.assert_array_equal(first.v.materialize(), first.q.materialize())
     assert (np.asarray(first.v.materialize()) < 0).any()
     assert (np.asarray(second.q.lut) > 0).all()
+
+
+def test_gradients_that_accumulate_have_signs():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 8)), jnp.float32)
+    optimizer = quantized_state(
+        optax.MultiSteps(optax.sgd(1.0), 2).gradient_transformation(), min_size=1
+    )
+    params = Attention(x, x)
+    _, state = optimizer.update(params, optimizer.init(params))
+    kept = state.acc_grads.v.materialize()
+    assert np.linalg.norm(kept - x) < 0.03 * np.linalg.norm(x)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_moments_in_codes_rotate_too(bits):
+    params = {"big": jnp.zeros((64, 96)), "small": jnp.zeros((8, 16))}
+
+    def run(inner):
+        optimizer = project(inner, Gaussian(8), refresh_every=3, on_refresh="rotate")
+        state, generator = optimizer.init(params), np.random.default_rng(0)
+        for _ in range(4):
+            gradients = {
+                k: jnp.asarray(generator.normal(size=p.shape), p.dtype) for k, p in params.items()
+            }
+            updates, state = optimizer.update(gradients, state)
+        return updates, state
+
+    expected, _ = run(optax.trace(0.9))
+    found, state = run(quantized_state(optax.trace(0.9), bits, min_size=512))
+    assert isinstance(state.inner.trace["big"], LutArray) and state.inner.trace["big"].bits == bits
+    for name in params:
+        error = np.linalg.norm(found[name] - expected[name]) / np.linalg.norm(expected[name])
+        assert error < {8: 0.03, 4: 0.2}[bits]
 
 
 def test_adans_v_has_signs_and_its_n_has_none():

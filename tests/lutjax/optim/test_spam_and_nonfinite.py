@@ -110,3 +110,12 @@ def test_skipping_takes_gradients_of_another_dtype_than_parameters(of_gradients,
         assert updates.dtype == plain.dtype
         assert np.asarray(updates).any() == (value == 1.0)
     assert int(state.skipped) == 1
+
+
+def test_a_reset_clears_what_has_overflowed():
+    optimizer = scale_by_spam(reset_every=4, warmup=1)
+    state = optimizer.init(jnp.ones(2))
+    for step in range(6):
+        updates, state = optimizer.update(jnp.array([1e20 if step == 1 else 1.0, 1.0]), state)
+    np.testing.assert_allclose(updates[0], updates[1])  # two steps after the reset
+    assert np.isfinite(state.nu).all()

@@ -110,6 +110,19 @@ def test_result_and_error(method, weighted):
         assert (quantized.words == plain.words).all() and not low_rank.right.any()
 
 
+@pytest.mark.parametrize("method", ["lq", "loftq", "lorc"])
+def test_codes_make_up_for_the_rounding_of_narrow_factors(method):
+    generator = np.random.default_rng(0)
+    left, right = (np.linalg.qr(generator.normal(size=(64, 64)))[0] for _ in range(2))
+    dense = jnp.asarray(left * np.exp(-np.arange(64) / 5) @ right.T, jnp.bfloat16)
+    rule = Rule("*", LutConfig(8, 32), axis=-2)
+    result = decompose_array(dense, rule, rank=16, method=method, key=KEY, svd="dense")
+    quantized, low_rank = result.array.parts
+    exact = quantized.astype("float32").materialize() + low_rank.astype("float32").materialize()
+    actual = np.linalg.norm(np.asarray(dense, np.float64) - np.asarray(exact, np.float64))
+    np.testing.assert_allclose(result.error, actual, rtol=1e-3)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("bits", [2, 4])
 def test_error_ordering_on_random_matrices(bits, weighted):
