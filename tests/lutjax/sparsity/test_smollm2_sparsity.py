@@ -31,5 +31,6 @@ def test_perplexity_with_the_outside_thresholds(smollm2, share):
             thresholds[f"layers/{layer}/{name}/kernel"] = by_share[share]
     params = sparsify(smollm2.params, plan_thresholds(smollm2.params, thresholds))
     found = perplexity(lutjax.lift(smollm2.model.apply), params, smollm2.windows)
-    # 1e-5 here; other machines sum in other orders, which moves values across thresholds
-    assert found.perplexity == pytest.approx(outside["perplexity"][share], rel=5e-3)
+    # Rounding moves values across thresholds, and these move others: noise of 1e-6 in the embedding
+    # gives 22.64 to 22.84, and two machines gave 22.669 and 22.830.
+    assert found.perplexity == pytest.approx(outside["perplexity"][share], rel=2e-2)
