@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from lutjax.models.config import DecoderConfig
-from lutjax.models.decoder import Block, attention_contexts, causal_mask, embed
+from lutjax.models.decoder import Block, attention_contexts, embed
 
 BlockFn = Callable[[Any, Array], Array]
 """`fn(block_params, x) -> y`, for any number of sequences."""
@@ -40,8 +40,7 @@ def decoder_blocks(
 
     def run(windowed: bool, block_params: Any, x: Array) -> Array:
         positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-        seen = causal_mask(positions, positions)
-        contexts = attention_contexts(config, positions, positions, seen)
+        contexts = attention_contexts(config, positions, positions)
         return block.apply({"params": block_params}, x, None, contexts[windowed])[0]
 
     kinds = {windowed: functools.partial(run, windowed) for windowed in set(config.windowed)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from lutjax.models.cache import KVCache, LayerCache
+from lutjax.models.cache import KVCache, LayerCache, Slots, layer_slots
 from lutjax.models.config import DecoderConfig
 from lutjax.models.mlp import MLP, MixtureOfExperts
 from lutjax.models.rope import apply_rope, rope_frequencies, rope_scale, rope_tables
@@ -25,12 +26,12 @@ CHUNK = 512
 
 
 class AttentionContext(NamedTuple):
-    """What blocks share: rotary tables, the mask, and where the cache is written."""
+    """What blocks share: rotary tables, the mask, and where a cache is written."""
 
     cos: Float32[Array, "b t h"]
     sin: Float32[Array, "b t h"]
     mask: Bool[Array, "b t s"]
-    slot: Int32[Array, ""] | None
+    slots: Slots | None
 
 
 class Embedding(nn.Module):
@@ -84,7 +85,7 @@ class Attention(nn.Module):
     def __call__(
         self, x: Float[Array, "b t d"], cache: LayerCache | None, context: AttentionContext
     ) -> tuple[Float[Array, "b t d"], LayerCache | None]:
-        """Attends from `x` to itself, or to the cache after writing `x`'s keys and values."""
+        """Attends from `x` to itself and to what the cache holds; `x` is added to the new cache."""
         config = self.config
         batch, time, _ = x.shape
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
@@ -103,19 +104,14 @@ class Attention(nn.Module):
             k = _norm(config, "k_norm")(k)
         q = apply_rope(q, context.cos, context.sin)
         k = apply_rope(k, context.cos, context.sin)
-        keys, values = _merge_heads(k), _merge_heads(v)
-        if cache is not None and context.slot is not None:
-            start = (0, context.slot, 0)
-            keys = lax.dynamic_update_slice(cache.keys, keys.astype(cache.keys.dtype), start)
-            values = lax.dynamic_update_slice(
-                cache.values, values.astype(cache.values.dtype), start
-            )
-            cache = LayerCache(keys, values)
+        attended = LayerCache(_merge_heads(k), _merge_heads(v))
+        if cache is not None and context.slots is not None:
+            attended, cache = cache.extend(attended, context.slots)
         sinks = None
         if config.attention_sinks:
             sinks = self.param("sinks", nn.initializers.normal(0.02), (heads,), jnp.float32)
-        mixed = _attend(config, q, keys, values, context.mask, sinks).astype(config.dtype)
-        mixed = mixed.reshape(batch, time, heads * head_dim)
+        mixed = _attend(config, q, attended.keys, attended.values, context.mask, sinks)
+        mixed = mixed.astype(config.dtype).reshape(batch, time, heads * head_dim)
         out = nn.Dense(
             config.hidden_size, use_bias=config.o_bias, dtype=config.dtype, name="o_proj"
         )
@@ -304,33 +300,41 @@ def embed(config: DecoderConfig, rows: Float[Array, "b t d"]) -> Float[Array, "b
 def attention_contexts(
     config: DecoderConfig,
     positions: Int32[Array, "b t"],
-    stored: Int32[Array, "b s"],
-    seen: Bool[Array, "b t s"],
-    slot: Int32[Array, ""] | None = None,
+    new: Int32[Array, "b t"],
+    cache: KVCache | None = None,
+    segments: Int32[Array, "b t"] | None = None,
 ) -> dict[bool, AttentionContext]:
     """The context of the layers with a sliding window (True), and of those without (False).
 
     Args:
       config: the decoder's configuration.
       positions: int32 `[B, T]`, of the tokens.
-      stored: int32 `[B, S]`, of the keys.
-      seen: bool `[B, T, S]`, which keys a token may attend to, whatever their distance.
-      slot: where the cache is written.
+      new: int32 `[B, T]`, the same, but -1 for padding, which nothing attends to.
+      cache: what the tokens continue; they are entered in it (`KVCache.advance`).
+      segments: int32 `[B, T]`, which text each token belongs to; instead of `cache`.
 
     Returns:
       One context for each of the two kinds that the decoder has.
     """
     contexts = {}
     for windowed in sorted(set(config.windowed)):
-        mask = seen
+        stored, slots = new, None
+        if cache is not None:
+            stored, slots = cache.place(
+                positions, new, layer_slots(config, windowed, cache.max_length)
+            )
+        query, key = positions[:, :, None], stored[:, None, :]
+        mask = (key >= 0) & (key <= query)
         if windowed and config.sliding_window is not None:
-            mask = seen & (positions[:, :, None] - stored[:, None, :] < config.sliding_window)
+            mask &= query - key < config.sliding_window
+        if segments is not None:
+            mask &= segments[:, :, None] == segments[:, None, :]
         tables = rope_tables(
             positions,
             rope_frequencies(config, windowed=windowed),
             rope_scale(config, windowed=windowed),
         )
-        contexts[windowed] = AttentionContext(*tables, mask=mask, slot=slot)
+        contexts[windowed] = AttentionContext(*tables, mask=mask, slots=slots)
     return contexts
 
 
@@ -379,9 +383,9 @@ class Decoder(nn.Module):
 
         Args:
           tokens: int32 `[B, T]`.
-          cache: what was read before; the tokens continue it. Its keys and values must have room
-            for T more slots. More than `CHUNK` tokens are read in pieces, so that attention needs
-            memory for `CHUNK` · S scores a head, not T · S.
+          cache: what was read before; the tokens continue it. It must have T free slots. More than
+            `CHUNK` tokens are read in pieces, so that attention needs memory for `CHUNK` · S scores
+            a head, not T · S.
           mask: bool `[B, T]`, False where `tokens` is padding (on either side). Positions count
             real tokens only, and nothing attends to padding.
           logits_at: int32 `[B, M]`, the indices along T that logits are wanted for; all if None.
@@ -448,23 +452,15 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "b t d"], Any]:
         """The residual stream after the last block, and the new cache if there is one."""
         config = self.config
-        count = jnp.cumsum(real, axis=1, dtype=jnp.int32)
-        if cache is None:
-            positions = count - 1
+        if segments is not None:
+            positions, real = _positions_within(segments), segments > 0
         else:
-            positions = jnp.max(cache.positions, axis=1, keepdims=True) + count
-        stored = jnp.where(real, positions, -1)
-        slot = None
+            before = jnp.int32(-1) if cache is None else cache.last
+            positions = before + jnp.cumsum(real, axis=1, dtype=jnp.int32)
+        new = jnp.where(real, positions, -1)
         if cache is not None:
-            slot = cache.next_slot
-            stored = lax.dynamic_update_slice(cache.positions, stored, (0, slot))
-        if segments is not None:
-            positions = _positions_within(segments)
-            stored = jnp.where(segments > 0, positions, -1)
-        seen = causal_mask(positions, stored)
-        if segments is not None:
-            seen &= segments[:, :, None] == segments[:, None, :]
-        contexts = attention_contexts(config, positions, stored, seen, slot)
+            cache = cache.advance(new)
+        contexts = attention_contexts(config, positions, new, cache, segments)
 
         x = embed(config, self.embed_tokens(tokens))
         caches: Any = None if cache is None else cache.layers
@@ -473,9 +469,7 @@ class Decoder(nn.Module):
             x, new_layers = _scan_layers(config, self.layers, x, caches, contexts)
         else:
             x, new_layers = self.layers(x, caches, contexts)
-        if cache is None:
-            return x, None
-        return x, KVCache(new_layers, stored, cache.next_slot + tokens.shape[1])
+        return x, None if cache is None else dataclasses.replace(cache, layers=new_layers)
 
 
 def _positions_within(segments: Int32[Array, "b t"]) -> Int32[Array, "b t"]:
@@ -483,11 +477,3 @@ def _positions_within(segments: Int32[Array, "b t"]) -> Int32[Array, "b t"]:
     index = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32), segments.shape)
     first = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
     return index - lax.cummax(jnp.where(first, index, 0), axis=1)
-
-
-def causal_mask(
-    positions: Int32[Array, "b t"], stored: Int32[Array, "b s"]
-) -> Bool[Array, "b t s"]:
-    """Which stored tokens each token sees: real ones that are not later."""
-    query, key = positions[:, :, None], stored[:, None, :]
-    return (key >= 0) & (key <= query)

@@ -25,8 +25,8 @@ CONFIG = DecoderConfig(
 )
 
 
-def make(scan_layers: bool = False):
-    model = Decoder(dataclasses.replace(CONFIG, scan_layers=scan_layers))
+def make(scan_layers: bool = False, window: int | None = None):
+    model = Decoder(dataclasses.replace(CONFIG, scan_layers=scan_layers, sliding_window=window))
     params = Decoder(CONFIG).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     base = lutjax.quantize(params, bits=4, group_size=16)
     adapters = []
@@ -46,9 +46,10 @@ def with_right(part: LowRankArray, seed: int) -> LowRankArray:
     return dataclasses.replace(part, right=right)
 
 
+@pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("scan_layers", [False, True])
-def test_logits_and_cache_are_those_of_one_adapter_at_a_time(scan_layers):
-    model, base, adapters = make(scan_layers)
+def test_logits_and_cache_are_those_of_one_adapter_at_a_time(scan_layers, window):
+    model, base, adapters = make(scan_layers, window)
     apply_fn = jax.jit(lutjax.lift(model.apply))
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, 37, (6, 5)), jnp.int32)
@@ -83,11 +84,12 @@ def test_logits_and_cache_are_those_of_one_adapter_at_a_time(scan_layers):
     assert int(after.next_slot) == 5
 
 
-def test_generation_is_that_of_each_adapter():
-    model, base, adapters = make()
+@pytest.mark.parametrize("window", [None, 3])
+def test_generation_is_that_of_each_adapter(window):
+    model, base, adapters = make(window=window)
     apply_fn = lutjax.lift(model.apply)
     prompts = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10], [11], [12, 13]]
-    run = functools.partial(generate, config=CONFIG, max_new_tokens=6)
+    run = functools.partial(generate, config=model.config, max_new_tokens=6)
     found = run(multi.multi_lora(apply_fn), (base, multi.batch(adapters)), prompts)
     expected = [
         tokens

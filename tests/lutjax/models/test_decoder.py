@@ -420,6 +420,113 @@ def test_attention_needs_no_memory_for_all_pairs_of_tokens(tiny_config, monkeypa
     assert temporaries(2048) < scores / 2
 
 
+@pytest.mark.parametrize(
+    ("change", "slots"),
+    [
+        ({}, [16, 16]),
+        ({"sliding_window": 3}, [3, 3]),
+        ({"sliding_window": 3, "sliding_layers": (True, False)}, [3, 16]),
+        ({"sliding_window": 3, "sliding_layers": (False, False)}, [16, 16]),
+        ({"sliding_window": 15}, [15, 15]),
+        ({"sliding_window": 17}, [16, 16]),
+    ],
+)
+def test_windowed_layers_have_a_slot_for_each_token_of_the_window(tiny_config, change, slots):
+    config = dataclasses.replace(tiny_config, **change)
+    cache = init_cache(config, batch=3, max_length=16)
+    shapes = [(3 * 2, n, 6) for n in slots]
+    assert [layer.keys.shape for layer in cache.layers] == shapes
+    assert [layer.values.shape for layer in cache.layers] == shapes
+    assert cache.positions.shape == (3, 16)
+    scanned = init_cache(dataclasses.replace(config, scan_layers=True), batch=3, max_length=16)
+    assert scanned.layers.keys.shape == (2, 3 * 2, max(slots), 6)  # one shape for all
+
+
+def test_no_slot_of_a_ring_is_written_twice(tiny_config):
+    """Which of two writes to a slot counts is not defined."""
+    cache = init_cache(dataclasses.replace(tiny_config, sliding_window=3), 2, 16)
+    cache = cache.advance(jnp.array([[0, 1], [-1, 0]]))
+    new = jnp.array([[2, 3, 4, 5, 6], [-1, 1, -1, 2, -1]])
+    positions = jnp.array([[2, 3, 4, 5, 6], [0, 1, 1, 2, 2]])
+    stored, slots = cache.advance(new).place(positions, new, 3)
+    assert slots.tolist() == [[3, 3, 1, 2, 0], [3, 1, 3, 2, 3]]  # 3 is none
+    assert jnp.maximum(stored, -1).tolist() == [
+        [0, 1, -1, 2, 3, 4, 5, 6],
+        [0, -1, -1, -1, 1, -1, 2, -1],
+    ]
+
+
+RINGS = {name: change for name, change in COMBINATIONS.items() if "sliding_window" in change}
+
+
+def ring_model(tiny_config, name, window, scan_layers):
+    """A decoder with windows, its parameters, and the same without scanned layers."""
+    unrolled = dataclasses.replace(tiny_config, **RINGS[name] | {"sliding_window": window})
+    params = random_params(unrolled)
+    config = dataclasses.replace(unrolled, scan_layers=scan_layers)
+    return config, stack_layers(params) if scan_layers else params, unrolled, params
+
+
+def read_in_pieces(config, params, tokens, mask, lengths):
+    """The logits of tokens that are read a piece at a time, and the cache."""
+    cache = init_cache(config, len(tokens), tokens.shape[1] + 2)
+    shapes = jax.tree.map(jnp.shape, cache)
+    apply = jax.jit(Decoder(config).apply)
+    found, start = [], 0
+    for length in lengths:
+        piece = slice(start, start + length)
+        arguments = {"cache": cache, "mask": mask[:, piece]}
+        logits, cache = apply({"params": params}, tokens[:, piece], **arguments)
+        found.append(logits)
+        start += length
+    assert start == tokens.shape[1]
+    assert jax.tree.map(jnp.shape, cache) == shapes
+    return jnp.concatenate(found, axis=1), cache
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("window", [1, 3, 64])
+@pytest.mark.parametrize("name", RINGS)
+def test_rings_equal_no_cache(tiny_config, name, window, scan_layers):
+    config, params, *unrolled = ring_model(tiny_config, name, window, scan_layers)
+    tokens = tokens_for(config, time=18)
+    expected = run(*unrolled, tokens)
+    lengths = (4, 1, 1, 3, 1, 5, 1, 1, 1)
+    found, _ = read_in_pieces(config, params, tokens, tokens >= 0, lengths)
+    np.testing.assert_allclose(found, expected, **TOLERANCE)
+
+
+# Columns of real tokens in each row: all; padding on the left, and longer than the ring on the
+# right; with gaps that are whole pieces; first nothing at all, then single tokens among padding.
+RAGGED = [range(22), range(6, 22), [0, 1, *range(8, 22)], [*range(8), *range(13, 22)]]
+RAGGED.append([8, 9, 11, 13, 15, 18, 19, 21])
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize(("lengths", "chunk"), [((8, 1, 4, 1, 1, 6, 1), 512), ((20, 1, 1), 4)])
+@pytest.mark.parametrize("name", RINGS)
+def test_padding_is_not_written_to_rings(
+    tiny_config, name, lengths, chunk, scan_layers, monkeypatch
+):
+    config, params, *unrolled = ring_model(tiny_config, name, 3, scan_layers)
+    tokens = np.asarray(tokens_for(config, len(RAGGED), 22))
+    mask = np.array([np.isin(np.arange(22), columns) for columns in RAGGED])
+    # What follows a token does not change its logits, so rows without gaps need no mask.
+    closed = np.zeros_like(tokens)
+    for row, columns in enumerate(RAGGED):
+        closed[row, : len(columns)] = tokens[row, list(columns)]
+    expected = run(*unrolled, jnp.asarray(closed))
+    monkeypatch.setattr(decoder, "CHUNK", chunk)
+    tokens, real = jnp.asarray(tokens), jnp.asarray(mask)
+    found, cache = read_in_pieces(config, params, tokens, real, lengths)
+    for row, columns in enumerate(RAGGED):
+        np.testing.assert_allclose(
+            found[row, np.array(columns)], expected[row, : len(columns)], **TOLERANCE
+        )
+    assert bool(jnp.isfinite(found).all())
+    assert cache.last[:, 0].tolist() == [len(columns) - 1 for columns in RAGGED]
+
+
 def test_logits_at_selects(tiny_config):
     params, tokens = random_params(tiny_config), tokens_for(tiny_config)
     everything = run(tiny_config, params, tokens)
@@ -508,6 +615,26 @@ def test_decode_step_copies_no_cache(tiny_config):
     # A few float32 scores a slot for each query head, and the mask; no keys and values.
     growth = (temporaries(4096) - temporaries(1024)) / 3072
     assert growth < 8 * tiny_config.num_heads + 8 < one_layer
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_decode_step_copies_no_ring(tiny_config, batch):
+    params = random_params(tiny_config)
+
+    def temporaries(window: int) -> int:
+        config = dataclasses.replace(tiny_config, sliding_window=window)
+        cache = init_cache(config, batch, 8192)
+        assert cache.layers[0].keys.shape[1] == window
+        tokens = jnp.zeros((batch, 1), jnp.int32)
+        step = jax.jit(
+            lambda params, cache: Decoder(config).apply({"params": params}, tokens, cache=cache),
+            donate_argnums=1,
+        )
+        return step.lower(params, cache).compile().memory_analysis().temp_size_in_bytes
+
+    one_layer = 2 * batch * tiny_config.num_kv_heads * tiny_config.head_dim * 4
+    growth = (temporaries(4096) - temporaries(1024)) / 3072
+    assert growth < one_layer
 
 
 @pytest.mark.parametrize(

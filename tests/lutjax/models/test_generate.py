@@ -81,6 +81,17 @@ def test_memory_of_a_prefill_does_not_grow_with_the_square_of_the_prompt(model, 
     assert temporaries(8192) < 2.2 * temporaries(4096)
 
 
+@pytest.mark.parametrize("layers", [(True, True), (True, False)])
+def test_windows_generate_the_same_as_without_cache(model, params, layers, monkeypatch):
+    for module in ("decoder", "generate"):
+        monkeypatch.setattr(importlib.import_module(f"lutjax.models.{module}"), "CHUNK", 8)
+    config = dataclasses.replace(model.config, sliding_window=5, sliding_layers=layers)
+    model = Decoder(config)
+    prompts = [*PROMPTS, [*range(18)]]
+    found = generate(model.apply, params, prompts, config=config, max_new_tokens=12)
+    assert found == greedy_without_cache(model, params, prompts, 12)
+
+
 def test_stop_tokens_end_each_row(model, params):
     free = generate(model.apply, params, PROMPTS, config=model.config, max_new_tokens=6)
     stop = free[0][2]
