@@ -131,7 +131,7 @@ class AdapterTraining:
         """
         config = self.config
         weights = self.weights(state)
-        key = jax.random.wrap_key_data(state.key_data, impl=jax.random.key_impl(config.key))
+        key = jax.random.wrap_key_data(state.key_data, impl=config.key_impl)
         maps = config.refresh_maps(key, state.count, state.maps, gradients, weights)
         latents = zero_latents(maps, weights)
         inner = config.carry_inner(state.inner, latents, state.maps, maps)

@@ -76,7 +76,7 @@ def merge_workers(training: AdapterTraining, state: AdapterState, axis_name: Any
         state.latents,
         state.base,
     )
-    key = jax.random.wrap_key_data(state.key_data, impl=jax.random.key_impl(config.key))
+    key = jax.random.wrap_key_data(state.key_data, impl=config.key_impl)
     maps = config.refresh_maps(key, state.count, state.maps, None, averaged)
     maps = {path: bound.for_worker(index) for path, bound in maps.items()}
     latents = zero_latents(maps, averaged)

@@ -19,9 +19,11 @@ from lutjax.linear_maps.dimension_numbers import (
     resolve_dimension_numbers,
 )
 from lutjax.linear_maps.sketches import SketchMap
+from lutjax.optim._explicit import init_with_auto_axes, update_with_auto_axes
 from lutjax.optim._state import map_moments, restart
 from lutjax.optim.quantized import reencode
 from lutjax.paths import path_string
+from lutjax.transforms.quantize import concrete
 
 OnRefresh = Literal["keep", "reset", "rotate"]
 
@@ -52,8 +54,14 @@ class ProjectConfig:
     scale: float
     on_refresh: OnRefresh
     weight_dimension_numbers: WeightDimensionNumbers
-    key: PRNGKeyArray
+    key_data: Any
+    key_impl: str
     axis_name: Any
+
+    @property
+    def key(self) -> PRNGKeyArray:
+        """Where maps are drawn from."""
+        return jax.random.wrap_key_data(self.key_data, impl=self.key_impl)
 
     def numbers(self, params: Any) -> dict[str, DimensionNumbers]:
         """The projected parameters among `params`, and which of their axes make the matrix."""
@@ -115,7 +123,7 @@ class ProjectConfig:
 
     def check_maps(self, maps: dict[str, BoundMap], params: Any) -> None:
         """Raises when `maps` are not those that this configuration makes for `params`."""
-        expected = jax.eval_shape(functools.partial(self.init_maps, self.key), params)
+        expected = jax.eval_shape(lambda params: self.init_maps(self.key, params), params)
         if maps.keys() != expected.keys():
             raise ValueError(
                 f"the state projects {sorted(maps)}, but this transformation projects "
@@ -172,7 +180,10 @@ class ProjectedTransformation(optax.GradientTransformationExtraArgs):
     @classmethod
     def of(cls, config: ProjectConfig) -> ProjectedTransformation:
         """The transformation of a configuration."""
-        result = cls(functools.partial(_init, config), functools.partial(_update, config))
+        result = cls(
+            functools.partial(init_with_auto_axes, functools.partial(_init, config)),
+            functools.partial(_update_anywhere, config),
+        )
         result.config = config
         return result
 
@@ -214,10 +225,8 @@ def zero_latents(maps: dict[str, BoundMap], weights: Any) -> Any:
 
     def visit(path: Any, leaf: Any) -> Any:
         bound = maps.get(path_string(path))
-        if bound is None:
-            return jnp.copy(leaf)
-        latent = jax.eval_shape(bound.down, leaf)
-        return jnp.zeros(latent.shape, latent.dtype)
+        # Computed, so that they are sharded as the weight is.
+        return jnp.copy(leaf) if bound is None else jnp.zeros_like(bound.down(leaf))
 
     return jax.tree_util.tree_map_with_path(visit, weights)
 
@@ -296,6 +305,9 @@ def project(
         raise ValueError(f"refresh_every={refresh_every} must be at least 1, or None for never")
     if on_refresh not in ("keep", "reset", "rotate"):
         raise ValueError(f"on_refresh={on_refresh!r} must be 'keep', 'reset' or 'rotate'")
+    drawn_from = _as_key(0 if key is None else key)
+    key_data = jax.random.key_data(drawn_from)
+    constant = concrete(key_data)  # an array has the mesh that was set when it was made in its type
     config = ProjectConfig(
         inner=optax.with_extra_args_support(inner),
         map=map,
@@ -303,7 +315,8 @@ def project(
         scale=scale,
         on_refresh=on_refresh,
         weight_dimension_numbers=weight_dimension_numbers,
-        key=_as_key(0 if key is None else key),
+        key_data=key_data if constant is None else constant,
+        key_impl=str(jax.random.key_impl(drawn_from)),
         axis_name=axis_name,
     )
     return ProjectedTransformation.of(config)
@@ -318,7 +331,7 @@ def _as_key(key: Any) -> PRNGKeyArray:
 def _init(config: ProjectConfig, params: Any) -> ProjectState:
     count = jnp.zeros((), jnp.int32)
     # A copy: whoever donates the state still needs the key.
-    key_data = jnp.copy(jax.random.key_data(config.key))
+    key_data = jnp.copy(config.key_data)
     if not jax.tree.leaves(params):
         # Nothing to train, or the placeholder by which optax finds parameters in a state, which
         # then needs something in the place of the maps.
@@ -336,8 +349,15 @@ def _init(config: ProjectConfig, params: Any) -> ProjectState:
     return ProjectState(count, key_data, maps, inner)
 
 
-def _update(
+def _update_anywhere(
     config: ProjectConfig, updates: Any, state: ProjectState, params: Any = None, **extra_args: Any
+) -> tuple[Any, ProjectState]:
+    update = functools.partial(_update, config, **extra_args)
+    return update_with_auto_axes(update, updates, state, params)
+
+
+def _update(
+    config: ProjectConfig, updates: Any, state: ProjectState, params: Any, **extra_args: Any
 ) -> tuple[Any, ProjectState]:
     if not jax.tree.leaves(updates):
         inner = config.grouped_inner(updates)
@@ -379,7 +399,7 @@ def _refreshed(
         due = state.count % config.refresh_every == 0
         if not from_data:  # the first maps were drawn by init
             due &= state.count > 0
-    key = jax.random.wrap_key_data(state.key_data, impl=jax.random.key_impl(config.key))
+    key = jax.random.wrap_key_data(state.key_data, impl=config.key_impl)
 
     def refresh(updates: Any, params: Any, maps: Any, inner: Any) -> Any:
         new = config.refresh_maps(key, state.count, maps, updates, params)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float
 
 from lutjax.arrays import LutArray, MatrixView, is_compressed
 from lutjax.codebooks import nearest_codes
+from lutjax.optim._explicit import init_with_auto_axes, update_with_auto_axes
 from lutjax.optim._state import find_moments, leaf_paths
 from lutjax.packing import BLOCK, pack
 
@@ -149,11 +151,11 @@ def quantized_state(
                 leaves[i] = _encode(leaves[i], moment_table(bits, order), block)
         return jax.tree.unflatten(treedef, leaves)
 
-    def init(params: Any) -> Any:
+    def start(params: Any) -> Any:
         state = inner.init(params)
         return encode(state, params, [is_worth_it(x) for x in jax.tree.leaves(state)])
 
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+    def step(updates: Any, state: Any, params: Any, **extra_args: Any) -> tuple[Any, Any]:
         dense = jax.tree.map(
             lambda x: x.materialize() if is_compressed(x) else x, state, is_leaf=is_compressed
         )
@@ -161,4 +163,7 @@ def quantized_state(
         old = jax.tree.leaves(state, is_leaf=is_compressed)
         return new_updates, encode(dense, updates, [is_compressed(x) for x in old])
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        return update_with_auto_axes(partial(step, **extra_args), updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(partial(init_with_auto_axes, start), update)

@@ -1,0 +1,82 @@
+"""Transformations on meshes with explicit axes, whose shardings are part of JAX's types.
+
+Decompositions, selected entries and packed codes mix axes in ways that typed shardings cannot
+follow, so the compiler is left in charge of them there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from lutjax.arrays import is_compressed
+from lutjax.arrays.sharding import part_specs
+from lutjax.paths import path_string
+
+
+def init_with_auto_axes(init: Callable[[Any], Any], params: Any) -> Any:
+    """`init(params)`; with explicit axes the state is sharded as the parameters are.
+
+    That is what it keeps for each of them, along axes of the parameter's size; all else is
+    replicated, such as maps, and codes that cannot be split so.
+    """
+    mesh = _explicit_mesh(params)
+    if mesh is None:
+        return init(params)
+    owners = {path_string(path): jax.typeof(leaf) for path, leaf in _leaves(params)}
+
+    def spec_of(path: Any, leaf: Any) -> PartitionSpec:
+        inner = (path_string(path[i:]) for i in range(len(path) + 1))
+        owner = next((owners[name] for name in inner if name in owners), None)
+        if owner is None or owner.ndim != leaf.ndim:
+            return PartitionSpec()
+        entries = zip(owner.sharding.spec, owner.shape, leaf.shape, strict=True)
+        return PartitionSpec(*(entry if a == b else None for entry, a, b in entries))
+
+    def place(path: Any, leaf: Any) -> Any:
+        specs = spec_of(path, leaf)
+        if is_compressed(leaf):
+            try:
+                specs = part_specs(leaf, specs, mesh.shape)
+            except ValueError:
+                specs = jax.tree.map(lambda _: PartitionSpec(), leaf)
+        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
+
+    replicated = jax.sharding.auto_axes(init, out_sharding=PartitionSpec())
+    shapes = jax.eval_shape(replicated, params)
+    shardings = jax.tree_util.tree_map_with_path(place, shapes, is_leaf=is_compressed)
+    return jax.sharding.auto_axes(init, out_sharding=shardings)(params)
+
+
+def update_with_auto_axes(update: Callable[..., Any], updates: Any, state: Any, params: Any) -> Any:
+    """`update(updates, state, params)`; the results are sharded as the first two are."""
+    mesh = _explicit_mesh((updates, state))
+    if mesh is None:
+        return update(updates, state, params)
+
+    def like(array: Any) -> NamedSharding:
+        sharding = jax.typeof(array).sharding
+        return NamedSharding(mesh, sharding.spec if sharding.mesh.axis_names else PartitionSpec())
+
+    shardings = jax.tree.map(like, (updates, state))
+    return jax.sharding.auto_axes(update, out_sharding=shardings)(updates, state, params)
+
+
+def _leaves(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
+
+
+def _explicit_mesh(tree: Any) -> Any:
+    """The mesh over whose explicit axes an array is typed, or None."""
+    for leaf in jax.tree.leaves(tree):
+        mesh = getattr(getattr(jax.typeof(leaf), "sharding", None), "mesh", None)
+        if mesh is not None and AxisType.Explicit in getattr(mesh, "axis_types", ()):
+            return mesh
+    return None
