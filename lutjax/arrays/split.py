@@ -45,6 +45,15 @@ def typed_entries(array: Any) -> tuple[Any, ...]:
     return (*spec, *[None] * (array.ndim - len(spec)))
 
 
+def explicit_mesh(tree: Any) -> Any:
+    """The mesh over whose explicit axes an array of ``tree`` is typed, or None."""
+    for leaf in jax.tree.leaves(tree):
+        mesh = getattr(getattr(jax.typeof(leaf), "sharding", None), "mesh", None)
+        if mesh is not None and AxisType.Explicit in getattr(mesh, "axis_types", ()):
+            return mesh
+    return None
+
+
 def is_partitioned_automatically(array: Any) -> bool:
     """Whether the compiler splits the work on ``array`` over several devices.
 

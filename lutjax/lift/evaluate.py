@@ -13,10 +13,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core as jex
 
 from lutjax.arrays import is_compressed
+from lutjax.arrays.split import explicit_mesh
 from lutjax.lift.higher_order import HIGHER_ORDER
 from lutjax.lift.report import Recorder
 from lutjax.lift.rules import DENSE_RULES, LOOKUPS, NEEDS_DENSE, PRODUCTS, RULES
-from lutjax.lift.typed_shardings import explicit_mesh, run_with_auto_axes
+from lutjax.lift.typed_shardings import run_with_auto_axes
 from lutjax.lift.values import Weight, bind
 
 

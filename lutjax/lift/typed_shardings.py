@@ -6,19 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 
 from lutjax.arrays import CompressedArray
 from lutjax.arrays.sharding import logical_spec
-
-
-def explicit_mesh(array: CompressedArray) -> Any:
-    """The mesh over whose explicit axes ``array`` is typed, or None."""
-    for leaf in jax.tree.leaves(array):
-        mesh = getattr(getattr(jax.typeof(leaf), "sharding", None), "mesh", None)
-        if mesh is not None and AxisType.Explicit in getattr(mesh, "axis_types", ()):
-            return mesh
-    return None
+from lutjax.arrays.split import explicit_mesh
 
 
 def logical_sharding(array: CompressedArray) -> NamedSharding | None:

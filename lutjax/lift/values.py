@@ -10,7 +10,8 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lutjax.arrays import CompressedArray
-from lutjax.lift.typed_shardings import explicit_mesh, logical_sharding, run_with_auto_axes
+from lutjax.arrays.split import explicit_mesh
+from lutjax.lift.typed_shardings import logical_sharding, run_with_auto_axes
 from pallas_kernels.manual_axes import vary_over, varying_axes
 
 

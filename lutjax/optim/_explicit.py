@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lutjax.arrays import is_compressed
 from lutjax.arrays.sharding import part_specs
+from lutjax.arrays.split import explicit_mesh
 from lutjax.paths import path_string
 
 
@@ -23,10 +24,11 @@ def init_with_auto_axes(init: Callable[[Any], Any], params: Any) -> Any:
     That is what it keeps for each of them, along axes of the parameter's size; all else is
     replicated, such as maps, and codes that cannot be split so.
     """
-    mesh = _explicit_mesh(params)
+    mesh = explicit_mesh(params)
     if mesh is None:
         return init(params)
-    owners = {path_string(path): jax.typeof(leaf) for path, leaf in _leaves(params)}
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    owners = {path_string(path): jax.typeof(leaf) for path, leaf in leaves}
 
     def spec_of(path: Any, leaf: Any) -> PartitionSpec:
         inner = (path_string(path[i:]) for i in range(len(path) + 1))
@@ -43,7 +45,7 @@ def init_with_auto_axes(init: Callable[[Any], Any], params: Any) -> Any:
                 specs = part_specs(leaf, specs, mesh.shape)
             except ValueError:
                 specs = jax.tree.map(lambda _: PartitionSpec(), leaf)
-        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
+        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
     replicated = jax.sharding.auto_axes(init, out_sharding=PartitionSpec())
     shapes = jax.eval_shape(replicated, params)
@@ -53,7 +55,7 @@ def init_with_auto_axes(init: Callable[[Any], Any], params: Any) -> Any:
 
 def update_with_auto_axes(update: Callable[..., Any], updates: Any, state: Any, params: Any) -> Any:
     """`update(updates, state, params)`; the results are sharded as the first two are."""
-    mesh = _explicit_mesh((updates, state))
+    mesh = explicit_mesh((updates, state))
     if mesh is None:
         return update(updates, state, params)
 
@@ -63,20 +65,3 @@ def update_with_auto_axes(update: Callable[..., Any], updates: Any, state: Any, 
 
     shardings = jax.tree.map(like, (updates, state))
     return jax.sharding.auto_axes(update, out_sharding=shardings)(updates, state, params)
-
-
-def _leaves(tree: Any) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_leaves_with_path(tree)
-
-
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, PartitionSpec)
-
-
-def _explicit_mesh(tree: Any) -> Any:
-    """The mesh over whose explicit axes an array is typed, or None."""
-    for leaf in jax.tree.leaves(tree):
-        mesh = getattr(getattr(jax.typeof(leaf), "sharding", None), "mesh", None)
-        if mesh is not None and AxisType.Explicit in getattr(mesh, "axis_types", ()):
-            return mesh
-    return None
