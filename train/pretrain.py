@@ -119,11 +119,10 @@ class PretrainConfig:
 
     def schedule(self) -> optax.Schedule:
         """The learning rate by step."""
-        rise = max(1, self.steps // 10)
         return optax.warmup_cosine_decay_schedule(
-            self.learning_rate / (rise + 1),  # not 0: the first update would be lost
+            0.0,
             self.learning_rate,
-            rise,
+            max(1, self.steps // 10),
             max(2, self.steps),
             self.learning_rate / 10,
         )

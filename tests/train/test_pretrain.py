@@ -254,11 +254,6 @@ def test_docstrings_are_of_source_files_and_not_of_tests(tmp_path, monkeypatch):
         docstrings("sys")
 
 
-def test_the_first_update_is_not_lost(config):
-    schedule = dataclasses.replace(config, steps=40).schedule()
-    assert 0 < schedule(0) < schedule(1) < schedule(4) == config.learning_rate
-
-
 def test_a_file_that_is_no_tokenizer_is_named(config, tmp_path):
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match=r"bad\.json' is no tokenizer"):
