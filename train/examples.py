@@ -148,8 +148,8 @@ def classes_of(records: Iterable[Mapping[str, Any]], field: str) -> tuple[Any, .
     (0, 1)
     """
     labels = {_label(record, field) for record in records}
-    if len({type(label) for label in labels}) > 1:
-        raise ValueError(f"the field {field!r} is of several types: {sorted(map(repr, labels))}")
+    if len({isinstance(label, str) for label in labels}) > 1:
+        raise ValueError(f"the field {field!r} has names and numbers: {sorted(map(repr, labels))}")
     if len(labels) < 2:
         raise ValueError(f"all records have the {field} {labels.pop()!r}; two are needed at least")
     return tuple(sorted(labels))

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
 from lutjax.adapters.array import AdapterArray, is_adapter
 from lutjax.arrays import is_compressed
+from lutjax.dtypes import at_least_float32
 from lutjax.linear_maps import BoundMap, Gaussian, KronA, LinearMap, Projection, Reshaped
 from lutjax.linear_maps.composed import KronAMap
 from lutjax.linear_maps.dimension_numbers import (
@@ -56,7 +56,7 @@ def one_sided(
     >>> lutjax.lift(lambda p, x: x @ p["w"])(adapted, jnp.ones((1, 4))).shape
     (1, 6)
     """
-    return _adapt(params, map, key, weight_dimension_numbers, lambda bound: bound, None)
+    return _adapt(params, map, key, weight_dimension_numbers, lambda bound: bound, False)
 
 
 def two_sided(
@@ -65,7 +65,7 @@ def two_sided(
     key: PRNGKeyArray,
     *,
     weight_dimension_numbers: WeightDimensionNumbers = None,
-    dtype: Any = jnp.float32,
+    dtype: Any = None,
 ) -> Any:
     """LoRA: `W_0 + A B` with both factors trained, `A ~ N(0, 1/r)` of `[K, r]` and `B = 0`.
 
@@ -76,7 +76,8 @@ def two_sided(
       rank: `r`.
       key: Where `A` is drawn from.
       weight_dimension_numbers: As for :func:`one_sided`.
-      dtype: Of both factors. Small updates are lost in narrow ones.
+      dtype: Of both factors; None: that of the weight, or float32 if it is narrower, where small
+        updates would be lost.
 
     Source: LoRA (arXiv 2106.09685).
 
@@ -92,7 +93,7 @@ def two_sided(
         return Projection(bound.basis, "left")  # type: ignore[attr-defined]
 
     map_ = Gaussian(rank, side="left")
-    return _adapt(params, map_, key, weight_dimension_numbers, store_factor, dtype)
+    return _adapt(params, map_, key, weight_dimension_numbers, store_factor, True, dtype)
 
 
 def kronecker(
@@ -101,7 +102,7 @@ def kronecker(
     key: PRNGKeyArray,
     *,
     weight_dimension_numbers: WeightDimensionNumbers = None,
-    dtype: Any = jnp.float32,
+    dtype: Any = None,
 ) -> Any:
     """KronA: `W_0 + A (x) B` with both factors trained, `A` random of shape `factor` and `B = 0`.
 
@@ -110,7 +111,7 @@ def kronecker(
       factor: Shape of `A`; it divides the matrix.
       key: Where `A` is drawn from.
       weight_dimension_numbers: As for :func:`one_sided`.
-      dtype: Of both factors.
+      dtype: As for :func:`two_sided`.
 
     Source: KronA (arXiv 2212.10650).
 
@@ -119,7 +120,9 @@ def kronecker(
     >>> jax.tree.map(jnp.shape, trainable(adapted))
     {'w': {'factor': (2, 3), 'latent': (2, 2)}}
     """
-    return _adapt(params, KronA(factor), key, weight_dimension_numbers, lambda bound: bound, dtype)
+    return _adapt(
+        params, KronA(factor), key, weight_dimension_numbers, lambda bound: bound, True, dtype
+    )
 
 
 def _adapt(
@@ -128,9 +131,9 @@ def _adapt(
     key: PRNGKeyArray,
     weight_dimension_numbers: WeightDimensionNumbers,
     finish: Callable[[BoundMap], BoundMap],
-    factor_dtype: Any,
+    train_factor: bool,
+    dtype: Any = None,
 ) -> Any:
-    """`factor_dtype` is that of a factor which is trained with the latent; None if it is frozen."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_compressed)
     shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for _, leaf in leaves]
     numbers = resolve_dimension_numbers(
@@ -142,12 +145,10 @@ def _adapt(
         if name in numbers:
             leaf_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
             try:
-                dtype = leaf.dtype if factor_dtype is None else factor_dtype
-                bound = map_.init(
-                    leaf_key, leaf.shape, dtype=dtype, dimension_numbers=numbers[name]
-                )
-                trained = factor_dtype is not None
-                leaf = AdapterArray.of(leaf, finish(bound), train_factor=trained, dtype=dtype)
+                own = at_least_float32(leaf.dtype) if train_factor else leaf.dtype
+                own = own if dtype is None else dtype
+                bound = map_.init(leaf_key, leaf.shape, dtype=own, dimension_numbers=numbers[name])
+                leaf = AdapterArray.of(leaf, finish(bound), train_factor=train_factor, dtype=own)
             except ValueError as error:
                 raise ValueError(f"{name!r}: {error}") from None
         adapted.append(leaf)

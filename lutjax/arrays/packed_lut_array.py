@@ -10,7 +10,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from lutjax.arrays.base import CompressedArray, format_bytes
@@ -95,6 +95,16 @@ class PackedLutArray(CompressedArray):
         entries = [*words, *[None] * (array.words.ndim - len(words))]
         k, n = entries[count], entries[count + 2]
         split = Split(tuple(entries[:count]), k, n, mesh.shape)
+        specs = array.split_specs(split)
+
+        def is_placed(sharding: Any, spec: PartitionSpec, part: jax.Array) -> bool:
+            return sharding.is_equivalent_to(NamedSharding(mesh, spec), part.ndim)
+
+        if not all(jax.tree.leaves(jax.tree.map(is_placed, shardings, specs, array))):
+            raise ValueError(
+                "its scales and tables are not split as its codes are; place it with "
+                "lutjax.shardings_like"
+            )
         count_k, rows_of_all = split.shards(k), array.matrix_shape[0]
         rows = rows_of_all // count_k
         if count_k > 1 and array.group_size < rows_of_all and rows % array.group_size:
@@ -109,8 +119,7 @@ class PackedLutArray(CompressedArray):
             packed = jax.tree.map(lambda a: jnp.expand_dims(a, axes), whole.packed)
             return dataclasses.replace(whole, packed=packed, sharded=True)
 
-        parts = jax.tree.map(lambda sharding: sharding.spec, shardings)
-        pack = jax.shard_map(one, mesh=mesh, in_specs=(parts,), out_specs=split.spec(k, n))
+        pack = jax.shard_map(one, mesh=mesh, in_specs=(specs,), out_specs=split.spec(k, n))
         packed: Self = jax.jit(pack)(array)
         return packed
 

@@ -59,11 +59,10 @@ class LayerCache:
 def _write_ring(
     slots: Int32[Array, "b t"], old: Float[Array, "bk r h"], new: Float[Array, "bk t h"]
 ) -> Float[Array, "bk r h"]:
-    batch = slots.shape[0]
-    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
-    ring, new = (a.reshape(batch, -1, *a.shape[1:]) for a in (old, new))
-    # All heads of a token are one update: XLA on CPU makes one after the other.
-    return ring.at[rows, :, slots].set(new.swapaxes(1, 2), mode="drop").reshape(old.shape)
+    ring, new = (a.reshape(slots.shape[0], -1, *a.shape[1:]) for a in (old, new))
+    # Mapped, not indexed by row: so a batch that is split over devices is written where it is.
+    write = jax.vmap(lambda ring, new, slots: ring.at[:, slots].set(new, mode="drop"))
+    return write(ring, new, slots).reshape(old.shape)
 
 
 @jax.tree_util.register_dataclass

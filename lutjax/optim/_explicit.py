@@ -6,10 +6,11 @@ follow, so the compiler is left in charge of them there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lutjax.arrays import is_compressed
@@ -53,15 +54,34 @@ def init_with_auto_axes(init: Callable[[Any], Any], params: Any) -> Any:
     return jax.sharding.auto_axes(init, out_sharding=shardings)(params)
 
 
-def update_with_auto_axes(update: Callable[..., Any], updates: Any, state: Any, params: Any) -> Any:
-    """`update(updates, state, params)`; the results are sharded as the first two are."""
+def update_with_auto_axes(
+    update: Callable[..., Any], updates: Any, state: Any, params: Any, extra_args: Mapping[str, Any]
+) -> Any:
+    """`update(updates, state, params, **extra_args)`; results are sharded as the first two are."""
     mesh = explicit_mesh((updates, state))
     if mesh is None:
-        return update(updates, state, params)
+        return update(updates, state, params, **extra_args)
+    leaves, treedef = jax.tree.flatten(extra_args)
+    is_array = [isinstance(leaf, (jax.Array, np.ndarray)) for leaf in leaves]
+
+    def run(updates: Any, state: Any, params: Any, arrays: list[Any]) -> Any:
+        given = iter(arrays)
+        rest = [next(given) if a else leaf for leaf, a in zip(leaves, is_array, strict=True)]
+        return update(updates, state, params, **jax.tree.unflatten(treedef, rest))
 
     def like(array: Any) -> NamedSharding:
         sharding = jax.typeof(array).sharding
         return NamedSharding(mesh, sharding.spec if sharding.mesh.axis_names else PartitionSpec())
 
+    arrays = [leaf for leaf, a in zip(leaves, is_array, strict=True) if a]
     shardings = jax.tree.map(like, (updates, state))
-    return jax.sharding.auto_axes(update, out_sharding=shardings)(updates, state, params)
+    try:
+        return jax.sharding.auto_axes(run, out_sharding=shardings)(updates, state, params, arrays)
+    except ValueError as error:
+        if "mesh" in str(error):
+            error.add_note(
+                "Arrays that a transformation was made with under jax.set_mesh have the mesh in "
+                "their types, and so have those that a function among its arguments uses. Give "
+                "hyperparameters as numbers or schedules, or by optax.inject_hyperparams."
+            )
+        raise

@@ -40,13 +40,17 @@ def _name(key: Any) -> str | None:
     return key.name if isinstance(key, jax.tree_util.GetAttrKey) else None
 
 
-def find_moments(state: Any, paths: Collection[str]) -> list[tuple[Literal[1, 2], str] | None]:
+def find_moments(
+    state: Any, paths: Collection[str]
+) -> list[tuple[Literal[1, 2], str | None] | None]:
     """For each leaf of a state its order and the path of its parameter, None if no moment.
+
+    The outermost field decides. Those within the path of a parameter are its own names; where there
+    is none, as in a state of flattened parameters, the path is None.
 
     Args:
       state: The state of any optax transformation; a compressed array is one leaf.
-      paths: Those of all parameters. Only fields that hold a whole parameter are meant: one further
-        inside may be the parameter's own name.
+      paths: Those of the parameters.
 
     >>> import optax
     >>> find_moments(optax.adam(1.0).init({"v": 1.0}), {"v"})  # count, mu, nu
@@ -59,10 +63,13 @@ def find_moments(state: Any, paths: Collection[str]) -> list[tuple[Literal[1, 2]
             fields.setdefault(key_path[:i], set()).add(_name(key))
 
     def moment(key_path: _KeyPath) -> Any:
-        for i, key in enumerate(key_path):
+        suffixes = {i: path_string(key_path[i:]) for i in range(len(key_path) + 1)}
+        start, path = next(
+            ((i, path) for i, path in suffixes.items() if path in paths), (len(key_path), None)
+        )
+        for i, key in enumerate(key_path[:start]):
             orders = _ORDERS_BESIDE_N if {"m", "n"} <= fields[key_path[:i]] else _ORDERS
-            order, path = orders.get(_name(key) or ""), path_string(key_path[i + 1 :])
-            if order is not None and path in paths:
+            if (order := orders.get(_name(key) or "")) is not None:
                 return order, path
         return None
 
@@ -85,8 +92,8 @@ def map_moments(
     found = 0
     leaves, treedef = jax.tree.flatten(state, is_compressed)
     for i, moment in enumerate(find_moments(state, paths)):
-        if moment is not None:
-            order, path = moment
+        order, path = moment or (None, None)
+        if order is not None and path is not None:
             leaves[i] = function(path, order, leaves[i])
             found += order == 1
     return jax.tree.unflatten(treedef, leaves), found

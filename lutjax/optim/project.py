@@ -352,8 +352,8 @@ def _init(config: ProjectConfig, params: Any) -> ProjectState:
 def _update_anywhere(
     config: ProjectConfig, updates: Any, state: ProjectState, params: Any = None, **extra_args: Any
 ) -> tuple[Any, ProjectState]:
-    update = functools.partial(_update, config, **extra_args)
-    return update_with_auto_axes(update, updates, state, params)
+    update = functools.partial(_update, config)
+    return update_with_auto_axes(update, updates, state, params, extra_args)
 
 
 def _update(

@@ -164,6 +164,6 @@ def quantized_state(
         return new_updates, encode(dense, updates, [is_compressed(x) for x in old])
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        return update_with_auto_axes(partial(step, **extra_args), updates, state, params)
+        return update_with_auto_axes(step, updates, state, params, extra_args)
 
     return optax.GradientTransformationExtraArgs(partial(init_with_auto_axes, start), update)

@@ -171,6 +171,8 @@ def packed_matmul(
             raise NotImplementedError(
                 f"{reason}; use lut_matmul(..., transpose=True) with the canonical words"
             )
+    if not x.size:
+        return jnp.zeros((*x.shape[:-1], columns), x.dtype)
     interpret = interpret or dispatch.interpreting()
     rows, weight = _vary_alike(x.reshape(-1, contracted), weight)
     y = _apply(rows, weight, transpose, interpret)
@@ -207,6 +209,8 @@ def packed_matmul_grouped(
             f"implementation {weight.implementation!r} has no product with several weights"
         )
     _check(x, weight, weight.k, transpose=False)
+    if not x.size:
+        return jnp.zeros((*x.shape[:-1], weight.n), x.dtype)
     operands = _vary_alike(x, weight, groups, sizes)
     return _apply_grouped(*operands, interpret or dispatch.interpreting())
 

@@ -209,3 +209,9 @@ def test_factors_of_narrow_weights_are_float32(make):
     y = lutjax.lift(lambda p, x: x @ p["w"], strict=True)(adapted, x)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y, x @ params["w"])
+
+
+def test_factors_of_wide_weights_are_as_wide():
+    with jax.enable_x64(True):
+        adapted = two_sided({"w": jnp.ones((6, 8), jnp.float64)}, 2, jax.random.key(0))
+        assert trainable(adapted)["w"]["factor"].dtype == jnp.float64

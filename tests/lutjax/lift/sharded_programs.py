@@ -4,6 +4,7 @@
 PROGRAMS and fails loudly.
 """
 
+import dataclasses
 import sys
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import lutjax
 from lutjax.arrays import LowRankArray
+from lutjax.models import Decoder, DecoderConfig, init_cache
 from pallas_kernels.lut_matmul import interpret_kernels
 
 WIDTH, HIDDEN = 128, 256
@@ -256,6 +258,40 @@ def prepacked_for_tpus():
     assert jnp.linalg.norm(found - expected) < 2e-2 * jnp.linalg.norm(expected)
 
 
+def misplaced():
+    """Codes that are split and scales that are not."""
+    mesh = mesh_of(AxisType.Auto)
+    params = lutjax.quantize({"kernel": normal(0, 128, 64)}, bits=4, group_size=16)
+    placed = jax.device_put(params, NamedSharding(mesh, P()))
+    words = NamedSharding(mesh, P(None, None, "model"))
+    kernel = placed["kernel"]
+    kernel = dataclasses.replace(kernel, words=jax.device_put(kernel.words, words))
+    message = refusal(lambda: lutjax.prepack({"kernel": kernel}, implementation="xla"))
+    assert "place it with lutjax.shardings_like" in message, message
+
+
+def rings():
+    """A decoding step whose batch is split writes to rings without moving anything."""
+    config = DecoderConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_layers=2, num_heads=4,
+        num_kv_heads=2, head_dim=8, sliding_window=4,
+    )  # fmt: skip
+    model, mesh = Decoder(config), mesh_of(AxisType.Auto)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    rows, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    cache = init_cache(config, 2, 16)
+    shardings = jax.tree.map(lambda a: rows if a.ndim else whole, cache)
+    for time in (1, 3):
+        tokens = jnp.ones((2, time), jnp.int32)
+        step = jax.jit(
+            lambda params, tokens, cache: model.apply({"params": params}, tokens, cache=cache),
+            in_shardings=(whole, rows, shardings),
+            out_shardings=(rows, shardings),
+        )
+        text = step.lower(params, tokens, cache).compile().as_text()
+        assert not [line for line in text.splitlines() if " all-" in line or " collective-" in line]
+
+
 def prepacked_experts():
     """Experts that are split by columns, and experts over devices."""
     dense = normal(0, 8, WIDTH, HIDDEN)
@@ -320,7 +356,8 @@ PROGRAMS = {
     f.__name__: f
     for f in (
         *(gspmd, manual_outside, manual_inside, explicit, adapters),
-        *(prepacked, prepacked_for_tpus, prepacked_experts, unaligned_shards, experts),
+        *(prepacked, prepacked_for_tpus, prepacked_experts, unaligned_shards, misplaced, rings),
+        experts,
     )
 }
 

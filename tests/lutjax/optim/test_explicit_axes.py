@@ -15,7 +15,7 @@ def results():
     script = Path(__file__).parent / "explicit_axes.py"
     done = subprocess.run(
         [sys.executable, str(script)],
-        env=environment(4),
+        env=environment(4) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -25,13 +25,14 @@ def results():
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("name", ["galore", "galore_8bit", "flora", "lift", "adam_8bit"])
+@pytest.mark.parametrize("name", ["galore", "galore_8bit", "flora", "lift", "adam_8bit", "plateau"])
 def test_updates_equal_those_of_one_device_and_keep_their_sharding(results, name):
     found = results[name]
-    assert found["difference"] < 1e-5  # float32 sums in another order, rates of 1e-2
+    assert found["difference"] < 1e-4  # float32 sums in another order; updates are about 1e-2
     assert found["kept"]
 
 
 @pytest.mark.parametrize("name", ["galore", "galore_8bit", "flora", "adam_8bit"])
 def test_moments_are_sharded_as_their_parameters(results, name):
-    assert results[name]["split"] >= 4  # both moments of two weights at least
+    in_codes = "8bit" in name
+    assert results[name]["moments"] == [[in_codes, True]] * 2

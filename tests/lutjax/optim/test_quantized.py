@@ -142,6 +142,16 @@ def test_gradients_that_accumulate_have_signs():
     assert np.linalg.norm(kept - x) < 0.03 * np.linalg.norm(x)
 
 
+def test_flattened_second_moments_have_no_zero():
+    params = jnp.zeros((64, 64))
+    optimizer = quantized_state(optax.flatten(optax.adam(1e-3)), min_size=16)
+    state = optimizer.init(params)
+    gradients = jnp.full((64, 64), 1e-4).at[:, 0].set(1.0)
+    for step in range(3):
+        updates, state = optimizer.update(gradients if step == 0 else params, state)
+        assert np.abs(updates).max() < 2e-3
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_moments_in_codes_rotate_too(bits):
     params = {"big": jnp.zeros((64, 96)), "small": jnp.zeros((8, 16))}

@@ -107,6 +107,21 @@ def test_tiles_meet_the_weights_of_their_groups_on_hopper(m, case):
         assert not jnp.any(y[tile, size:])
 
 
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0, 64)])
+def test_no_rows_are_no_product(shape):
+    _, *weight = operands(make(Case(m=1, k=64, n=24)))
+    with interpret_kernels():
+        packed = prepack(
+            *weight,
+            k=64,
+            group_size=64,
+            implementation="mosaic_tpu",
+            device_kind="TPU v6 lite",
+        )
+        y = packed_matmul(jnp.zeros(shape, jnp.bfloat16), packed)
+    assert (y.shape, y.dtype) == ((*shape[:-1], 24), jnp.bfloat16)
+
+
 def test_tiles_meet_the_weights_of_one_layout_only():
     case = Case(m=1, k=64, n=64)
     _, *weight = operands(make(case))
