@@ -1,7 +1,11 @@
 """The environment of a process whose CPU is several devices; they share few cores."""
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
@@ -16,3 +20,17 @@ def environment(devices: int) -> dict[str, str]:
         # Devices wait for each other in threads; with as many as cores they can wait forever.
         "PJRT_NPROC": "32",
     }
+
+
+def printed_json(script: Path, devices: int, **settings: str) -> Any:
+    """What a script prints in a process of its own; ``settings`` are more of its environment."""
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env=environment(devices) | settings,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)

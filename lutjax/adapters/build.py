@@ -145,8 +145,9 @@ def _adapt(
         if name in numbers:
             leaf_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
             try:
-                own = at_least_float32(leaf.dtype) if train_factor else leaf.dtype
-                own = own if dtype is None else dtype
+                own = dtype
+                if dtype is None:
+                    own = at_least_float32(leaf.dtype) if train_factor else leaf.dtype
                 bound = map_.init(leaf_key, leaf.shape, dtype=own, dimension_numbers=numbers[name])
                 leaf = AdapterArray.of(leaf, finish(bound), train_factor=train_factor, dtype=own)
             except ValueError as error:

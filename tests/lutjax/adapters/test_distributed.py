@@ -1,8 +1,5 @@
 """What crosses the network, read off the compiled program for eight devices."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -12,24 +9,14 @@ import pytest
 from lutjax import linear_maps as lm
 from lutjax.adapters import dual, merge_workers, start_worker
 from lutjax.optim import project
-from tests.virtual_devices import environment
+from tests.virtual_devices import printed_json
 
 K, N, RANK, WORKERS = 64, 96, 4, 8
 
 
 @pytest.fixture(scope="module")
 def results():
-    script = Path(__file__).parent / "eight_devices.py"
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env=environment(8),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return printed_json(Path(__file__).parent / "eight_devices.py", 8)
 
 
 @pytest.mark.parametrize("name", ["gaussian", "svd"])

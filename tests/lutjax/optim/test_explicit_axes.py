@@ -1,28 +1,16 @@
 """Sharded parameters on a mesh with explicit axes, which is what ``jax.make_mesh`` makes."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.virtual_devices import environment
+from tests.virtual_devices import printed_json
 
 
 @pytest.fixture(scope="module")
 def results():
     script = Path(__file__).parent / "explicit_axes.py"
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env=environment(4) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return printed_json(script, 4, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
 
 
 @pytest.mark.parametrize("name", ["galore", "galore_8bit", "flora", "lift", "adam_8bit", "plateau"])
