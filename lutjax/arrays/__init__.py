@@ -14,6 +14,7 @@ from lutjax.arrays.row_dense_array import RowDenseArray
 from lutjax.arrays.row_lut_array import RowLutArray
 from lutjax.arrays.scales import DoubleQuant, QuantizedScales, quantize_scales
 from lutjax.arrays.sharding import shardings_like
+from lutjax.arrays.side_by_side import side_by_side
 from lutjax.arrays.sum_array import SumArray
 from lutjax.arrays.view import MatrixView
 from lutjax.arrays.wrapper import WrapperArray
@@ -41,4 +42,5 @@ __all__ = [
     "is_compressed",
     "quantize_scales",
     "shardings_like",
+    "side_by_side",
 ]

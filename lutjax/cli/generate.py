@@ -53,12 +53,16 @@ class Generate:
             raise ValueError("--prompt is empty; a prompt needs at least one character")
         import jax
 
+        import lutjax
         from lutjax.cli.models import load_model
         from lutjax.io import TextStream
         from lutjax.models import generate
 
         model = load_model(self.model, keep_quantized=self.keep_quantized)
-        if self.sparsity is not None:
+        if self.sparsity is None:
+            params = lutjax.prepack(lutjax.fuse_projections(model.params))
+            model = dataclasses.replace(model, params=params)
+        else:
             from lutjax.cli.sparsify import apply_plan
 
             model = apply_plan(model, self.sparsity, decode_only=True)

@@ -31,6 +31,7 @@ from lutjax.io.safetensors_writer import MAX_SHARD_BYTES, SafetensorsWriter, ten
 from lutjax.io.tokenizer import Tokenizer
 from lutjax.models.config import DecoderConfig
 from lutjax.models.decoder import Decoder
+from lutjax.models.projections import FUSED
 from lutjax.paths import named_leaves
 
 METADATA_NAME = "lutjax.json"
@@ -330,6 +331,12 @@ def _check_decoder(specs: Mapping[str, Any], config: DecoderConfig, source: str)
         shapes = {path: leaf.shape for path, leaf in named_leaves(tree)}
     else:
         shapes = parameter_shapes(config)
+    for path in specs:
+        if any(name in FUSED for name in path.split("/")):
+            raise ValueError(
+                f"{source}: {path!r} is several projections in one; save the parameters as they "
+                "are before lutjax.fuse_projections"
+            )
     for path in [*shapes, *specs]:
         if path not in specs:
             raise ValueError(f"{source}: the parameter {path!r} is missing")

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 from lutjax.models.cache import KVCache, LayerCache, Slots, layer_slots
 from lutjax.models.config import DecoderConfig
 from lutjax.models.mlp import MLP, MixtureOfExperts
+from lutjax.models.projections import project
 from lutjax.models.rope import apply_rope, rope_frequencies, rope_scale, rope_tables
 
 # Finite, so that a row of padding, which may attend to nothing, gets no NaN.
@@ -90,15 +91,14 @@ class Attention(nn.Module):
         batch, time, _ = x.shape
         heads, kv_heads, head_dim = config.num_heads, config.num_kv_heads, config.head_dim
 
-        def project(name: str, num: int) -> Float[Array, "b t n h"]:
-            dense = nn.Dense(
-                num * head_dim, use_bias=config.qkv_bias, dtype=config.dtype, name=name
-            )
-            return dense(x).reshape(batch, time, num, head_dim)
+        def dense(name: str, features: int) -> nn.Dense:
+            return nn.Dense(features, use_bias=config.qkv_bias, dtype=config.dtype, name=name)
 
-        q = project("q_proj", heads)
-        k = project("k_proj", kv_heads)
-        v = project("v_proj", kv_heads)
+        kv_size = kv_heads * head_dim
+        sizes = {"q_proj": heads * head_dim, "k_proj": kv_size, "v_proj": kv_size}
+        q, k, v = (
+            y.reshape(batch, time, -1, head_dim) for y in project(self, "qkv_proj", sizes, dense, x)
+        )
         if config.qk_norm:
             q = _norm(config, "q_norm")(q)
             k = _norm(config, "k_norm")(k)

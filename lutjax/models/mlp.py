@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from lutjax.models.config import DecoderConfig
+from lutjax.models.projections import project
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -42,8 +43,8 @@ class MLP(nn.Module):
         def dense(name: str, features: int) -> nn.Dense:
             return nn.Dense(features, use_bias=False, dtype=config.dtype, name=name)
 
-        gate = dense("gate_proj", config.intermediate_size)(x)
-        up = dense("up_proj", config.intermediate_size)(x)
+        sizes = dict.fromkeys(("gate_proj", "up_proj"), config.intermediate_size)
+        gate, up = project(self, "gate_up_proj", sizes, dense, x)
         return dense("down_proj", config.hidden_size)(_gated(config, gate, up))
 
 
@@ -88,10 +89,13 @@ class Experts(nn.Module):
     def __call__(self, x: Float[Array, "m d"], sizes: Int32[Array, " e"]) -> Float[Array, "m d"]:
         """Applies each expert to its rows: `sizes[0]` of the first, then those of the next."""
         config = self.config
-        gate = _Stacked(config, config.intermediate_size, name="gate_proj")(x, sizes)
-        up = _Stacked(config, config.intermediate_size, name="up_proj")(x, sizes)
-        hidden = _gated(config, gate, up)
-        return _Stacked(config, config.hidden_size, name="down_proj")(hidden, sizes)
+
+        def stacked(name: str, features: int) -> _Stacked:
+            return _Stacked(config, features, name=name)
+
+        columns = dict.fromkeys(("gate_proj", "up_proj"), config.intermediate_size)
+        gate, up = project(self, "gate_up_proj", columns, stacked, x, sizes)
+        return stacked("down_proj", config.hidden_size)(_gated(config, gate, up), sizes)
 
 
 class _Stacked(nn.Module):

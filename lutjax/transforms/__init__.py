@@ -6,6 +6,7 @@ from lutjax.transforms.decompose import (
     decompose_array,
     decompose_with_history,
 )
+from lutjax.transforms.fuse import fuse_projections
 from lutjax.transforms.importance import RowColumnMeans
 from lutjax.transforms.materialize import materialize
 from lutjax.transforms.partition import combine, partition
@@ -26,6 +27,7 @@ __all__ = [
     "decompose",
     "decompose_array",
     "decompose_with_history",
+    "fuse_projections",
     "materialize",
     "partition",
     "prepack",

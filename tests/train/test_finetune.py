@@ -415,8 +415,9 @@ def test_two_by_two_devices_train_alike(qlora_run):
     alone = dataclasses.replace(
         config, output=whole.output.parent / "alone", data_parallel=1, model_parallel=1
     )
-    settings = environment(4) | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    subprocess.run(run_command(config), cwd=ROOT, env=settings, check=True, capture_output=True)
+    subprocess.run(
+        run_command(config), cwd=ROOT, env=environment(4), check=True, capture_output=True
+    )
     expected = finetune(alone, quiet=True)
     found = [r["loss"] for r in read_metrics(config.output)[1:]]
     np.testing.assert_allclose(found, list(expected.losses.values()), rtol=1e-5)

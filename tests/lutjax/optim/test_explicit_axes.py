@@ -10,7 +10,7 @@ from tests.virtual_devices import printed_json
 @pytest.fixture(scope="module")
 def results():
     script = Path(__file__).parent / "explicit_axes.py"
-    return printed_json(script, 4, JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+    return printed_json(script, 4)
 
 
 @pytest.mark.parametrize("name", ["galore", "galore_8bit", "flora", "lift", "adam_8bit", "plateau"])

@@ -1,0 +1,111 @@
+"""Several weights that are multiplied with the same activations, as one weight."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from lutjax.arrays.base import CompressedArray
+from lutjax.arrays.concat_array import ConcatArray
+from lutjax.arrays.dense_array import DenseArray
+from lutjax.arrays.lut_array import LutArray
+from lutjax.arrays.rotated import RotatedArray
+from lutjax.arrays.scales import QuantizedScales
+from lutjax.arrays.sum_array import SumArray
+
+A = TypeVar("A", bound=CompressedArray)
+
+
+def side_by_side(*weights: CompressedArray | Float[Array, "*batch k n"]) -> Any:
+    """``[W1 W2 ...]``: one product instead of several where the weights are stored alike.
+
+    The data of dense weights are joined, and of lookup-table weights with the same tables and sizes
+    of groups, be they rotated or the parts of sums. Whatever else there is, such as low-rank parts
+    or doubly quantised scales, stays apart in a :class:`ConcatArray`, which multiplies by each.
+
+    Args:
+      *weights: Weights ``[*batch, K, N_i]``, outside ``jax.jit``: tables are compared.
+
+    Returns:
+      A weight ``[*batch, K, sum(N_i)]``; a ``jax.Array`` if all are.
+
+    Raises:
+      ValueError: If K, batch axes, views or dtypes of compressed weights differ.
+
+    >>> import lutjax
+    >>> weight = lutjax.quantize(jnp.eye(64), bits=4, group_size=32)
+    >>> side_by_side(weight, weight)
+    LutArray(shape=(64, 128), float32, 4 bits, group_size=32, 4.7 kB)
+    """
+    dense = [weight for weight in weights if not isinstance(weight, CompressedArray)]
+    if len(dense) == len(weights):
+        return jnp.concatenate(dense, axis=-1)
+    return _joined(
+        [
+            weight
+            if isinstance(weight, CompressedArray)
+            else DenseArray.of(weight, batch_ndim=weight.ndim - 2)
+            for weight in weights
+        ]
+    )
+
+
+def _joined(parts: Sequence[CompressedArray]) -> CompressedArray:
+    apart = ConcatArray.of(*parts, axis="n")  # says what does not fit
+    if parts[0].view.n != (-1,):
+        return apart
+    if luts := _all(LutArray, parts):
+        return _one_table(luts) if _are_alike(luts) else apart
+    if dense := _all(DenseArray, parts):
+        matrix = jnp.concatenate([part.matrix for part in dense], axis=-1)
+        return dataclasses.replace(dense[0], matrix=matrix)
+    rotated = _all(RotatedArray, parts)
+    if len({part.block for part in rotated}) == 1:
+        return RotatedArray.of(_joined([part.base for part in rotated]), rotated[0].block)
+    sums = _all(SumArray, parts)
+    if len({len(part.parts) for part in sums}) == 1:
+        return SumArray.of(*map(_joined, zip(*(part.parts for part in sums), strict=True)))
+    return apart
+
+
+def _all(kind: type[A], parts: Sequence[CompressedArray]) -> list[A]:
+    """The parts if all are of this kind, else none."""
+    found = [part for part in parts if isinstance(part, kind)]
+    return found if len(found) == len(parts) else []
+
+
+def _are_alike(parts: Sequence[LutArray]) -> bool:
+    """Whether one kernel can read them as one weight."""
+
+    def layout(part: LutArray) -> tuple:
+        offsets = None if part.offsets is None else part.offsets.dtype
+        # Quantised scales count from the smallest one of their matrix.
+        scales = id(part) if isinstance(part.scales, QuantizedScales) else part.scales.dtype
+        sizes = part.bits, part.vector_size, part.group_size, part.padding
+        return *sizes, scales, offsets, part.lut.shape[-3] == 1
+
+    if len({layout(part) for part in parts}) > 1:
+        return False
+    first = parts[0].lut
+    return first.shape[-3] > 1 or all(np.array_equal(first, part.lut) for part in parts[1:])
+
+
+def _one_table(parts: Sequence[LutArray]) -> LutArray:
+    first = parts[0]
+
+    def join(field: str, axis: int = -1) -> jax.Array:
+        return jnp.concatenate([getattr(part, field) for part in parts], axis=axis)
+
+    return dataclasses.replace(
+        first,
+        words=join("words"),
+        scales=join("scales"),
+        lut=first.lut if first.lut.shape[-3] == 1 else join("lut", axis=-3),
+        offsets=None if first.offsets is None else join("offsets"),
+    )
