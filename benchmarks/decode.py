@@ -1,9 +1,10 @@
 """Decoding speed of the dense float32 model and of compressed ones, in one run on this machine.
 
-    python benchmarks/decode.py [--variants dense nf4 gguf llama.cpp qwix] [--rounds 5]
+    python benchmarks/decode.py [--variants dense nf4 nf4-fused gguf llama.cpp qwix] [--rounds 5]
 
 Batch 1, 64 tokens a round after a short prompt; the variants take turns, so that whatever else the
 machine does hits all of them; the median over rounds counts. Prints JSON with the ratio to dense.
+``-fused`` joins the projections that multiply the same activations (`lutjax.fuse_projections`).
 ``llama.cpp`` runs the same GGUF file with a thread a core, if `xllamacpp` is installed; ``qwix``
 the same model with Qwix's 4-bit NormalFloat weights in tiles of 64, if `qwix` is.
 """
@@ -112,7 +113,9 @@ def main() -> None:
         if name == "qwix":
             apply_fn, params = qwix_nf4(model, dense)
         else:
-            params = variants(dense)[name]()
+            params = variants(dense)[name.removesuffix("-fused")]()
+            if name.endswith("-fused"):
+                params = lutjax.fuse_projections(params)
             apply_fn = lifted_if_needed(model.apply, params)
 
         def run(tokens: int, params: Any = params, apply_fn: Callable = apply_fn) -> float:
