@@ -73,7 +73,7 @@ $(VENV)/dev.stamp: $(VENV)/python.stamp pyproject.toml constraints.txt
 $(AOT)/aot.stamp: pyproject.toml constraints.txt Makefile
 	$(MAKE) $(AOT)/python.stamp VENV=$(AOT)
 	{ $(AOT)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-	    'jax[tpu]==$(JAX)' nvidia-cuda-nvcc jaxtyping ml_dtypes pytest pytest-xdist && \
+	    'jax[tpu]==$(JAX)' nvidia-cuda-nvcc flax jaxtyping ml_dtypes pytest pytest-xdist && \
 	  $(AOT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(COMPILERS); \
 	} || { echo 'make aot: the compilers of the kernels could not be installed; a package index must be reachable' >&2; exit 1; }
 	touch $@

@@ -2,11 +2,11 @@
 
     python benchmarks/model_decode.py [--rows 1 16] [--bits 4] [--smoke] [--output FOLDER]
 
-A model is its matrices (q, k, v in one product, gate and up in another), norms, attention over a
-cache of keys and values, and greedy tokens, in one program for all tokens; there are no rotary
-positions. Embedding and head are bfloat16 in every variant. Packed weights are prepacked for the
-platform's own kernel. The variants take turns; the median of rounds counts. ``--smoke`` shows on
-any machine that the program works.
+The model is the library's own, with its projections joined (`lutjax.fuse_projections`) in every
+variant, and a cache of keys and values; greedy tokens, in one program for all of them. Embedding
+and head are bfloat16 in every variant. Packed weights are prepacked for the platform's own kernel.
+The variants take turns; the median of rounds counts. ``--smoke`` shows on any machine that the
+program works.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import functools
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,117 +25,78 @@ import jax
 import jax.numpy as jnp
 from kernels import best_implementation
 
-from pallas_kernels.layout import packed_shape
-from pallas_kernels.lut_matmul import IMPLEMENTATIONS, PackedWeight, packed_matmul, prepack
+import lutjax
+from lutjax.models import Decoder, DecoderConfig, init_cache
+from pallas_kernels.lut_matmul import IMPLEMENTATIONS
 
 GROUP = 128
-DTYPE = jnp.bfloat16
+SLOTS = 256
+LLAMA_3_8B = DecoderConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    max_position_embeddings=8192,
+    rope_theta=500000.0,
+    tie_embeddings=False,
+    dtype=jnp.bfloat16,
+)
+SMOKE = dataclasses.replace(
+    LLAMA_3_8B,
+    vocab_size=64,
+    hidden_size=128,
+    intermediate_size=256,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+)
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """Of a decoder."""
+def random_params(config: DecoderConfig, bits: int | None, implementation: str) -> dict:
+    """Random weights, dense or packed; every block is made on the device, one after the other."""
+    one = Decoder(dataclasses.replace(config, num_layers=1))
 
-    layers: int = 32
-    width: int = 4096
-    inner: int = 14336
-    heads: int = 32
-    kv_heads: int = 8
-    vocabulary: int = 128256
-    slots: int = 256
+    def parts(key: jax.Array) -> dict:
+        params = one.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        return jax.tree.map(lambda a: a.astype(config.dtype), lutjax.fuse_projections(params))
 
-    @property
-    def head(self) -> int:
-        """Width of a head."""
-        return self.width // self.heads
+    @jax.jit
+    def block(key: jax.Array) -> dict:
+        params = parts(key)["layers"]["0"]
+        return params if bits is None else lutjax.quantize(params, bits=bits, group_size=GROUP)
 
-    @property
-    def matrices(self) -> dict[str, tuple[int, int]]:
-        """Of a layer."""
-        return {
-            "qkv": (self.width, (self.heads + 2 * self.kv_heads) * self.head),
-            "out": (self.width, self.width),
-            "gate_up": (self.width, 2 * self.inner),
-            "down": (self.inner, self.width),
-        }
+    @jax.jit
+    def rest(key: jax.Array) -> dict:
+        params = parts(key)
+        return {name: part for name, part in params.items() if name != "layers"}
 
-
-SMOKE = Shape(layers=2, width=128, inner=256, heads=4, kv_heads=2, vocabulary=64, slots=16)
+    last, *keys = jax.random.split(jax.random.key(0), config.num_layers + 1)
+    layers = {}
+    for i, key in enumerate(keys):
+        layers[str(i)] = block(key)
+        if bits is not None:
+            layers[str(i)] = lutjax.prepack(layers[str(i)], implementation=implementation)
+    return {**rest(last), "layers": layers}
 
 
-def random_matrix(key: jax.Array, k: int, n: int, bits: int | None, name: str) -> Any:
-    """A matrix that keeps the variance of what it multiplies: dense (``bits`` None) or packed."""
-    if bits is None:
-        return jax.random.normal(key, (k, n), DTYPE) * jnp.asarray(k**-0.5, DTYPE)
-    words = jax.random.bits(key, packed_shape((k, n), bits), jnp.uint8)
-    lut = jnp.linspace(-1.7, 1.7, 2**bits, dtype=jnp.float32).reshape(1, -1, 1)
-    scales = jnp.full((-(-k // GROUP), n), k**-0.5, DTYPE)
-    return prepack(words, scales, lut, k=k, group_size=GROUP, implementation=name)
-
-
-def random_model(shape: Shape, bits: int | None, name: str) -> dict:
-    """Random weights; every matrix is made on the device, one after the other."""
-    make = jax.jit(random_matrix, static_argnums=(1, 2, 3, 4))
-    keys = iter(jax.random.split(jax.random.key(0), shape.layers * 4 + 2))
-    layers = [
-        {part: make(next(keys), *size, bits, name) for part, size in shape.matrices.items()}
-        for _ in range(shape.layers)
-    ]
-    table = (shape.width, shape.vocabulary)
-    head, embedding = (make(next(keys), *table, None, name) for _ in range(2))
-    return {"layers": layers, "head": head, "embedding": embedding.T}
-
-
-def dot(x: jax.Array, weight: Any) -> jax.Array:
-    """``x @ W`` for either kind of weight."""
-    return packed_matmul(x, weight) if isinstance(weight, PackedWeight) else x @ weight
-
-
-def norm(x: jax.Array) -> jax.Array:
-    """RMS normalisation without a scale."""
-    x32 = x.astype(jnp.float32)
-    mean = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-    return (x32 * jax.lax.rsqrt(mean + 1e-5)).astype(x.dtype)
-
-
-def attend(shape: Shape, q: jax.Array, keys: jax.Array, values: jax.Array, slot: Any) -> jax.Array:
-    """One query a sequence, ``[B, heads · head]``, against the slots up to ``slot``."""
-    batch = q.shape[0]
-    q = q.reshape(batch, shape.kv_heads, -1, shape.head)
-    scores = jnp.einsum("bkgh,bskh->bkgs", q, keys, preferred_element_type=jnp.float32)
-    seen = (jnp.arange(shape.slots) <= slot)[None, None, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores * shape.head**-0.5, -1e30), axis=-1)
-    return jnp.einsum("bkgs,bskh->bkgh", weights.astype(values.dtype), values).reshape(batch, -1)
-
-
-def step(shape: Shape, model: dict, tokens: jax.Array, caches: list, slot: Any) -> tuple:
-    """The next tokens ``[B]`` and the caches."""
-    x = model["embedding"][tokens]
-    new = []
-    kv = shape.kv_heads * shape.head
-    for layer, (keys, values) in zip(model["layers"], caches, strict=True):
-        q, k, v = jnp.split(dot(norm(x), layer["qkv"]), (shape.width, shape.width + kv), axis=1)
-        one = (x.shape[0], 1, shape.kv_heads, shape.head)
-        keys = jax.lax.dynamic_update_slice(keys, k.reshape(one), (0, slot, 0, 0))
-        values = jax.lax.dynamic_update_slice(values, v.reshape(one), (0, slot, 0, 0))
-        new.append((keys, values))
-        x = x + dot(attend(shape, q, keys, values, slot), layer["out"])
-        gate, up = jnp.split(dot(norm(x), layer["gate_up"]), 2, axis=1)
-        x = x + dot(jax.nn.silu(gate) * up, layer["down"])
-    return jnp.argmax(norm(x) @ model["head"], axis=-1).astype(jnp.int32), new
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def generate(shape: Shape, model: dict, tokens: jax.Array, count: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 1, 4))
+def generate(
+    apply: Callable, config: DecoderConfig, params: dict, tokens: jax.Array, count: int
+) -> jax.Array:
     """``count`` greedy tokens after ``tokens``, ``int32[count, B]``."""
-    size = (tokens.shape[0], shape.slots, shape.kv_heads, shape.head)
-    caches = [(jnp.zeros(size, DTYPE), jnp.zeros(size, DTYPE)) for _ in range(shape.layers)]
 
-    def one(state: tuple, slot: Any) -> tuple:
-        tokens, caches = step(shape, model, state[0], state[1], slot)
-        return (tokens, caches), tokens
+    def one(state: tuple, _: None) -> tuple:
+        tokens, cache = state
+        logits, cache = apply({"params": params}, tokens[:, None], cache=cache)
+        tokens = jnp.argmax(logits[:, 0], axis=-1).astype(jnp.int32)
+        return (tokens, cache), tokens
 
-    return jax.lax.scan(one, (tokens, caches), jnp.arange(count))[1]
+    cache = init_cache(config, tokens.shape[0], SLOTS, config.dtype)
+    return jax.lax.scan(one, (tokens, cache), length=count)[1]
 
 
 def main() -> None:
@@ -149,18 +111,25 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
-    shape = SMOKE if args.smoke else Shape()
+    config = SMOKE if args.smoke else LLAMA_3_8B
     tokens, rounds = (2, 1) if args.smoke else (args.tokens, args.rounds)
     args.output.mkdir(parents=True, exist_ok=True)
     name = best_implementation(args.implementations)
-    models = {"bf16": random_model(shape, None, name)}
-    models |= {f"{bits}-bit": random_model(shape, bits, name) for bits in args.bits}
+    models = {"bf16": random_params(config, None, name)}
+    models |= {f"{bits}-bit": random_params(config, bits, name) for bits in args.bits}
+    dense, lifted = Decoder(config).apply, lutjax.lift(Decoder(config).apply, strict=True)
+    runs = {
+        kind: functools.partial(generate, dense if kind == "bf16" else lifted, config, params)
+        for kind, params in models.items()
+    }
     result: dict[str, Any] = {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "smoke": args.smoke,
         "implementation": name,
-        "shape": dataclasses.asdict(shape),
+        "shape": {
+            name: size for name, size in dataclasses.asdict(config).items() if type(size) is int
+        },
         "gigabytes": {
             kind: sum(a.nbytes for a in jax.tree.leaves(model)) / 1e9
             for kind, model in models.items()
@@ -169,14 +138,14 @@ def main() -> None:
         "over_bf16": {},
     }
     for rows in args.rows:
-        start = jnp.arange(rows, dtype=jnp.int32) % shape.vocabulary
-        times: dict[str, list[float]] = {kind: [] for kind in models}
-        for model in models.values():
-            jax.block_until_ready(generate(shape, model, start, tokens))
+        start = jnp.arange(rows, dtype=jnp.int32) % config.vocab_size
+        times: dict[str, list[float]] = {kind: [] for kind in runs}
+        for run in runs.values():
+            jax.block_until_ready(run(start, tokens))
         for _ in range(rounds):
-            for kind, model in models.items():
+            for kind, run in runs.items():
                 begin = time.perf_counter()
-                jax.block_until_ready(generate(shape, model, start, tokens))
+                jax.block_until_ready(run(start, tokens))
                 times[kind].append(time.perf_counter() - begin)
         result["tokens_per_second"][rows] = {
             kind: rows * tokens / statistics.median(taken) for kind, taken in times.items()
