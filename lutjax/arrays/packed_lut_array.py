@@ -168,13 +168,17 @@ class PackedLutArray(CompressedArray):
         identity = jnp.eye(self.matrix_shape[0], dtype=self.dtype)
         return self.matmul(jnp.broadcast_to(identity, (*self.batch_shape, *identity.shape)))
 
-    def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
-        """``x @ W`` by the kernel whose layout this is."""
-        return self._product(x, transpose=False)
+    def matmul(
+        self, x: Float[Array, "*batch m k"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m n"]:
+        """``x @ W`` by the kernel whose layout this is, in ``out_dtype`` or that of ``x``."""
+        return self._product(x, out_dtype, transpose=False)
 
-    def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
-        """``x @ W.T`` by the kernel whose layout this is."""
-        return self._product(x, transpose=True)
+    def matmul_transposed(
+        self, x: Float[Array, "*batch m n"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m k"]:
+        """``x @ W.T`` by the kernel whose layout this is, in ``out_dtype`` or that of ``x``."""
+        return self._product(x, out_dtype, transpose=True)
 
     def matmul_grouped(
         self, x: Float[Array, "t m k"], groups: Int[Array, " t"], sizes: Int[Array, " t"]
@@ -197,14 +201,14 @@ class PackedLutArray(CompressedArray):
                 "over several; go inside jax.shard_map, or run the canonical parameters"
             )
 
-    def _product(self, x: jax.Array, *, transpose: bool) -> jax.Array:
+    def _product(self, x: jax.Array, out_dtype: Any, *, transpose: bool) -> jax.Array:
         self._check(x)
         if self.sharded:
-            return self._whole()._product(x, transpose=transpose)
+            return self._whole()._product(x, out_dtype, transpose=transpose)
         if self.batch_shape:
-            return jax.vmap(lambda w, x: w._product(x, transpose=transpose))(self, x)
+            return jax.vmap(lambda w, x: w._product(x, out_dtype, transpose=transpose))(self, x)
         try:
-            return packed_matmul(x, self.packed, transpose=transpose)
+            return packed_matmul(x, self.packed, transpose=transpose, out_dtype=out_dtype)
         except NotImplementedError as error:
             raise NotImplementedError(f"{self!r}: {error}") from error
 
@@ -212,7 +216,7 @@ class PackedLutArray(CompressedArray):
         """Dense rows or columns, by a product with rows of the identity."""
         k, n = self.matrix_shape
         picks = jax.nn.one_hot(indices, k if axis == "k" else n, dtype=self.dtype)
-        return self._product(picks, transpose=axis == "n")
+        return self._product(picks, None, transpose=axis == "n")
 
     def split_specs(self, split: Split) -> Any:
         """Batch axes are split, and the shards that were packed.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -42,6 +42,9 @@ class Eval:
     keep_quantized: bool = False
     """Run matrices that are quantised already (GGUF, GPTQ, AWQ, bitsandbytes, compressed-tensors,
     MXFP4) as they are, not dequantised."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of activations and of what is not compressed; accelerators are fast in bfloat16. By default
+    float32, or what a compressed model was saved for."""
     sparsity: Path | None = None
     """Plan of `lutjax sparsify`: ignore small activations, for all tokens."""
 
@@ -73,7 +76,7 @@ class Eval:
         from lutjax.cli.models import load_model, text_windows
         from lutjax.evaluate import perplexity
 
-        model = load_model(path, keep_quantized=self.keep_quantized)
+        model = load_model(path, keep_quantized=self.keep_quantized, dtype=self.dtype)
         if self.sparsity is not None:
             from lutjax.cli.sparsify import apply_plan
 

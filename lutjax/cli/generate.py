@@ -6,6 +6,7 @@ import dataclasses
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -44,6 +45,9 @@ class Generate:
     keep_quantized: bool = False
     """Run matrices that are quantised already (GGUF, GPTQ, AWQ, bitsandbytes, compressed-tensors,
     MXFP4) as they are, not dequantised."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of activations and of what is not compressed; accelerators are fast in bfloat16. By default
+    float32, or what a compressed model was saved for."""
     sparsity: Path | None = None
     """Plan of `lutjax sparsify`: ignore small activations, for the tokens that are generated."""
 
@@ -58,7 +62,7 @@ class Generate:
         from lutjax.io import TextStream
         from lutjax.models import generate
 
-        model = load_model(self.model, keep_quantized=self.keep_quantized)
+        model = load_model(self.model, keep_quantized=self.keep_quantized, dtype=self.dtype)
         if self.sparsity is None:
             params = lutjax.prepack(lutjax.fuse_projections(model.params))
             model = dataclasses.replace(model, params=params)

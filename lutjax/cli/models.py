@@ -32,7 +32,9 @@ class RunnableModel:
     apply_fn: Callable[..., Any]
 
 
-def load_model(path: str, *, keep_quantized: bool = False) -> RunnableModel:
+def load_model(
+    path: str, *, keep_quantized: bool = False, dtype: str | None = None
+) -> RunnableModel:
     """Loads a model of any supported kind, and lifts it if its weights are compressed.
 
     Raises:
@@ -41,7 +43,7 @@ def load_model(path: str, *, keep_quantized: bool = False) -> RunnableModel:
     """
     import lutjax
 
-    model, params, tokenizer = lutjax.load(path, keep_quantized=keep_quantized)
+    model, params, tokenizer = lutjax.load(path, dtype, keep_quantized=keep_quantized)
     if tokenizer is None:
         raise ValueError(f"{path} has no tokenizer.json, so it cannot read text")
     return RunnableModel(model.config, params, tokenizer, lifted_if_needed(model.apply, params))

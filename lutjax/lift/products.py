@@ -51,7 +51,7 @@ def _dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
     if count or len(order) != 1:
         lead = [x.shape[axis] for axis in shared]
         rows = rows.reshape(*lead, int(np.prod(free_shape, dtype=int)), width)
-    y = _map_batches(weight, rows, plan)
+    y = _map_batches(weight, rows, plan, out_dtype)
 
     # y is [*weight batch axes, rows, result factors in stored order]
     sizes = [weight.shape[axis] for axis in plan.kept]
@@ -134,12 +134,17 @@ def _ordered(side: tuple[int, ...], axes: set[int]) -> tuple[int, ...]:
     return (*[a for a in side if a in axes], *sorted(axes.difference(side)))
 
 
-def _map_batches(weight: CompressedArray, rows: jax.Array, plan: _Plan) -> jax.Array:
+def _map_batches(
+    weight: CompressedArray, rows: jax.Array, plan: _Plan, out_dtype: Any
+) -> jax.Array:
     """``rows @ weight`` with the weight's batch axes leading; rows has those in ``plan.shared``."""
 
     def product(weight: Any, rows: jax.Array, axis: int) -> jax.Array:
         if axis == count:
-            return weight.matmul_transposed(rows) if plan.transposed else weight.matmul(rows)
+            multiply = weight.matmul_transposed if plan.transposed else weight.matmul
+            if isinstance(weight, PackedLutArray):  # its activations were not widened
+                return multiply(rows, out_dtype=out_dtype)
+            return multiply(rows)
         in_axes = (0, 0 if axis in plan.shared else None)
         return jax.vmap(lambda w, x: product(w, x, axis + 1), in_axes=in_axes)(weight, rows)
 

@@ -145,7 +145,12 @@ def prepack(
 
 
 def packed_matmul(
-    x: jax.Array, weight: PackedWeight, *, transpose: bool = False, interpret: Any = False
+    x: jax.Array,
+    weight: PackedWeight,
+    *,
+    transpose: bool = False,
+    out_dtype: Any = None,
+    interpret: Any = False,
 ) -> jax.Array:
     """``x @ W`` or ``x @ W.T`` for a prepacked weight; inference only (no gradient).
 
@@ -153,10 +158,11 @@ def packed_matmul(
       x: ``[..., K]``, or ``[..., N]`` when transposed.
       weight: From :func:`prepack`.
       transpose: Multiplies by the transposed weight, from the same words.
+      out_dtype: Of the result, to which the kernel's float32 sums are rounded; None: that of ``x``.
       interpret: Runs the kernel in interpret mode, as inside ``interpret_kernels()``.
 
     Returns:
-      ``[..., N]`` in the dtype of ``x``, or ``[..., K]`` when transposed.
+      ``[..., N]`` in ``out_dtype``, or ``[..., K]`` when transposed.
 
     Raises:
       TypeError: If a kernel's layout was made for activations of another dtype.
@@ -171,11 +177,12 @@ def packed_matmul(
             raise NotImplementedError(
                 f"{reason}; use lut_matmul(..., transpose=True) with the canonical words"
             )
+    out_dtype = np.dtype(x.dtype if out_dtype is None else out_dtype)
     if not x.size:
-        return jnp.zeros((*x.shape[:-1], columns), x.dtype)
+        return jnp.zeros((*x.shape[:-1], columns), out_dtype)
     interpret = interpret or dispatch.interpreting()
     rows, weight = _vary_alike(x.reshape(-1, contracted), weight)
-    y = _apply(rows, weight, transpose, interpret)
+    y = _apply(rows, weight, transpose, out_dtype, interpret)
     return y.reshape(*x.shape[:-1], columns)
 
 
@@ -242,7 +249,7 @@ def _apply_grouped(
             _gpu_problem(x.shape[1], weight, transpose=False, tiles=x.shape[0]),
             groups,
             sizes,
-            out_dtype=_out_dtype(x, weight),
+            out_dtype=_kernel_dtype(x.dtype, weight),
             interpret=interpret,
         )[..., : weight.n]
     if weight.offsets is not None:
@@ -303,24 +310,26 @@ def _gpu_problem(m: int, weight: PackedWeight, transpose: bool, tiles: int = 1) 
     )
 
 
-def _out_dtype(x: jax.Array, weight: PackedWeight) -> Any:
+def _kernel_dtype(out_dtype: Any, weight: PackedWeight) -> Any:
     """Of the kernel's result, to which offsets are added before it is rounded."""
-    return x.dtype if weight.offsets is None else jnp.float32
+    return out_dtype if weight.offsets is None else jnp.float32
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _apply(x: jax.Array, weight: PackedWeight, transpose: bool, interpret: Any) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _apply(
+    x: jax.Array, weight: PackedWeight, transpose: bool, out_dtype: np.dtype, interpret: Any
+) -> jax.Array:
     static = _static(weight, transpose)
     if not weight.padded:
         return lut_matmul(
-            x,
+            x.astype(max(x.dtype, out_dtype, key=lambda dtype: dtype.itemsize)),
             weight.planes[0],
             weight.scales,
             weight.table,
             weight.offsets,
             **static,
             implementation=weight.implementation,
-        )
+        ).astype(out_dtype)
     if weight.implementation == "mosaic_tpu":
         from pallas_kernels.lut_matmul import mosaic_tpu
 
@@ -334,11 +343,10 @@ def _apply(x: jax.Array, weight: PackedWeight, transpose: bool, interpret: Any) 
             x,
             (weight.planes, weight.scales, weight.table),
             _gpu_problem(x.shape[0], weight, transpose),
-            out_dtype=_out_dtype(x, weight),
+            out_dtype=_kernel_dtype(out_dtype, weight),
             interpret=interpret,
         )[:, : weight.k if transpose else weight.n]
-    y = add_offsets(y, x, weight.offsets, **static)
-    return y.astype(x.dtype)
+    return add_offsets(y, x, weight.offsets, **static).astype(out_dtype)
 
 
 def _for_rows(config: Any, m: int, transpose: bool) -> Any:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu
 from jax.sharding import PartitionSpec as P
 
 import lutjax
@@ -59,6 +60,35 @@ def test_stacked_layers_run_under_lift_like_the_canonical_ones():
     np.testing.assert_allclose(dense.astype("float32"), exact, rtol=1.01 * 2**-7)
     error = jnp.linalg.norm((y - expected).astype(float)) / jnp.linalg.norm(expected.astype(float))
     assert error < 2e-2  # two products in bfloat16 a layer, summed in another order
+
+
+@pytest.mark.parametrize("codebook", ["nf", "affine"])  # affine tables have offsets
+@pytest.mark.parametrize("implementation", ["mosaic_tpu", "mosaic_gpu", "xla"])
+def test_sums_are_not_rounded_where_a_wider_result_is_wanted(implementation, codebook):
+    """As the decoder wants its logits."""
+    if implementation == "mosaic_gpu" and not hasattr(mosaic_gpu, "InterpretGPUParams"):
+        pytest.skip(f"jax {jax.__version__} has no interpret mode for Mosaic GPU")
+    kind = "TPU v6 lite" if implementation == "mosaic_tpu" else None
+    w = weight(codebook=codebook)
+    x = jax.random.normal(jax.random.key(1), (3, 128), jnp.bfloat16)
+
+    def logits(params, x):
+        contract = (((1,), (0,)), ((), ()))
+        return jax.lax.dot_general(x, params["head"], contract, preferred_element_type=jnp.float32)
+
+    with interpret_kernels():
+        packed = lutjax.prepack({"head": w}, implementation=implementation, device_kind=kind)
+        run = lutjax.lift(logits, strict=True)
+        y, rounded = run(packed, x), x @ packed["head"]
+    assert y.dtype == jnp.float32 and rounded.dtype == jnp.bfloat16
+    table = w.lut if implementation == "xla" else w.lut.astype(jnp.bfloat16).astype(jnp.float32)
+    exact = dataclasses.replace(w, lut=table).astype("float32").materialize()
+    expected = np.asarray(x, np.float64) @ np.asarray(exact, np.float64)
+
+    def error(y):
+        return np.linalg.norm(np.asarray(y, np.float64) - expected) / np.linalg.norm(expected)
+
+    assert error(y) < 1e-4 < 1e-3 < error(rounded)
 
 
 def test_rows_are_taken_and_nested_weights_found():

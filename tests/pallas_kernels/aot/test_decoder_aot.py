@@ -1,4 +1,4 @@
-"""A decoder as `lutjax generate` runs it: four kernels a block, for which no weight is moved."""
+"""A decoder as `lutjax generate` runs it: four kernels a block and the head; no weight moves."""
 
 import re
 
@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import pytest
 
 import lutjax
+from lutjax import LutConfig, Recipe, Rule
 from lutjax.models import Decoder, DecoderConfig, init_cache
 
 S = jax.ShapeDtypeStruct
 BATCH = 16
+FOUR_BITS = LutConfig(bits=4, group_size=128)
+RECIPE = Recipe((Rule("lm_head/kernel", FOUR_BITS), Rule("*", FOUR_BITS)))
 SHAPE_OF_LLAMA_3_8B = DecoderConfig(
     vocab_size=128256,
     hidden_size=4096,
@@ -21,6 +24,7 @@ SHAPE_OF_LLAMA_3_8B = DecoderConfig(
     num_kv_heads=8,
     head_dim=128,
     max_position_embeddings=8192,
+    tie_embeddings=False,
     dtype=jnp.bfloat16,
 )
 
@@ -28,7 +32,7 @@ SHAPE_OF_LLAMA_3_8B = DecoderConfig(
 def parameters(model, tokens, implementation, kind):
     dense = model.init(jax.random.key(0), tokens)["params"]
     dense = jax.tree.map(lambda a: a.astype(jnp.bfloat16), dense)
-    params = lutjax.quantize(lutjax.fuse_projections(dense), bits=4, group_size=128)
+    params = lutjax.quantize(lutjax.fuse_projections(dense), RECIPE)
     return lutjax.prepack(params, implementation=implementation, device_kind=kind)
 
 
@@ -53,9 +57,9 @@ def test_one_token_takes_four_kernels_a_block(target, implementation, call):
 
     compiled, _ = compilers.compile_for(target, step, params, tokens, cache)
     program = compiled.as_text()
-    assert program.count(f'custom_call_target="{call}') == 4 * config.num_layers
+    assert program.count(f'custom_call_target="{call}') == 4 * config.num_layers + 1
     words = r"= [us]32\[\d+,\d+,\d+[\d,]*\]\S* ([\w-]+)\("
     assert set(re.findall(words, program)) <= {"parameter", "bitcast", "copy-done"}
-    # No dense matrix either: the temporary memory is little more than that of the logits.
+    # No dense matrix either: the temporary memory is that of the logits, once or twice.
     temporary = compiled.memory_analysis().temp_size_in_bytes
-    assert temporary < 1.1 * BATCH * config.vocab_size * 4
+    assert temporary < 2.1 * BATCH * config.vocab_size * 4
