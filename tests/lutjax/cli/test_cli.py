@@ -132,6 +132,9 @@ def test_quantize_eval_inspect_generate(capsys, tmp_path, source, text):
     assert results[0]["perplexity"] != results[1]["perplexity"]
     table = ok(capsys, "eval", out, *options)
     assert f"{results[1]['perplexity']:.4f}" in table
+    (half,) = json.loads(ok(capsys, "eval", out, *options, "--json", "--dtype", "bfloat16"))
+    assert half["perplexity"] == pytest.approx(results[1]["perplexity"], rel=0.03)
+    assert half["perplexity"] != results[1]["perplexity"]
 
     assert ok(capsys, "inspect", out) == f"{summary}\n"
     assert ok(capsys, "inspect", out, "--json") == summary.to_json() + "\n"
@@ -140,6 +143,7 @@ def test_quantize_eval_inspect_generate(capsys, tmp_path, source, text):
     plain = ok(capsys, "generate", out, *options)
     assert len(plain) == 9
     assert ok(capsys, "generate", out, *options, "--stream") == plain
+    assert len(ok(capsys, "generate", out, *options, "--dtype", "bfloat16")) == 9
     drawn = ok(capsys, "generate", out, *options, "--temperature", 2, "--seed", 1)
     assert drawn != plain
     assert ok(capsys, "generate", out, *options, "--temperature", 2, "--seed", 1) == drawn
