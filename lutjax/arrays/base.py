@@ -37,6 +37,8 @@ class CompressedArray(abc.ABC):
     dtype: np.dtype
     """The dtype of the weight that this array stands for."""
 
+    __array_ufunc__: ClassVar[None] = None  # NumPy leaves ``x @ W`` to the weight
+
     trains: ClassVar[bool] = False
     """Whether :func:`lutjax.partition` lets its floating-point arrays learn by default."""
 
@@ -160,8 +162,14 @@ class CompressedArray(abc.ABC):
         return self.transpose(range(self.ndim)[::-1])
 
     def materialize(self) -> jax.Array:
-        """The dense weight ``dtype[*shape]``."""
-        return self.view.from_matrix(self.materialize_matrix())
+        """The dense weight ``dtype[*shape]``, sharded as it is."""
+        from lutjax.arrays.typed_shardings import logical_sharding, run_with_auto_axes
+
+        def dense(weight: CompressedArray) -> jax.Array:
+            return weight.view.from_matrix(weight.materialize_matrix())
+
+        sharding = logical_sharding(self)
+        return dense(self) if sharding is None else run_with_auto_axes(dense, [self], sharding)
 
     def take(self, indices: jax.Array) -> jax.Array:
         """``W[indices]``: dense slices along the first logical axis, ``[*indices.shape, ...]``.
@@ -266,6 +274,7 @@ class CompressedArray(abc.ABC):
         """``x @ W`` for a weight whose logical axes are ``(K, N)``, or ``(N, K)`` stored."""
         if self.batch_shape or len(self.view.order) != 2:
             raise ValueError(f"x @ weight needs a matrix, got {self}; use jnp.einsum inside lift")
+        x = jnp.asarray(x)
         if self.view.k_axes == (0,):
             return self.matmul(x)
         return self.matmul_transposed(x)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from lutjax.arrays.base import CompressedArray, cut, format_bytes
 from lutjax.arrays.split import Split, typed_entries
 from lutjax.arrays.view import MATRIX, MatrixView
+from lutjax.dtypes import at_least_float32
 
 
 @functools.partial(
@@ -73,7 +74,8 @@ class LowRankArray(CompressedArray):
 
     def materialize_matrix(self) -> Float[Array, "*batch k n"]:
         """``left @ right``, accumulated in float32."""
-        product = jnp.matmul(self.left, self.right, preferred_element_type=jnp.float32)
+        wide = at_least_float32(self.dtype)
+        product = jnp.matmul(self.left, self.right, preferred_element_type=wide)
         return product.astype(self.dtype)
 
     def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:

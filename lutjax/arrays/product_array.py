@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from lutjax.arrays.base import CompressedArray
 from lutjax.arrays.split import Split
 from lutjax.arrays.view import MATRIX, MatrixView
+from lutjax.dtypes import at_least_float32
 
 
 @functools.partial(
@@ -79,7 +80,8 @@ class ProductArray(CompressedArray):
     def materialize_matrix(self) -> Float[Array, "*batch k n"]:
         """``left @ right``, accumulated in float32."""
         factors = (self.left.materialize_matrix(), self.right.materialize_matrix())
-        return jnp.matmul(*factors, preferred_element_type=jnp.float32).astype(self.dtype)
+        wide = at_least_float32(self.dtype)
+        return jnp.matmul(*factors, preferred_element_type=wide).astype(self.dtype)
 
     def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
         """``(x @ left) @ right`` in the dtype of ``x``."""

@@ -18,6 +18,7 @@ from lutjax.arrays.lut_array import LutArray
 from lutjax.arrays.rotated import RotatedArray
 from lutjax.arrays.scales import QuantizedScales
 from lutjax.arrays.sum_array import SumArray
+from lutjax.arrays.view import MATRIX
 
 A = TypeVar("A", bound=CompressedArray)
 
@@ -36,7 +37,9 @@ def side_by_side(*weights: CompressedArray | Float[Array, "*batch k n"]) -> Any:
       A weight ``[*batch, K, sum(N_i)]``; a ``jax.Array`` if all are.
 
     Raises:
-      ValueError: If K, batch axes, views or dtypes of compressed weights differ.
+      ValueError: If K, batch axes or dtypes of compressed weights differ, or one is a view of
+        another shape, such as a transposed one.
+      TypeError: If a lookup table is traced.
 
     >>> import lutjax
     >>> weight = lutjax.quantize(jnp.eye(64), bits=4, group_size=32)
@@ -58,8 +61,8 @@ def side_by_side(*weights: CompressedArray | Float[Array, "*batch k n"]) -> Any:
 
 def _joined(parts: Sequence[CompressedArray]) -> CompressedArray:
     apart = ConcatArray.of(*parts, axis="n")  # says what does not fit
-    if parts[0].view.n != (-1,):
-        return apart
+    if apart.view != MATRIX:
+        raise ValueError(f"{parts[0]!r} is not stored as [*batch, K, N]; its columns are no axis")
     if luts := _all(LutArray, parts):
         return _one_table(luts) if _are_alike(luts) else apart
     if dense := _all(DenseArray, parts):
@@ -93,6 +96,8 @@ def _are_alike(parts: Sequence[LutArray]) -> bool:
     if len({layout(part) for part in parts}) > 1:
         return False
     first = parts[0].lut
+    if any(isinstance(part.lut, jax.core.Tracer) for part in parts):
+        raise TypeError("lookup tables are compared to join weights; call this outside jax.jit")
     return first.shape[-3] > 1 or all(np.array_equal(first, part.lut) for part in parts[1:])
 
 

@@ -31,6 +31,8 @@ class Split:
         """Into how many pieces an entry splits its axis."""
         if entry is None:
             return 1
+        if entry is PartitionSpec.UNCONSTRAINED:
+            raise ValueError("PartitionSpec.UNCONSTRAINED does not say how to split a weight")
         names = (entry,) if isinstance(entry, str) else tuple(entry)
         return math.prod(self.sizes[name] for name in names)
 

@@ -110,6 +110,10 @@ def report(fn: Callable, *args: Any, **kwargs: Any) -> LiftReport:
 lift.report = report  # type: ignore[attr-defined]
 
 
+_ARRAY = object()
+"""Stands for an array among the results of a function."""
+
+
 def _run(fn: Callable, args: tuple, kwargs: dict, recorder: Recorder) -> Any:
     named = _named((args, kwargs))
     treedef = jax.tree.structure((args, kwargs), is_leaf=is_compressed)
@@ -126,7 +130,10 @@ def _run(fn: Callable, args: tuple, kwargs: dict, recorder: Recorder) -> Any:
         for leaf in out_leaves:
             if is_compressed(leaf):
                 raise TypeError(_captured(fn, leaf))
-        return [leaf for leaf in out_leaves if _is_array(leaf)]
+        arrays_out = [leaf for leaf in out_leaves if _is_array(leaf)]
+        # Tracers must not be held when the trace has ended.
+        out_leaves = [_ARRAY if _is_array(leaf) else leaf for leaf in out_leaves]
+        return arrays_out
 
     values = [
         Weight(leaf, path) if is_compressed(leaf) else _canonical(leaf)
@@ -135,7 +142,7 @@ def _run(fn: Callable, args: tuple, kwargs: dict, recorder: Recorder) -> Any:
     ]
     try:
         closed = jax.make_jaxpr(flat)(*map(logical, values))
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, AttributeError) as error:
         kind = next((c for c in _kinds(CompressedArray) if c.__name__ in str(error)), None)
         if kind is None or isinstance(error, MaterializationError):
             raise
@@ -143,7 +150,7 @@ def _run(fn: Callable, args: tuple, kwargs: dict, recorder: Recorder) -> Any:
     outputs = Evaluator(recorder)(closed.jaxpr, closed.consts, values)
     assert out_tree is not None
     rest = iter([y.array if isinstance(y, Weight) else y for y in outputs])
-    return out_tree.unflatten([next(rest) if _is_array(leaf) else leaf for leaf in out_leaves])
+    return out_tree.unflatten([next(rest) if leaf is _ARRAY else leaf for leaf in out_leaves])
 
 
 def _captured(fn: Callable, what: Any) -> str:
@@ -179,4 +186,5 @@ def _canonical(leaf: Any) -> Any:
 
 
 def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    """Whether it is traced; classes such as ``np.float32`` have these attributes, too."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)

@@ -14,10 +14,10 @@ from jax.extend import core as jex
 
 from lutjax.arrays import is_compressed
 from lutjax.arrays.split import explicit_mesh
+from lutjax.arrays.typed_shardings import run_with_auto_axes
 from lutjax.lift.higher_order import HIGHER_ORDER
 from lutjax.lift.report import Recorder
 from lutjax.lift.rules import DENSE_RULES, LOOKUPS, NEEDS_DENSE, PRODUCTS, RULES
-from lutjax.lift.typed_shardings import run_with_auto_axes
 from lutjax.lift.values import Weight, bind
 
 
@@ -77,7 +77,7 @@ class Evaluator:
         name = eqn.primitive.name
         if not any(isinstance(x, Weight) for x in operands):
             if name in DENSE_RULES:
-                result = DENSE_RULES[name](eqn.params, *operands)
+                result = DENSE_RULES[name](_typed(eqn), *operands)
                 if result is not NEEDS_DENSE:
                     return [result]
             return bind(eqn, operands)
@@ -117,11 +117,12 @@ def _run_rule(name: str, eqn: Any, arrays: list) -> Any:
     """A rule's result; on a mesh with explicit axes, products are computed under automatic ones."""
     weights = [a for a in arrays if is_compressed(a)]
     dense_result = name in PRODUCTS or (name == "gather" and not weights[0].batch_shape)
+    params = _typed(eqn) if name in PRODUCTS else eqn.params
     if not dense_result or all(explicit_mesh(w) is None for w in weights):
-        return RULES[name](eqn.params, *arrays)
+        return RULES[name](params, *arrays)
 
     def compute(*arrays: Any) -> jax.Array:
-        result = RULES[name](eqn.params, *arrays)
+        result = RULES[name](params, *arrays)
         if result is NEEDS_DENSE:
             raise _UnfitError
         return result
@@ -130,6 +131,11 @@ def _run_rule(name: str, eqn: Any, arrays: list) -> Any:
         return run_with_auto_axes(compute, arrays, eqn.outvars[0].aval.sharding)
     except _UnfitError:
         return NEEDS_DENSE
+
+
+def _typed(eqn: Any) -> dict[str, Any]:
+    """The parameters of a product, with the dtype that JAX gave to its result."""
+    return eqn.params | {"preferred_element_type": eqn.outvars[0].aval.dtype}
 
 
 class _UnfitError(Exception):

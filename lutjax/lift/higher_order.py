@@ -136,7 +136,14 @@ def _cond(eqn: Any, operands: list, evaluator: Any) -> list:
 
         return run
 
-    results = jax.lax.switch(index, [branch(closed) for closed in branches], *packer.pack(values))
+    runs, platforms = [branch(closed) for closed in branches], eqn.params.get("branches_platforms")
+    if platforms is None:
+        results = jax.lax.switch(index, runs, *packer.pack(values))  # fills in ``outputs``
+        return outputs.unpack(results)
+    # ``jax.lax.platform_dependent``: a branch may only compile for its own platforms.
+    named = {name: run for run, names in zip(runs, platforms, strict=True) for name in names or ()}
+    default = next((r for r, names in zip(runs, platforms, strict=True) if names is None), None)
+    results = jax.lax.platform_dependent(*packer.pack(values), default=default, **named)
     return outputs.unpack(results)
 
 

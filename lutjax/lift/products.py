@@ -31,7 +31,7 @@ def _dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
     else:
         weight, x = rhs, lhs
         (x_contract, w_contract), (x_batch, w_batch) = contract, batch
-    out_dtype = params["preferred_element_type"] or jnp.result_type(lhs.dtype, rhs.dtype)
+    out_dtype = params["preferred_element_type"]
     if not (fits_kernel(x.dtype) and fits_kernel(out_dtype)):
         return NEEDS_DENSE
     plan = plan_product(weight, tuple(w_contract), tuple(w_batch))
@@ -184,15 +184,15 @@ def _gather(params: dict, weight: Any, indices: Any) -> Any:
     inside = (index >= 0) & (index < limit)
     index = jnp.clip(index, 0, limit - 1)
     if axis < len(weight.batch_shape):
-        if fills or batched or axis:  # a compressed weight cannot be filled with NaN
+        if fills or batched or (axis and index.ndim):  # it cannot be filled with NaN
             return NEEDS_DENSE
         lead = tuple(range(index.ndim))
         if any(place in lead for place in numbers.offset_dims):
             return NEEDS_DENSE
 
         def choose(a: jax.Array) -> jax.Array:
-            chosen = jnp.take(a, index, axis=0, mode="clip")
-            return jnp.expand_dims(chosen, index.ndim) if stays else chosen
+            chosen = jnp.take(a, index, axis=axis, mode="clip")
+            return jnp.expand_dims(chosen, index.ndim + axis) if stays else chosen
 
         return jax.tree.map(choose, weight)
     if batched != tuple(range(len(weight.batch_shape))) or batched != tuple(
@@ -204,7 +204,8 @@ def _gather(params: dict, weight: Any, indices: Any) -> Any:
         return NEEDS_DENSE
     if fills:
         fill = params["fill_value"]
-        fill = jnp.asarray(jnp.nan if fill is None else fill, slices.dtype)
+        # NumPy's, as debug_nans looks at what JAX makes.
+        fill = np.asarray(np.nan if fill is None else fill).astype(slices.dtype)
         inside = inside.reshape(inside.shape + (1,) * (slices.ndim - inside.ndim))
         slices = jnp.where(inside, slices, fill)
     if stays:

@@ -79,7 +79,7 @@ def _planned(
     plan = plan_product(weight, w_contract, ())
     if plan is None or plan.summed or len(plan.contracted) != len(x_contract):
         return None
-    out_dtype = params["preferred_element_type"] or jnp.result_type(x.dtype, weight.dtype)
+    out_dtype = params["preferred_element_type"]
     if not (fits_kernel(x.dtype) and fits_kernel(out_dtype)):
         return None
     partner = dict(zip(w_contract, x_contract, strict=True))

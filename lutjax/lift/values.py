@@ -10,8 +10,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lutjax.arrays import CompressedArray
-from lutjax.arrays.split import explicit_mesh
-from lutjax.lift.typed_shardings import logical_sharding, run_with_auto_axes
+from lutjax.arrays.typed_shardings import logical_sharding
 from pallas_kernels.manual_axes import vary_over, varying_axes
 
 
@@ -41,9 +40,7 @@ class Weight:
 
     def dense(self) -> jax.Array:
         """The dense array that it stands for."""
-        if explicit_mesh(self.array) is None:
-            return self.array.materialize()
-        return run_with_auto_axes(lambda a: a.materialize(), [self.array], self.logical.sharding)
+        return self.array.materialize()
 
 
 def logical(value: Any) -> Any:

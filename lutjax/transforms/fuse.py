@@ -58,7 +58,7 @@ def _fuse(
             new[key], found = _fuse(child, groups, f"{path}{key}/")
             joined |= found
     for name, parts in groups.items():
-        if all(part in new for part in parts):
+        if all(isinstance(new.get(part), Mapping) for part in parts):
             new[name] = _join([new.pop(part) for part in parts], path + ", ".join(parts))
             joined = True
     return new, joined

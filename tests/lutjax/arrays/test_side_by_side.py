@@ -97,6 +97,17 @@ def test_dense_weights_stay_dense():
     np.testing.assert_array_equal(whole, np.concatenate(DENSE, axis=-1))
 
 
+def test_tables_that_are_traced_cannot_be_compared():
+    with pytest.raises(TypeError, match=r"outside jax\.jit"):
+        jax.jit(side_by_side)(*quantized(bits=4))
+
+
+def test_views_of_other_shapes_are_refused():
+    turned = [part.transpose((0, 2, 1)) for part in quantized(bits=4)]
+    with pytest.raises(ValueError, match=r"is not stored as \[\*batch, K, N\]"):
+        side_by_side(*turned)
+
+
 def test_rows_have_to_agree():
     with pytest.raises(ValueError, match="cannot concatenate"):
         side_by_side(*quantized(bits=4)[:2], jnp.ones((2, 48, 8)))

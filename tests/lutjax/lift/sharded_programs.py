@@ -79,6 +79,18 @@ def gspmd():
         np.testing.assert_allclose(compiled(sharded, x), expected, rtol=2e-5, atol=2e-5)
 
 
+def unconstrained():
+    """A constraint that leaves an axis to the compiler says nothing about a weight's parts."""
+    params, x = make_params(), normal(2, 16, WIDTH)
+    sharding = NamedSharding(mesh_of(AxisType.Auto), P("model", P.UNCONSTRAINED))
+
+    def fn(params, x):
+        return x @ jax.lax.with_sharding_constraint(params["up"]["kernel"], sharding)
+
+    y = jax.jit(lutjax.lift(fn, strict=True))(params, x)
+    np.testing.assert_allclose(y, x @ params["up"]["kernel"].materialize(), rtol=2e-5, atol=2e-5)
+
+
 def manual_outside():
     """Lift within shard_map: each device multiplies with its shard."""
     for kind in (AxisType.Auto, AxisType.Explicit):
@@ -148,6 +160,9 @@ def explicit():
     expected = mlp(lutjax.materialize(params), x)
     with jax.set_mesh(mesh):
         sharded = place(params, mesh)
+        dense = sharded["up"]["kernel"].materialize()
+        assert dense.sharding.spec == SPECS["up"]["kernel"], dense.sharding
+        np.testing.assert_array_equal(dense, params["up"]["kernel"].materialize())
         x = jax.device_put(x, NamedSharding(mesh, P("data", None)))
 
         def fn(params, x):
@@ -355,7 +370,7 @@ def experts():
 PROGRAMS = {
     f.__name__: f
     for f in (
-        *(gspmd, manual_outside, manual_inside, explicit, adapters),
+        *(gspmd, unconstrained, manual_outside, manual_inside, explicit, adapters),
         *(prepacked, prepacked_for_tpus, prepacked_experts, unaligned_shards, misplaced, rings),
         experts,
     )

@@ -154,3 +154,33 @@ def test_tracing_leaves_no_dense_weight_in_the_program():
 def test_eval_shape_of_a_lifted_function():
     out = jax.eval_shape(lutjax.lift(lambda w, x: x @ w, strict=True), W, X)
     assert out.shape == (2, 24) and out.dtype == jnp.float32
+
+
+def test_a_class_is_no_array():
+    def cast(w, x, dtype):
+        return (x @ w).astype(dtype)
+
+    expected = (X @ W.materialize()).astype(jnp.float16)
+    jitted = jax.jit(lutjax.lift(cast), static_argnames="dtype")
+    for y in (lutjax.lift(cast)(W, X, np.float16), jitted(W, X, dtype=np.float16)):
+        assert y.dtype == jnp.float16
+        np.testing.assert_allclose(y, expected, rtol=1e-2, atol=1e-2)
+    assert len(lutjax.lift.report(cast, W, X, np.float16).fused) == 1
+
+
+def test_an_error_of_the_function_stays_what_it_is():
+    def refuse(w, x):
+        raise ValueError("expected a LutArray here")
+
+    with pytest.raises(ValueError, match="expected a LutArray here"):
+        lutjax.lift(refuse)(W, X)
+
+
+def test_no_tracer_outlives_the_trace():
+    with jax.checking_leaks():
+        y = jax.jit(lutjax.lift(jnp.matmul))(X, W)
+    np.testing.assert_allclose(y, X @ W.materialize(), rtol=1e-5, atol=1e-5)
+
+
+def test_numpy_rows_times_a_weight():
+    np.testing.assert_array_equal(np.asarray(X, np.float64) @ W, X @ W)

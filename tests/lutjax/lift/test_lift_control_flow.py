@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from lift_checks import assert_close, assert_lifted, normal, weight
 
 import lutjax
@@ -333,3 +334,19 @@ def test_named_scopes_reach_the_compiled_program():
 
 def test_numpy_inputs():
     assert_lifted(lambda w, x: x @ w, square(), np.asarray(X))
+
+
+def test_a_branch_is_compiled_for_its_platforms_only():
+    def kernel(x_ref, y_ref):
+        y_ref[...] = x_ref[...]
+
+    def on_tpu(w, x):  # which no CPU compiles
+        y = x @ w
+        return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(y.shape, y.dtype))(y)
+
+    def run(w, x):
+        return jax.lax.platform_dependent(w, x, tpu=on_tpu, default=lambda w, x: x @ w)
+
+    w, x = weight(32, 24), normal(3, 32)
+    y = jax.jit(lutjax.lift(run, strict=True))(w, x)
+    assert_close(y, x @ w.materialize())

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lift_checks import assert_lifted, normal, weight
+from lift_checks import assert_close, assert_lifted, normal, weight
 
 import lutjax
+from lutjax.arrays import DenseArray, LowRankArray, ProductArray
 
 EINSUMS = [  # subscripts with the weight second, its shape, its contraction axes, batch axes
     ("bk,kn->bn", (32, 24), 0, 0),
@@ -188,3 +189,57 @@ def test_random_functions_of_a_low_rank_and_a_sum_array():
         return x @ w, (x @ w) @ w.T, w[i], w[:, 8:16], p["a"][i]
 
     assert_lifted(fn, params, normal(2, 32), jnp.array([3, 31]))
+
+
+@pytest.mark.parametrize(
+    ("x_dtype", "w_dtype"),
+    [
+        ("bfloat16", "float16"),
+        ("float16", "bfloat16"),
+        ("bfloat16", "float32"),
+        ("float32", "bfloat16"),
+    ],
+)
+def test_the_result_has_the_dtype_that_jax_gives_it(x_dtype, w_dtype):
+    """Under strict promotion, too, which knows nothing of ``lax.dot_general``."""
+    w, x = weight(32, 24).astype(w_dtype), normal(3, 32).astype(x_dtype)
+
+    def product(w, x):
+        return jax.lax.dot_general(x, w, (((1,), (0,)), ((), ())))
+
+    y, expected = lutjax.lift(product, strict=True)(w, x), product(w.materialize(), x)
+    assert y.dtype == expected.dtype
+    error = np.linalg.norm(np.asarray(y, np.float64) - np.asarray(expected, np.float64))
+    assert error < 1e-2 * np.linalg.norm(np.asarray(expected, np.float64))
+
+
+def test_low_rank_weights_of_float64():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        left, right = rng.normal(size=(32, 4)), rng.normal(size=(4, 24))
+        low_rank = LowRankArray.of(jnp.asarray(left), jnp.asarray(right))
+        factors = ProductArray.of(
+            DenseArray.of(jnp.asarray(left)), DenseArray.of(jnp.asarray(right))
+        )
+        with pytest.warns(lutjax.MaterializationWarning):  # kernels sum in float32
+            y = lutjax.lift(jnp.matmul)(jnp.eye(32), low_rank)
+        np.testing.assert_allclose(y, left @ right, rtol=1e-13, atol=1e-13)
+        np.testing.assert_allclose(factors.materialize(), left @ right, rtol=1e-13, atol=1e-13)
+
+
+def test_one_of_a_second_stacked_axis_stays_compressed():
+    stack, x = weight(3, 2, 32, 24, batch_ndim=2), normal(3, 5, 32)
+
+    def run(stack, x, i):
+        return jnp.einsum("ebk,ekn->ebn", x, stack[:, i])
+
+    i = jnp.int32(1)
+    y = lutjax.lift(run, strict=True)(stack, x, i)
+    assert_close(y, run(stack.materialize(), x, i))
+
+
+def test_lookups_under_debug_nans():
+    w, i = weight(32, 24), jnp.array([1, 5])
+    with jax.debug_nans(True):
+        rows = lutjax.lift(lambda w, i: jnp.take(w, i, axis=0), strict=True)(w, i)
+    np.testing.assert_array_equal(rows, w.materialize()[i])

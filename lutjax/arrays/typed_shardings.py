@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from lutjax.arrays import CompressedArray
+from lutjax.arrays.base import CompressedArray
 from lutjax.arrays.sharding import logical_spec
 from lutjax.arrays.split import explicit_mesh
 
