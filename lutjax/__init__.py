@@ -79,8 +79,27 @@ _LAZY = {
 }
 
 
+_SUBPACKAGES = (
+    "adapters",
+    "allocate",
+    "calibrate",
+    "io",
+    "linear_maps",
+    "models",
+    "optim",
+    "sparsity",
+)
+
+
 def __getattr__(name: str) -> Any:
-    """Imports the names of `_LAZY` on first use."""
+    """Imports the names of `_LAZY`, and subpackages, on first use."""
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"lutjax.{name}")
     raise AttributeError(f"module 'lutjax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What there is to use, imported or not."""
+    return sorted({*__all__, *_SUBPACKAGES, "arrays", "transforms"})

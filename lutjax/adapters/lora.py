@@ -69,7 +69,7 @@ def init(
       The adapter, by path.
 
     Raises:
-      ValueError: If nothing matches, or the rank does not fit a matrix.
+      ValueError: If a target matches nothing, or the rank does not fit a matrix.
 
     Source: LoRA (arXiv 2106.09685).
     """
@@ -91,9 +91,10 @@ def init(
         own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
         left = jax.random.normal(own_key, (*batch, k, rank), dtype) / jnp.asarray(k**0.5, dtype)
         adapter[path] = LowRankArray.of(left, jnp.zeros((*batch, rank, n), dtype), view)
-    if not adapter:
-        near = near_misses(targets[0], [path for path, _ in leaves])
-        raise ValueError(f"no matrix matches {list(targets)}; the nearest paths are {near}")
+    for pattern in targets:
+        if not any(_is_target(path, leaf, (pattern,)) for path, leaf in leaves):
+            near = near_misses(pattern, [path for path, _ in leaves])
+            raise ValueError(f"no matrix matches {pattern!r}; the nearest paths are {near}")
     return adapter
 
 
@@ -209,6 +210,8 @@ def stack(
     [[0.0, 0.0], [0.0, 0.0]]
     """
     weights = [1.0] * len(adapters) if weights is None else weights
+    if len(weights) != len(adapters):
+        raise ValueError(f"{len(adapters)} adapters, but {len(weights)} weights; give one for each")
     parts: dict[str, list[LowRankArray]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         for path, part in adapter.items():

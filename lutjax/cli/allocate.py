@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from lutjax.cli.decompose import single_threaded_lapack
-from lutjax.cli.options import refuse_beside, refuse_without
+from lutjax.cli.options import check_plot, refuse_beside, refuse_without
 
 if TYPE_CHECKING:
     from lutjax import LutConfig
@@ -101,6 +101,7 @@ class Allocate:
             refuse_beside(self, "--higgs", *_LOW_RANK)
             if self.model is not None and self.text is None:
                 raise ValueError("--higgs measures on a text; name one with --text")
+        check_plot(self.plot)
         for file in (self.output, self.plot):
             if file is not None and not file.absolute().parent.is_dir():
                 raise FileNotFoundError(f"the directory of {file} does not exist")

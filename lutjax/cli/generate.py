@@ -10,6 +10,8 @@ from typing import Literal
 
 import tyro
 
+from lutjax.cli.options import refuse_without
+
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
@@ -55,6 +57,8 @@ class Generate:
         """Generates, prints the text, and its speed on standard error."""
         if not self.prompt:
             raise ValueError("--prompt is empty; a prompt needs at least one character")
+        if not self.temperature:
+            refuse_without(self, "--temperature above 0", "top_k", "top_p", "seed")
         import jax
 
         import lutjax

@@ -90,6 +90,11 @@ def text_windows(
     if begin and tokenizer.decode(begin, skip_special_tokens=False) != tokenizer.bos_token:
         begin = []
     ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) + len(begin) < window:
+        raise ValueError(
+            f"the text has {len(ids) + len(begin)} tokens, fewer than --window {window}; give a "
+            "longer text with --text, or a smaller window"
+        )
     rows = windows(ids, window - len(begin), count)
     first = np.broadcast_to(np.array(begin, np.int32), (len(rows), len(begin)))
     return np.concatenate([first, rows], axis=1)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
+
+_PICTURES = (".png", ".svg", ".pdf", ".jpg")
 
 
 def refuse_beside(command: Any, given: str, *options: str) -> None:
@@ -34,6 +37,16 @@ def refuse_without(command: Any, missing: str, *options: str) -> None:
     """
     for flag in _given(command, options):
         raise ValueError(f"{flag} needs {missing}")
+
+
+def check_plot(path: Path | None) -> None:
+    """Raises before anything is computed if a plot could not be written in that format.
+
+    Raises:
+      ValueError: names the file and the formats.
+    """
+    if path is not None and path.suffix.lower() not in _PICTURES:
+        raise ValueError(f"--plot {path}: use a name that ends in {', '.join(_PICTURES)}")
 
 
 def _given(command: Any, options: tuple[str, ...]) -> list[str]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from lutjax.cli.options import check_plot
+
 if TYPE_CHECKING:
     from lutjax.cli.models import RunnableModel
 
@@ -98,6 +100,7 @@ class Sparsify:
 
     def _check(self) -> None:
         """Refuses what would fail after the calibration."""
+        check_plot(self.plot)
         for path in filter(None, (self.output, self.plot)):
             if path.is_dir():
                 raise ValueError(f"{path} is a directory; name a file in it")

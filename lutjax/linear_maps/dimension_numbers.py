@@ -129,8 +129,9 @@ def matching(*patterns: str, numbers: DimensionNumbers | None = None) -> Callabl
         leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_masked)
         paths = [path_string(path) for path, _ in leaves]
         hit = [any(fnmatch.fnmatchcase(p, pattern) for pattern in patterns) for p in paths]
-        if paths and not any(hit):
-            raise ValueError(f"no parameter matches {patterns}; the paths are {paths}")
+        for pattern in patterns if paths else ():
+            if not fnmatch.filter(paths, pattern):
+                raise ValueError(f"no parameter matches {pattern!r}; the paths are {paths}")
         return jax.tree.unflatten(treedef, [found if h else None for h in hit])
 
     return resolve

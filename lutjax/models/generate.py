@@ -162,6 +162,11 @@ def _check_prompts(
     if not len(prompts):
         raise ValueError("prompts is empty; pass at least one prompt")
     for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str) or not isinstance(prompt, Sequence | np.ndarray):
+            raise TypeError(
+                f"prompt {i} is {prompt!r}; prompts are lists of token ids, such as "
+                "[tokenizer.encode(text)]"
+            )
         if not len(prompt):
             raise ValueError(f"prompt {i} is empty; a prompt needs at least one token")
         if min(prompt) < 0 or max(prompt) >= config.vocab_size:

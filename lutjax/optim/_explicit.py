@@ -13,9 +13,9 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lutjax.arrays import is_compressed
 from lutjax.arrays.sharding import part_specs
 from lutjax.arrays.split import explicit_mesh
+from lutjax.optim._state import is_coded
 from lutjax.paths import path_string
 
 
@@ -41,7 +41,7 @@ def init_with_auto_axes(init: Callable[[Any], Any], params: Any) -> Any:
 
     def place(path: Any, leaf: Any) -> Any:
         specs = spec_of(path, leaf)
-        if is_compressed(leaf):
+        if is_coded(leaf):
             try:
                 specs = part_specs(leaf, specs, mesh.shape)
             except ValueError:
@@ -50,7 +50,7 @@ def init_with_auto_axes(init: Callable[[Any], Any], params: Any) -> Any:
 
     replicated = jax.sharding.auto_axes(init, out_sharding=PartitionSpec())
     shapes = jax.eval_shape(replicated, params)
-    shardings = jax.tree_util.tree_map_with_path(place, shapes, is_leaf=is_compressed)
+    shardings = jax.tree_util.tree_map_with_path(place, shapes, is_leaf=is_coded)
     return jax.sharding.auto_axes(init, out_sharding=shardings)(params)
 
 

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 import jax
 
-from lutjax.arrays import is_compressed
+from lutjax.arrays import LutArray
 from lutjax.paths import path_string
 
 _KeyPath = tuple[Any, ...]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["words", "scales", "lut", "offsets"],
+    meta_fields=["group_size", "padding", "dtype", "view"],
+)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class CodedMoment(LutArray):
+    """A moment in codes, which stands in a state where the array stood.
+
+    States also have the containers of the parameters, such as adapters: compressed arrays that have
+    moments inside, and are none.
+    """
+
+
+def is_coded(x: Any) -> bool:
+    """Whether `x` is a coded moment, which is one leaf of a state."""
+    return isinstance(x, CodedMoment)
+
 
 _FIRST_MOMENTS = dict.fromkeys(("mu", "trace", "ema"), 1)
 _SECOND_MOMENTS = dict.fromkeys(
@@ -27,7 +49,7 @@ _ACCUMULATORS = frozenset({"acc_grads", "grad_acc"})
 
 
 def _key_paths(tree: Any) -> list[_KeyPath]:
-    return [path for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_compressed)]
+    return [path for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_coded)]
 
 
 def leaf_paths(tree: Any) -> set[str]:
@@ -49,7 +71,7 @@ def find_moments(
     is none, as in a state of flattened parameters, the path is None.
 
     Args:
-      state: The state of any optax transformation; a compressed array is one leaf.
+      state: The state of any optax transformation; a coded moment is one leaf.
       paths: Those of the parameters.
 
     >>> import optax
@@ -90,7 +112,7 @@ def map_moments(
       The new state and the number of first moments that were found.
     """
     found = 0
-    leaves, treedef = jax.tree.flatten(state, is_compressed)
+    leaves, treedef = jax.tree.flatten(state, is_coded)
     for i, moment in enumerate(find_moments(state, paths)):
         order, path = moment or (None, None)
         if order is not None and path is not None:
@@ -112,7 +134,7 @@ def restart(fresh: Any, state: Any, params: Any) -> Any:
       params: The parameters.
     """
     parameters = set(_key_paths(params))
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(state, is_compressed)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(state, is_coded)
     owners = {
         key_path[:i]
         for key_path, leaf in leaves
@@ -133,7 +155,7 @@ def restart(fresh: Any, state: Any, params: Any) -> Any:
             return old
         return new if new.dtype == old.dtype else new.astype(old.dtype)
 
-    fresh_leaves = jax.tree.leaves(fresh, is_leaf=is_compressed)
+    fresh_leaves = jax.tree.leaves(fresh, is_leaf=is_coded)
     return jax.tree.unflatten(
         treedef, [chosen(new, *leaf) for new, leaf in zip(fresh_leaves, leaves, strict=True)]
     )

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int32, PRNGKeyArray, UInt32
 
-from lutjax.arrays import is_compressed
 from lutjax.linear_maps import BoundMap, DimensionNumbers, LinearMap
 from lutjax.linear_maps.dimension_numbers import (
     WeightDimensionNumbers,
@@ -20,7 +19,7 @@ from lutjax.linear_maps.dimension_numbers import (
 )
 from lutjax.linear_maps.sketches import SketchMap
 from lutjax.optim._explicit import init_with_auto_axes, update_with_auto_axes
-from lutjax.optim._state import map_moments, restart
+from lutjax.optim._state import is_coded, map_moments, restart
 from lutjax.optim.quantized import reencode
 from lutjax.paths import path_string
 from lutjax.transforms.quantize import concrete
@@ -163,7 +162,7 @@ class ProjectConfig:
         shapes = {path: latent.shape for path, latent in _by_path(latents).items()}
 
         def carry(path: str, order: Literal[1, 2], moment: Any) -> Any:
-            if is_compressed(moment):
+            if is_coded(moment):
                 return reencode(carry(path, order, moment.materialize()), moment, order)
             if moment.shape != shapes[path]:  # a factored second moment, or what stands for none
                 return moment

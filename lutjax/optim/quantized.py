@@ -12,10 +12,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from lutjax.arrays import LutArray, MatrixView, is_compressed
+from lutjax.arrays import MatrixView
 from lutjax.codebooks import nearest_codes
 from lutjax.optim._explicit import init_with_auto_axes, update_with_auto_axes
-from lutjax.optim._state import find_moments, leaf_paths
+from lutjax.optim._state import CodedMoment, find_moments, is_coded, leaf_paths
 from lutjax.packing import BLOCK, pack
 
 
@@ -62,7 +62,7 @@ def moment_table(bits: int, order: Literal[1, 2]) -> np.ndarray:
     return table
 
 
-def _encode(x: Float[Array, "..."], table: np.ndarray, block: int) -> LutArray:
+def _encode(x: Float[Array, "..."], table: np.ndarray, block: int) -> CodedMoment:
     """Codes of `x` by blocks along its last axis but one, scaled by their largest entry."""
     matrix = (x[:, None] if x.ndim == 1 else x).astype(jnp.float32)
     *batch, k, n = matrix.shape
@@ -76,7 +76,7 @@ def _encode(x: Float[Array, "..."], table: np.ndarray, block: int) -> LutArray:
     values = groups / jnp.where(scales != 0, scales, 1)[..., None, :]
     codes = nearest_codes(values.reshape(*batch, -1, n)[..., :k, :], table)
     bits = round(math.log2(table.size))
-    return LutArray(
+    return CodedMoment(
         words=pack(codes, bits),
         scales=scales,
         lut=jnp.broadcast_to(jnp.asarray(table)[None, :, None], (*batch, 1, table.size, 1)),
@@ -88,7 +88,7 @@ def _encode(x: Float[Array, "..."], table: np.ndarray, block: int) -> LutArray:
     )
 
 
-def reencode(x: Float[Array, "..."], old: LutArray, order: Literal[1, 2]) -> LutArray:
+def reencode(x: Float[Array, "..."], old: CodedMoment, order: Literal[1, 2]) -> CodedMoment:
     """A moment in as many bits, and blocks of the same size, as the one that it replaces."""
     return _encode(x, moment_table(old.bits, order), old.group_size)
 
@@ -157,11 +157,11 @@ def quantized_state(
 
     def step(updates: Any, state: Any, params: Any, **extra_args: Any) -> tuple[Any, Any]:
         dense = jax.tree.map(
-            lambda x: x.materialize() if is_compressed(x) else x, state, is_leaf=is_compressed
+            lambda x: x.materialize() if is_coded(x) else x, state, is_leaf=is_coded
         )
         new_updates, dense = inner.update(updates, dense, params, **extra_args)
-        old = jax.tree.leaves(state, is_leaf=is_compressed)
-        return new_updates, encode(dense, updates, [is_compressed(x) for x in old])
+        old = jax.tree.leaves(state, is_leaf=is_coded)
+        return new_updates, encode(dense, updates, [is_coded(x) for x in old])
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         return update_with_auto_axes(step, updates, state, params, extra_args)

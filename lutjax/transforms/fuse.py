@@ -23,7 +23,8 @@ def fuse_projections(params: Mapping[str, Any]) -> dict[str, Any]:
         ``jax.jit``.
 
     Returns:
-      The tree with ``.../qkv_proj`` and ``.../gate_up_proj``; other leaves are the same.
+      The tree with ``.../qkv_proj`` and ``.../gate_up_proj``; other leaves are the same, as are
+      projections that are joined already.
 
     Raises:
       ValueError: If there is nothing to join, or projections do not fit (with their path).
@@ -58,6 +59,7 @@ def _fuse(
             new[key], found = _fuse(child, groups, f"{path}{key}/")
             joined |= found
     for name, parts in groups.items():
+        joined |= name in new
         if all(isinstance(new.get(part), Mapping) for part in parts):
             new[name] = _join([new.pop(part) for part in parts], path + ", ".join(parts))
             joined = True

@@ -145,14 +145,15 @@ def check_fit(shape: tuple[int, ...], rule: Rule, path: str) -> None:
         raise ValueError(
             f"{path!r} of shape {shape} would be stacked matrices of {k} rows; if these are heads, "
             f"say with axis= in a rule which axes are summed over (a Flax DenseGeneral to heads: "
-            f"axis=-3, from heads: axis=(-3, -2)), else give batch_ndim={batch_ndim}"
+            f"axis=-3, from heads: axis=(-3, -2)), else give batch_ndim={batch_ndim}; "
+            f"Rule({path!r}, None) keeps it dense"
         )
     group_size = rule.config.group_size
     if isinstance(group_size, int) and group_size > k:
         raise ValueError(
             f"group_size={group_size} is larger than K={k} of {path!r} {shape}; use a smaller "
-            f"group{'' if rule.config.rotate else f' or {COLUMN!r}'}, or say with axis= in a rule "
-            f"which axes are summed over"
+            f"group{'' if rule.config.rotate else f' or {COLUMN!r}'}, say with axis= in a rule "
+            f"which axes are summed over, or keep it dense with Rule({path!r}, None)"
         )
 
 

@@ -202,6 +202,11 @@ class Recipe:
     rules: tuple[Rule, ...]
     dense: tuple[str, ...] = DENSE
 
+    def __post_init__(self):
+        for rule in self.rules:
+            if not isinstance(rule, Rule):
+                raise TypeError(f"{rule!r} is no rule; give Rule(pattern, config)")
+
     @classmethod
     def uniform(
         cls,

@@ -12,6 +12,7 @@ from lutjax.adapters import (
     AdapterArray,
     dual,
     kronecker,
+    lora,
     merge,
     one_sided,
     trainable,
@@ -194,6 +195,8 @@ def test_a_base_with_another_view_is_refused():
 def test_errors_name_the_parameter():
     with pytest.raises(ValueError, match="'block/w': rank=5"):
         one_sided({"block": {"w": jnp.ones((4, 4))}}, lm.Gaussian(5), jax.random.key(0))
+    with pytest.raises(ValueError, match="2 adapters, but 1 weights"):
+        lora.stack({}, {}, weights=(1,))
 
 
 @pytest.mark.parametrize(

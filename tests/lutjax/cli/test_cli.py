@@ -358,6 +358,7 @@ def test_bad_text(capsys, tmp_path, source, text):
         (("--prompt", "a", "--temperature", -1), "temperature=-1"),
         (("--prompt", "a", "--temperature", 1, "--top-k", 0), "top_k=0"),
         (("--prompt", "a", "--temperature", 1, "--top-p", 1.5), "top_p=1.5"),
+        (("--prompt", "a", "--top-p", 0.5), "--top-p needs --temperature above 0"),
         (("--prompt", "a", "--chat"), "chat template"),
         ((), "--prompt"),
     ],

@@ -40,6 +40,7 @@ def test_bad_input(capsys, source, text, tmp_path):
     for options, message in (
         (("-o", tmp_path), "is a directory; name a file in it"),
         (("-o", plan, "--plot", tmp_path / "absent" / "plot.png"), "absent is not a directory"),
+        (("-o", plan, "--plot", tmp_path / "plot.xyz"), "plot.xyz: use a name that ends in .png"),
         (("-o", plan, "--step", 0.6), "--step 0.6 must be above 0 and at most --target 0.5"),
         (("-o", plan, "--samples", 0), "--samples must be at least 1"),
     ):

@@ -309,6 +309,8 @@ def test_quantised_adapter_runs_and_is_stored(params, tmp_path):
 def test_bad_adapters_name_the_path(params):
     with pytest.raises(ValueError, match=r"no matrix matches.*nearest"):
         lora.init(params, 2, jax.random.key(0), targets=("*kernal",))
+    with pytest.raises(ValueError, match=r"no matrix matches '\*v_prj/kernel'.*nearest"):
+        lora.init(params, 2, jax.random.key(0), targets=("*q_proj/kernel", "*v_prj/kernel"))
     with pytest.raises(ValueError, match=r"rank=33 does not fit 'layers/0"):
         lora.init(params, 33, jax.random.key(0))
     with pytest.raises(ValueError, match=r"layers/9.*which the parameters do not"):

@@ -300,6 +300,7 @@ def test_maps_work_under_jit_vmap_and_bfloat16(map_):
             "names 'v', which is not a parameter",
         ),
         (lambda: lm.matching("x/*")({"w": jnp.ones((2, 3))}), "no parameter matches"),
+        (lambda: lm.matching("w", "x/*")({"w": jnp.ones((2, 3))}), "no parameter matches 'x/"),
     ],
 )
 def test_bad_input_names_the_argument(make, message):

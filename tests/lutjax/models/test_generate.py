@@ -196,3 +196,9 @@ def test_refuses(model, params, change, message):
     arguments = {"prompts": [[1]], "max_new_tokens": 1, "config": model.config} | change
     with pytest.raises(ValueError, match=message):
         generate(model.apply, params, **arguments)
+
+
+@pytest.mark.parametrize("prompts", [["text"], [1, 2]])
+def test_prompts_are_lists_of_ids(model, params, prompts):
+    with pytest.raises(TypeError, match=r"prompt 0 is .*lists of token ids"):
+        generate(model.apply, params, prompts, config=model.config, max_new_tokens=1)

@@ -8,10 +8,13 @@ import numpy as np
 import optax
 import pytest
 
+import lutjax
 from lutjax import LutArray
+from lutjax.adapters import lora
 from lutjax.linear_maps import Gaussian
-from lutjax.optim import galore, project, quantized_state
+from lutjax.optim import flora, galore, project, quantized_state
 from lutjax.optim.quantized import dynamic_map, moment_table
+from lutjax.paths import path_string
 
 
 def test_dynamic_maps_have_their_published_shape():
@@ -203,3 +206,36 @@ def test_arrays_that_would_grow_stay_dense():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         quantized_state(optax.adam(1.0), **arguments)
+
+
+@pytest.mark.parametrize("attached", [False, True], ids=["adapter", "half of the parameters"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: quantized_state(optax.adam(1e-2), min_size=64),
+        lambda: quantized_state(galore(1e-2, rank=2), min_size=64),
+        lambda: flora(1e-2, rank=2),
+    ],
+    ids=["coded", "coded galore", "flora"],
+)
+def test_adapters_are_containers_of_moments(make, attached):
+    """Like a dictionary of their factors by path."""
+    base = lutjax.quantize({"kernel": jax.random.normal(jax.random.key(0), (64, 32))}, bits=4)
+    adapter = lora.init(base, rank=4, key=jax.random.key(1))
+    tree = lutjax.partition(lora.attach(base, adapter))[0] if attached else adapter
+    gradients = jax.tree.map(lambda a: jax.random.normal(jax.random.key(2), a.shape), tree)
+
+    def by_path(tree):
+        return {path_string(path): a for path, a in jax.tree_util.tree_leaves_with_path(tree)}
+
+    def run(tree, gradients):
+        optimizer = make()
+        state = optimizer.init(tree)
+        for _ in range(3):
+            updates, state = optimizer.update(gradients, state, tree)
+        return by_path(updates)
+
+    updates, expected = run(tree, gradients), run(by_path(tree), by_path(gradients))
+    assert [a.shape for a in updates.values()] == [(64, 4), (4, 32)]
+    for path, update in expected.items():
+        np.testing.assert_allclose(updates[path], update, rtol=1e-5, atol=1e-7)

@@ -108,7 +108,10 @@ def test_errors_name_the_projections():
     with pytest.raises(
         ValueError, match=r"nothing to join: .* q_proj, k_proj, v_proj or gate_proj"
     ):
-        lutjax.fuse_projections(lutjax.fuse_projections(params))
+        lutjax.fuse_projections({"head": params["norm"], "mlp": {"up_proj": jnp.ones(3)}})
+    fused = lutjax.fuse_projections(params)
+    again = lutjax.fuse_projections(fused)
+    assert jax.tree.structure(again) == jax.tree.structure(fused)
     block = params["layers"]["0"]["self_attn"]
     block["k_proj"] = {"kernel": jnp.ones((16, 16))}
     with pytest.raises(ValueError, match="layers/0/self_attn/q_proj, k_proj, v_proj"):

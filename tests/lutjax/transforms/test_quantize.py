@@ -271,7 +271,7 @@ NAN = {"mlp": {"kernel": jnp.full((32, 16), jnp.nan)}}
         (
             lambda: lutjax.quantize(PARAMS, Recipe.higgs()),
             ValueError,
-            "group_size=512 is larger than K=32 of .*; use a smaller group, or say",
+            "group_size=512 is larger than K=32 of .*; use a smaller group, say",
         ),
         (
             lambda: LutConfig(1, codebook="gaussian", vector_size=2),
@@ -351,6 +351,12 @@ NAN = {"mlp": {"kernel": jnp.full((32, 16), jnp.nan)}}
             ValueError,
             r"'kernel' of shape \(64, 8, 16\) would be stacked matrices of 8 rows.*axis=-3",
         ),
+        (
+            lambda: lutjax.quantize({"kernel": jnp.ones((8, 128))}),
+            ValueError,
+            r"group_size=64 is larger than K=8 of 'kernel'.* dense with Rule\('kernel', None",
+        ),
+        (lambda: Recipe((("*", C),)), TypeError, r"is no rule; give Rule\(pattern, config\)"),
         (lambda: Recipe.from_json('{"rules": []}'), ValueError, "it has no rules"),
         (lambda: Recipe.from_json("{}"), ValueError, "not a recipe: 'rules'"),
         (lambda: Recipe.from_json('{"rule": []}'), ValueError, "unknown key 'rule'"),

@@ -1,0 +1,19 @@
+"""What ``import lutjax`` shows."""
+
+import subprocess
+import sys
+
+PROGRAM = """
+import sys
+import lutjax
+assert "flax" not in sys.modules  # takes a second to import
+names = dir(lutjax)
+assert {"load", "quantize", "optim", "io"} <= set(names) and "importlib" not in names
+for name in names:
+    getattr(lutjax, name)
+assert callable(lutjax.lift) and callable(lutjax.io.read_params) and callable(lutjax.optim.galore)
+"""
+
+
+def test_names_are_there_and_imported_on_first_use():
+    subprocess.run([sys.executable, "-c", PROGRAM], check=True)
