@@ -61,15 +61,13 @@ class Generate:
             refuse_without(self, "--temperature above 0", "top_k", "top_p", "seed")
         import jax
 
-        import lutjax
-        from lutjax.cli.models import load_model
+        from lutjax.cli.models import for_inference, load_model
         from lutjax.io import TextStream
         from lutjax.models import generate
 
         model = load_model(self.model, keep_quantized=self.keep_quantized, dtype=self.dtype)
         if self.sparsity is None:
-            params = lutjax.prepack(lutjax.fuse_projections(model.params))
-            model = dataclasses.replace(model, params=params)
+            model = for_inference(model)
         else:
             from lutjax.cli.sparsify import apply_plan
 

@@ -49,6 +49,22 @@ def load_model(
     return RunnableModel(model.config, params, tokenizer, lifted_if_needed(model.apply, params))
 
 
+def for_inference(model: RunnableModel) -> RunnableModel:
+    """The same model with joined projections and prepacked weights.
+
+    Its blocks are replaced one after the other, so that no two copies of all weights are held.
+    """
+    from lutjax import fuse_projections, prepack
+
+    blocks = {"layers": model.params} if model.config.scan_layers else model.params["layers"]
+    for name, block in blocks.items():
+        blocks[name] = prepack(fuse_projections(block))
+    if model.config.scan_layers:
+        return dataclasses.replace(model, params=blocks["layers"])
+    rest = {name: part for name, part in model.params.items() if name != "layers"}
+    return dataclasses.replace(model, params=prepack(rest) | {"layers": blocks})
+
+
 def lifted_if_needed(apply_fn: Callable[..., Any], params: Any) -> Callable[..., Any]:
     """`apply_fn` itself for dense parameters, lifted for compressed ones and those of experts."""
     from lutjax import lift

@@ -130,7 +130,7 @@ def matching(*patterns: str, numbers: DimensionNumbers | None = None) -> Callabl
         paths = [path_string(path) for path, _ in leaves]
         hit = [any(fnmatch.fnmatchcase(p, pattern) for pattern in patterns) for p in paths]
         for pattern in patterns if paths else ():
-            if not fnmatch.filter(paths, pattern):
+            if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
                 raise ValueError(f"no parameter matches {pattern!r}; the paths are {paths}")
         return jax.tree.unflatten(treedef, [found if h else None for h in hit])
 

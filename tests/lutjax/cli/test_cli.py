@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import signal
@@ -18,6 +19,7 @@ from lutjax.calibrate import kl_divergence, quantize_decoder
 from lutjax.cli import main
 from lutjax.cli.main import COMMANDS
 from lutjax.evaluate import windows
+from lutjax.models import stack_layers
 
 TEXT = "abc def ghij klm. nop 123? " * 20
 
@@ -147,6 +149,17 @@ def test_quantize_eval_inspect_generate(capsys, tmp_path, source, text):
     drawn = ok(capsys, "generate", out, *options, "--temperature", 2, "--seed", 1)
     assert drawn != plain
     assert ok(capsys, "generate", out, *options, "--temperature", 2, "--seed", 1) == drawn
+
+
+def test_stacked_layers_generate_the_same(capsys, tmp_path, source):
+    model, params, tokenizer = lutjax.load(source)
+    params = lutjax.quantize(params, bits=4, group_size=16)
+    scanned = dataclasses.replace(model.config, scan_layers=True)
+    lutjax.save(tmp_path / "plain", params, model.config, tokenizer)
+    lutjax.save(tmp_path / "scanned", stack_layers(params), scanned, tokenizer)
+    options = ("--prompt", "abc", "--max-new-tokens", 8)
+    plain = ok(capsys, "generate", tmp_path / "plain", *options)
+    assert ok(capsys, "generate", tmp_path / "scanned", *options) == plain
 
 
 def test_a_stream_prints_what_is_pending_at_its_end(capsys, source, monkeypatch):
