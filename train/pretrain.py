@@ -36,6 +36,15 @@ from train.methods import MethodOptions, make_method
 from train.metrics import keep_until
 from train.text import Corpus, byte_tokens, read_text
 
+_HELP = """Pretrain a Llama-style decoder from scratch.
+
+For example:
+
+python -m train.pretrain --text a.txt b.txt --model 1m --method galore --rank 32 --output runs/1
+
+python -m train.pretrain --text allenai/c4:en:train --tokenizer tokenizer.json --model 130m
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
@@ -43,8 +52,9 @@ class PretrainConfig:
 
     Attributes:
       text: Plain-text files, or one ``dataset:config:split`` of the Hugging Face hub.
-      model: Name of a Llama configuration (train/llama_configs.py).
-      method: Name of a method (train/methods.py).
+      model: A Llama of about so many weights: tiny, 1m, 7m, 60m, 130m, 350m, 1b or 7b.
+      method: adam, adam_8bit, spam, galore, galore_8bit, flora, semi_orthogonal, lift, relora or
+        one_sided_lora.
       steps: Updates.
       batch_size: Sequences in an update.
       accumulate: Parts that a batch is cut into, one after the other on the device. Gradients of
@@ -444,7 +454,7 @@ def main() -> int:
         lambda: tyro.cli(
             run,
             prog="python -m train.pretrain",
-            description=__doc__,
+            description=_HELP,
             config=(tyro.conf.OmitArgPrefixes,),
         ),
     )

@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 
 from train import pretrain as command
+from train.llama_configs import LLAMA
 from train.methods import METHODS
 from train.pretrain import PretrainConfig, load_corpus, lowest_precision, pretrain
 from train.text import Corpus, docstrings, read_text
@@ -258,3 +259,8 @@ def test_a_file_that_is_no_tokenizer_is_named(config, tmp_path):
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match=r"bad\.json' is no tokenizer"):
         load_corpus(dataclasses.replace(config, tokenizer=str(tmp_path / "bad.json")))
+
+
+def test_the_help_names_all_models_and_methods():
+    words = set(PretrainConfig.__doc__.replace(",", " ").replace(".", " ").split())
+    assert {*LLAMA, *METHODS} <= words
