@@ -95,10 +95,12 @@ def _are_alike(parts: Sequence[LutArray]) -> bool:
 
     if len({layout(part) for part in parts}) > 1:
         return False
-    first = parts[0].lut
-    if any(isinstance(part.lut, jax.core.Tracer) for part in parts):
-        raise TypeError("lookup tables are compared to join weights; call this outside jax.jit")
-    return first.shape[-3] > 1 or all(np.array_equal(first, part.lut) for part in parts[1:])
+    try:
+        first, *others = (np.asarray(part.lut) for part in parts)
+    except jax.errors.TracerArrayConversionError as error:
+        message = "lookup tables are compared to join weights; call this outside jax.jit"
+        raise TypeError(message) from error
+    return first.shape[-3] > 1 or all(np.array_equal(first, other) for other in others)
 
 
 def _one_table(parts: Sequence[LutArray]) -> LutArray:

@@ -105,7 +105,7 @@ def custom_derivative(eqn: Any, operands: list, evaluator: Any) -> list:
 
 def _gradient_of_parts(weight: Weight, gradient: jax.Array) -> Any:
     """The gradient of a dense weight as one of the arrays that it is made of."""
-    _, pullback = jax.vjp(lambda array: Weight(array, weight.path).dense(), weight.array)
+    _, pullback = jax.vjp(lambda array: array.materialize(), weight.array)
     return pullback(gradient)[0]
 
 

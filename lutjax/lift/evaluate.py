@@ -63,7 +63,7 @@ class Evaluator:
         if not isinstance(x, Weight):
             return x
         self.recorder.materialized(x.path, primitive, x.array, eqn)
-        return x.dense()
+        return x.array.materialize()
 
     def quiet(self) -> Evaluator:
         """One that records nothing and refuses nothing, to look ahead."""

@@ -38,10 +38,6 @@ class Weight:
             array.shape, array.dtype, sharding=sharding, manual_axis_type=kind
         )
 
-    def dense(self) -> jax.Array:
-        """The dense array that it stands for."""
-        return self.array.materialize()
-
 
 def logical(value: Any) -> Any:
     """What a function of dense arrays is traced with in place of ``value``."""

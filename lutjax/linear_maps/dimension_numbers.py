@@ -128,11 +128,13 @@ def matching(*patterns: str, numbers: DimensionNumbers | None = None) -> Callabl
     def resolve(params: Any) -> Any:
         leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_masked)
         paths = [path_string(path) for path, _ in leaves]
-        hit = [any(fnmatch.fnmatchcase(p, pattern) for pattern in patterns) for p in paths]
-        for pattern in patterns if paths else ():
-            if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
+        hits = set()
+        for pattern in patterns:
+            matched = [path for path in paths if fnmatch.fnmatchcase(path, pattern)]
+            if paths and not matched:
                 raise ValueError(f"no parameter matches {pattern!r}; the paths are {paths}")
-        return jax.tree.unflatten(treedef, [found if h else None for h in hit])
+            hits.update(matched)
+        return jax.tree.unflatten(treedef, [found if path in hits else None for path in paths])
 
     return resolve
 

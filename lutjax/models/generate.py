@@ -162,7 +162,7 @@ def _check_prompts(
     if not len(prompts):
         raise ValueError("prompts is empty; pass at least one prompt")
     for i, prompt in enumerate(prompts):
-        if isinstance(prompt, str) or not isinstance(prompt, Sequence | np.ndarray):
+        if np.ndim(prompt) != 1:
             raise TypeError(
                 f"prompt {i} is {prompt!r}; prompts are lists of token ids, such as "
                 "[tokenizer.encode(text)]"

@@ -16,4 +16,6 @@ assert callable(lutjax.lift) and callable(lutjax.io.read_params) and callable(lu
 
 
 def test_names_are_there_and_imported_on_first_use():
-    subprocess.run([sys.executable, "-c", PROGRAM], check=True)
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""A Hugging Face directory small enough to write in a test."""
+"""A decoder, and a Hugging Face directory of one, small enough for a test."""
 
 from __future__ import annotations
 
@@ -16,6 +16,17 @@ from lutjax.io.names import checkpoint_name, is_transposed
 from lutjax.io.safetensors_writer import SafetensorsWriter
 from lutjax.io.tokenizer import Tokenizer
 from lutjax.models import DecoderConfig
+
+TINY = DecoderConfig(
+    vocab_size=40,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+)
+"""Its matrices have whole groups of 16."""
 
 
 def dense_params(config: DecoderConfig, seed: int = 0) -> dict[str, np.ndarray]:

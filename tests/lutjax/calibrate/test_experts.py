@@ -1,5 +1,7 @@
 """Calibration of experts, each on the rows that it gets."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 import lutjax
 from lutjax.calibrate import activation_quantiles, hessians, quantize_decoder
-from lutjax.models import Decoder, DecoderConfig
+from lutjax.models import Decoder
 from lutjax.models.blockwise import decoder_blocks
 from lutjax.sparsity import (
     greedy_search,
@@ -16,18 +18,9 @@ from lutjax.sparsity import (
     plan_uniform,
     sparsify,
 )
+from tests.lutjax.tiny_checkpoint import TINY
 
-CONFIG = DecoderConfig(
-    vocab_size=40,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    num_experts=4,
-    num_experts_per_tok=2,
-)
+CONFIG = dataclasses.replace(TINY, num_experts=4, num_experts_per_tok=2)
 MODEL = Decoder(CONFIG)
 UP = "layers/1/mlp/experts/up_proj/kernel"
 

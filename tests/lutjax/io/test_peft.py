@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -23,18 +24,10 @@ from lutjax.io import (
     save_peft,
 )
 from lutjax.io.checkpoint import nest
-from lutjax.models import Decoder, DecoderConfig
-from tests.lutjax.tiny_checkpoint import assert_same_bits, dense_params, write_hf
+from lutjax.models import Decoder
+from tests.lutjax.tiny_checkpoint import TINY, assert_same_bits, dense_params, write_hf
 
-CONFIG = DecoderConfig(
-    vocab_size=39,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-)
+CONFIG = dataclasses.replace(TINY, vocab_size=39)
 Q, DOWN = "layers/1/self_attn/q_proj/kernel", "layers/0/mlp/down_proj/kernel"
 
 

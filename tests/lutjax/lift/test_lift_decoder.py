@@ -11,17 +11,9 @@ from lift_checks import assert_close
 
 import lutjax
 from lutjax import LutConfig, Recipe, Rule
-from lutjax.models import Decoder, DecoderConfig, decoder, init_cache
+from lutjax.models import Decoder, decoder, init_cache
+from tests.lutjax.tiny_checkpoint import TINY as CONFIG
 
-CONFIG = DecoderConfig(
-    vocab_size=40,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-)
 FOUR_BITS = LutConfig(bits=4, group_size=16)
 EVERYTHING = Recipe(
     (Rule("embed_tokens/embedding", FOUR_BITS), Rule("*", FOUR_BITS)), dense=("*norm*",)

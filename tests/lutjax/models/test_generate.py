@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 
 import jax
@@ -196,6 +197,11 @@ def test_refuses(model, params, change, message):
     arguments = {"prompts": [[1]], "max_new_tokens": 1, "config": model.config} | change
     with pytest.raises(ValueError, match=message):
         generate(model.apply, params, **arguments)
+
+
+def test_prompts_may_be_an_array(model, params):
+    run = functools.partial(generate, model.apply, params, config=model.config, max_new_tokens=3)
+    assert run(jnp.array([[1, 2], [3, 4]])) == run([[1, 2], [3, 4]])
 
 
 @pytest.mark.parametrize("prompts", [["text"], [1, 2]])

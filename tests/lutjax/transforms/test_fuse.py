@@ -10,17 +10,9 @@ import pytest
 import lutjax
 from lutjax import LutConfig, Recipe, Rule
 from lutjax.arrays import ConcatArray, LutArray
-from lutjax.models import Decoder, DecoderConfig, init_cache
+from lutjax.models import Decoder, init_cache
+from tests.lutjax.tiny_checkpoint import TINY as CONFIG
 
-CONFIG = DecoderConfig(
-    vocab_size=40,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-)
 VARIANTS = {
     "plain": {},
     "scanned": {"scan_layers": True, "remat": True},
