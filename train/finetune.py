@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import secrets
-import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -23,7 +21,7 @@ from lutjax.arrays import LowRankArray, has_compressed
 from lutjax.io import save_peft
 from lutjax.optim import first_nonfinite, leaf_name
 from train.base_model import Start, load_head, load_start, prepare, shard_base
-from train.checkpoints import Checkpoints, differences
+from train.checkpoints import Checkpoints, differences, discard
 from train.command_line import exit_code
 from train.examples import NOTHING, Rows
 from train.finetune_config import FinetuneConfig
@@ -297,12 +295,9 @@ def _check_finite(step: int, what: str, value: float) -> None:
 
 
 def _discard_results(output: Path) -> None:
-    """Removes results of another run whose checkpoints are gone, each at once."""
+    """Removes results of another run whose checkpoints are gone."""
     for name in ("adapter", "model", "delta_adapter"):
-        if (output / name).exists():
-            aside = output / f".{name}-{secrets.token_hex(4)}.incomplete"
-            (output / name).rename(aside)
-            shutil.rmtree(aside)
+        discard(output / name)
     (output / "classes.json").unlink(missing_ok=True)
 
 

@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from lutjax import lift
 from lutjax.adapters import dual
+from lutjax.io import Tokenizer, save
 from lutjax.models import Decoder
 from lutjax.optim import first_nonfinite, leaf_name
 from lutjax.optim.project import ProjectedTransformation
-from train.checkpoints import Checkpoints
+from train.checkpoints import Checkpoints, discard
 from train.command_line import exit_code
 from train.cyclic_precision import (
     cyclic_bits,
@@ -34,7 +35,7 @@ from train.cyclic_precision import (
 from train.llama_configs import LLAMA
 from train.methods import MethodOptions, make_method
 from train.metrics import keep_until
-from train.text import Corpus, byte_tokens, read_text
+from train.text import Corpus, byte_tokenizer, byte_tokens, read_text
 
 _HELP = """Pretrain a Llama-style decoder from scratch.
 
@@ -71,7 +72,8 @@ class PretrainConfig:
       cycles: Cycles of precision.
       skip_nonfinite: At a step whose gradients have NaN leave the run as it is; stop otherwise.
       eval_every: Steps between evaluations; only at the end if None.
-      output: Directory of the checkpoints and the log; nothing is written if None.
+      output: Directory of the checkpoints, the log and, at the end, ``model/`` for
+        :func:`lutjax.load`; nothing is written if None.
       checkpoint_every: Steps between checkpoints.
     """
 
@@ -262,26 +264,32 @@ def build(config: PretrainConfig) -> Training:
     return Training(init, step, weights, evaluate)
 
 
+def load_tokenizer(config: PretrainConfig) -> Tokenizer:
+    """The configuration's tokenizer; bytes without one.
+
+    Raises:
+      ValueError: For a file that is no tokenizer.
+    """
+    if config.tokenizer is None:
+        return byte_tokenizer()
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        backend = Backend.from_file(config.tokenizer)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ValueError(f"tokenizer={config.tokenizer!r} is no tokenizer: {error}") from error
+    backend.no_truncation()  # of the batches it was last used for
+    backend.no_padding()
+    return Tokenizer(backend)
+
+
 def load_corpus(config: PretrainConfig) -> Corpus:
     """The tokens of the configuration's text.
 
     Raises:
       ValueError: For tokens that the model has no embedding of.
     """
-    encode = byte_tokens
-    if config.tokenizer is not None:
-        from tokenizers import Tokenizer
-
-        try:
-            tokenizer = Tokenizer.from_file(config.tokenizer)
-        except Exception as error:  # tokenizers raises nothing narrower
-            raise ValueError(f"tokenizer={config.tokenizer!r} is no tokenizer: {error}") from error
-        tokenizer.no_truncation()  # of the batches it was last used for
-        tokenizer.no_padding()
-
-        def encode(text: str) -> Any:
-            return tokenizer.encode(text).ids
-
+    encode = byte_tokens if config.tokenizer is None else load_tokenizer(config).encode
     corpus = Corpus.of(read_text(config.text, config.characters), encode)
     vocab = LLAMA[config.model].vocab_size
     if corpus.train.max() >= vocab:
@@ -330,12 +338,12 @@ def pretrain(
     evaluate = jax.jit(training.evaluate)
     step = jax.jit(training.step, donate_argnums=0)
     state, start = init(jax.random.key(config.seed)), 0
+    output = None if config.output is None else Path(config.output)
     checkpoints = None
-    if config.output is not None:
-        directory = Path(config.output)
-        directory.mkdir(parents=True, exist_ok=True)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
         checkpoints = Checkpoints(
-            directory / "checkpoints", identity_of(config, corpus), config.checkpoint_every
+            output / "checkpoints", identity_of(config, corpus), config.checkpoint_every
         )
         state, start = checkpoints.restore(state)
     trained_like = jax.eval_shape(training.weights, state)
@@ -355,8 +363,8 @@ def pretrain(
     began = time.perf_counter()
     with contextlib.ExitStack() as stack:
         log = None
-        if config.output is not None:
-            path = Path(config.output) / "log.jsonl"
+        if output is not None:
+            path = output / "log.jsonl"
             if path.exists():
                 keep_until(path, start)
             log = stack.enter_context(path.open("a", encoding="utf-8"))
@@ -385,17 +393,23 @@ def pretrain(
             if log is not None:
                 log.write(json.dumps(record) + "\n")
                 log.flush()  # before the checkpoint: a killed run resumes after these lines
+            if output is not None and done == config.steps:
+                discard(output / "model")  # first, as a run with its last checkpoint keeps it
             if checkpoints is not None:
                 checkpoints.save(done, state, force=done in (config.steps, stop_at))
     if checkpoints is not None:
         checkpoints.close()
     if start == config.steps:  # it was finished before
         validate(start)
+    weights = training.weights(state)
+    model = None if output is None else output / "model"
+    if model is not None and start + len(losses) == config.steps and not model.exists():
+        save(model, jax.device_get(weights), LLAMA[config.model], load_tokenizer(config))
     return {
         "losses": losses,
         "evaluations": evaluations,
         "state": state,
-        "weights": training.weights(state),
+        "weights": weights,
         "seconds": time.perf_counter() - began,
     }
 
@@ -443,6 +457,8 @@ def run(config: PretrainConfig, range_test: float | None = None) -> None:
         f"{config.method} on {config.model}: validation loss {final:.4f}, "
         f"perplexity {np.exp(final):.2f}, {tokens / result['seconds']:.0f} tokens/s"
     )
+    if config.output is not None:
+        print(f"model: {Path(config.output) / 'model'}")
 
 
 def main() -> int:

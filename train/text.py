@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lutjax.io import Tokenizer
+
 Encode = Callable[[str], Sequence[int]]
 
 
@@ -21,6 +23,21 @@ def byte_tokens(text: str) -> Sequence[int]:
     [104, 105]
     """
     return text.encode()
+
+
+def byte_tokenizer() -> Tokenizer:
+    """The tokenizer that gives :func:`byte_tokens`.
+
+    >>> byte_tokenizer().encode("hé")
+    [104, 195, 169]
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models
+
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    backend = Backend(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return Tokenizer(backend)
 
 
 def read_text(sources: Sequence[str], limit: int | None = None) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import os
 import secrets
 import shutil
@@ -30,7 +32,7 @@ def new_directory(destination: str | Path) -> Iterator[Path]:
     """A directory to write into, which takes its final name when the block ends well.
 
     It is made beside the destination as `.<name>-<random>.incomplete`, so that the rename is
-    atomic. An exception removes it; a kill leaves it under that name.
+    atomic. An exception removes it; what a kill leaves, the next call for the same name removes.
 
     Args:
       destination: where the directory is to be; nothing may be there.
@@ -44,19 +46,39 @@ def new_directory(destination: str | Path) -> Iterator[Path]:
     """
     destination = check_destination(destination)
     parent = destination.absolute().parent
+    for left in parent.glob(f".{glob.escape(destination.name)}-{'?' * 8}.incomplete"):
+        with contextlib.suppress(FileNotFoundError), _locked(left) as nobody_writes:
+            if nobody_writes:
+                shutil.rmtree(left, ignore_errors=True)
     temporary = parent / f".{destination.name}-{secrets.token_hex(4)}.incomplete"
     temporary.mkdir()
     try:
-        yield temporary
-        for file in temporary.iterdir():
-            _sync(file)
-        _sync(temporary)
-        check_destination(destination)
-        temporary.rename(destination)
+        with _locked(temporary):
+            yield temporary
+            for file in temporary.iterdir():
+                _sync(file)
+            _sync(temporary)
+            check_destination(destination)
+            temporary.rename(destination)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync(parent)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[bool]:
+    """Locks a directory until the block or the process ends; gives False if that cannot be done."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = True
+    except OSError:  # somebody else has it, or the file system has no locks
+        locked = False
+    try:
+        yield locked
+    finally:
+        os.close(descriptor)
 
 
 def _sync(path: Path) -> None:

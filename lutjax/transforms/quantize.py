@@ -431,10 +431,9 @@ def _expand(groups: Float[Array, "g n"], group_size: int, k: int) -> Float[Array
 
 def _check_recipe(recipe: Any) -> None:
     if not isinstance(recipe, Recipe):
-        raise TypeError(
-            f"the recipe is a {type(recipe).__name__}; give a Recipe, such as "
-            f"Recipe.uniform(bits=4), or bits=4"
-        )
+        one = 'Recipe((Rule("*", config),))'
+        fix = one if isinstance(recipe, LutConfig) else "Recipe.uniform(bits=4), or bits=4"
+        raise TypeError(f"the recipe is a {type(recipe).__name__}; give a Recipe, such as {fix}")
     if not recipe.rules:
         raise ValueError("the recipe has no rules; give at least one")
 

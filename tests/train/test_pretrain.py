@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+import lutjax
 from train import pretrain as command
 from train.llama_configs import LLAMA
 from train.methods import METHODS
@@ -68,6 +69,7 @@ def test_an_interrupted_run_resumes_exactly(config, tmp_path):
     first = pretrain(cut, stop_at=4)
     log = tmp_path / "cut" / "log.jsonl"
     log.write_text(log.read_text() + '{"step": 5, "loss": 0}\n{"step": 6, "lo')  # killed later on
+    assert not (tmp_path / "cut" / "model").exists()  # it is not trained yet
     second = pretrain(cut)
     assert first["losses"] + second["losses"] == whole["losses"]
     chex.assert_trees_all_equal(second["state"], whole["state"])
@@ -76,6 +78,10 @@ def test_an_interrupted_run_resumes_exactly(config, tmp_path):
     assert records[4]["loss"] == whole["losses"][4]
     again = pretrain(cut)  # nothing is left to do
     assert again["evaluations"] == whole["evaluations"][-1:] and again["losses"] == []
+    model, params, tokenizer = lutjax.load(tmp_path / "cut" / "model")
+    assert model.config == LLAMA["tiny"]
+    chex.assert_trees_all_equal(params, whole["weights"])
+    assert tokenizer.decode(tokenizer.encode("weights — 重み")) == "weights — 重み"
 
     other = dataclasses.replace(cut, rank=3, seed=1)
     with pytest.raises(ValueError, match="rank: 4 in the checkpoint, 3 asked for; seed: 0"):

@@ -23,6 +23,7 @@ from lutjax.codebooks import kmeans
 from lutjax.io import compress_checkpoint, open_compressed, read_params
 from lutjax.io.checkpoint import nest
 from lutjax.io.compressed import CompressedCheckpoint
+from lutjax.io.new_directory import new_directory
 from lutjax.models import stack_layers
 from lutjax.packing import pack
 
@@ -289,8 +290,18 @@ def test_a_kill_leaves_nothing_that_loads(tmp_path):
     for read in (read_params, lutjax.load):
         with pytest.raises(FileNotFoundError):
             read(left)
-    lutjax.save(out, {"a": np.zeros(2, np.float32)})  # the next run is not in its way
+    lutjax.save(out, {"a": np.zeros(2, np.float32)})  # the next run removes it
     assert list(read_params(out)) == ["a"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_what_others_are_writing_stays(tmp_path):
+    array = {"a": np.zeros(2, np.float32)}
+    with pytest.raises(FileExistsError), new_directory(tmp_path / "out") as slower:
+        lutjax.save(tmp_path / "out-4bit", array)  # has another name
+        lutjax.save(tmp_path / "out", array)
+        assert slower.is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-4bit"]
 
 
 @pytest.fixture

@@ -328,6 +328,11 @@ NAN = {"mlp": {"kernel": jnp.full((32, 16), jnp.nan)}}
             "leaves 'array' dense",
         ),
         (lambda: lutjax.quantize(PARAMS, 4), TypeError, "the recipe is a int; give a Recipe"),
+        (
+            lambda: lutjax.quantize(PARAMS, C),
+            TypeError,
+            r'LutConfig; .* Recipe\(\(Rule\("\*", config',
+        ),
         (lambda: lutjax.quantize(jnp.ones((64, 8)), Recipe(())), ValueError, "has no rules"),
         (lambda: Rule("w", 4), TypeError, "'w' has config=4; give a LutConfig"),
         (lambda: Rule(5, C), TypeError, "the pattern of a rule is 5"),
