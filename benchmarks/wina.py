@@ -37,6 +37,7 @@ from lutjax.arrays import CompressedArray, DenseArray, WrapperArray
 from lutjax.calibrate.activations import row_norms
 from lutjax.calibrate.observe import observe
 from lutjax.cli.models import evaluation_text
+from lutjax.dtypes import product
 from lutjax.evaluate import windows
 from lutjax.io import demo_model_path
 from lutjax.models.blockwise import decoder_blocks
@@ -82,15 +83,17 @@ class BasisGate(WrapperArray):
         dense = jnp.arange(x.shape[0])[:, None] % WINDOW < self.first
         return (self.scores(x) <= self.threshold) & ~dense
 
-    def matmul(self, x: jax.Array) -> jax.Array:
+    def matmul(self, x: jax.Array, *, out_dtype: Any = None) -> jax.Array:
         """The gated product."""
         rows = x.reshape(-1, x.shape[-1])
-        y = self.base.matmul(jnp.where(self.ignored(rows), 0.0, self.turned(rows)))
+        y = self.base.matmul(
+            jnp.where(self.ignored(rows), 0.0, self.turned(rows)), out_dtype=out_dtype
+        )
         return y.reshape(*x.shape[:-1], -1)
 
-    def matmul_transposed(self, x: jax.Array) -> jax.Array:
+    def matmul_transposed(self, x: jax.Array, *, out_dtype: Any = None) -> jax.Array:
         """Not gated."""
-        return x @ self.materialize_matrix().T
+        return product(x, self.materialize_matrix().T, out_dtype)
 
 
 @dataclasses.dataclass(frozen=True)

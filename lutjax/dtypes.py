@@ -21,6 +21,28 @@ def at_least_float32(dtype: Any) -> Any:
     return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
+def widened(x: jax.Array, dtype: Any) -> jax.Array:
+    """``x`` in a floating-point dtype if that has more bits than its own; None for its own.
+
+    >>> widened(jnp.ones(1, jnp.bfloat16), jnp.float32).dtype
+    dtype('float32')
+    """
+    if dtype is None or jnp.finfo(dtype).bits <= jnp.finfo(x.dtype).bits:
+        return x
+    return x.astype(dtype)
+
+
+def product(x: jax.Array, matrix: jax.Array, out_dtype: Any = None) -> jax.Array:
+    """``x @ matrix``: factors in the dtype of ``x``, sums rounded once to ``out_dtype`` or that.
+
+    >>> product(jnp.ones((1, 257), jnp.bfloat16), jnp.ones((257, 1)), jnp.float32)
+    Array([[257.]], dtype=float32)
+    """
+    wide = widened(x[:0], out_dtype).dtype
+    y = jnp.matmul(x, matrix.astype(x.dtype), preferred_element_type=wide)
+    return y if out_dtype is None else y.astype(out_dtype)
+
+
 def add_wide(terms: Sequence[jax.Array]) -> jax.Array:
     """The sum of arrays of one dtype: added in at least float32, rounded once.
 

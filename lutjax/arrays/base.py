@@ -61,18 +61,32 @@ class CompressedArray(abc.ABC):
         """The dense stored matrix, in :attr:`dtype`."""
 
     @abc.abstractmethod
-    def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
-        """``x @ W`` on the stored matrix, in the dtype of ``x``.
+    def matmul(
+        self, x: Float[Array, "*batch m k"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m n"]:
+        """``x @ W`` on the stored matrix.
 
         With batch axes, ``x`` leads with the same ones; without, it may lead with any.
+
+        Args:
+          x: Activations.
+          out_dtype: Of the result; by default that of ``x``. One with more bits gives sums that are
+            rounded less often; whether ``x`` is widened for it is up to the array.
         """
 
     @abc.abstractmethod
-    def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
-        """``x @ W.T`` on the stored matrix, in the dtype of ``x``."""
+    def matmul_transposed(
+        self, x: Float[Array, "*batch m n"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m k"]:
+        """``x @ W.T`` on the stored matrix; see :meth:`matmul`."""
 
     def matmul_grouped(
-        self, x: Float[Array, "t m k"], groups: Int[Array, " t"], sizes: Int[Array, " t"]
+        self,
+        x: Float[Array, "t m k"],
+        groups: Int[Array, " t"],
+        sizes: Int[Array, " t"],
+        *,
+        out_dtype: Any = None,
     ) -> Float[Array, "t m n"]:
         """``x[i] @ W[groups[i]]`` on a weight with one batch axis, such as one of experts.
 
@@ -80,9 +94,14 @@ class CompressedArray(abc.ABC):
           x: Tiles of rows; those from ``sizes[i]`` on only fill a tile and are zeros.
           groups: The entry of the batch axis that each tile meets, in range.
           sizes: How many rows of each tile count.
+          out_dtype: Of the result; see :meth:`matmul`.
         """
         return map_tiles(
-            lambda group, rows: entry(self, group).matmul(rows), self, x, groups, sizes
+            lambda group, rows: entry(self, group).matmul(rows, out_dtype=out_dtype),
+            self,
+            x,
+            groups,
+            sizes,
         )
 
     @abc.abstractmethod

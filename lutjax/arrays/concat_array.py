@@ -91,19 +91,25 @@ class ConcatArray(CompressedArray):
         dense = [part.materialize_matrix() for part in self.parts]
         return jnp.concatenate(dense, axis=-2 if self.axis == "k" else -1)
 
-    def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
+    def matmul(
+        self, x: Float[Array, "*batch m k"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m n"]:
         """Products of the parts, joined along N or summed over K."""
-        return self._product([p.matmul for p in self.parts], x, joins=self.axis == "n")
+        return self._product([p.matmul for p in self.parts], x, out_dtype, joins=self.axis == "n")
 
-    def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
+    def matmul_transposed(
+        self, x: Float[Array, "*batch m n"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m k"]:
         """Transposed products of the parts, joined along K or summed over N."""
-        return self._product([p.matmul_transposed for p in self.parts], x, joins=self.axis == "k")
+        return self._product(
+            [p.matmul_transposed for p in self.parts], x, out_dtype, joins=self.axis == "k"
+        )
 
-    def _product(self, products: list, x: jax.Array, *, joins: bool) -> jax.Array:
+    def _product(self, products: list, x: jax.Array, out_dtype: Any, *, joins: bool) -> jax.Array:
         if joins:
-            return jnp.concatenate([product(x) for product in products], axis=-1)
-        pieces = jnp.split(x, self._starts[1:-1], axis=-1)
-        return add_wide([product(piece) for product, piece in zip(products, pieces, strict=True)])
+            return jnp.concatenate([product(x, out_dtype=out_dtype) for product in products], -1)
+        pieces = zip(products, jnp.split(x, self._starts[1:-1], axis=-1), strict=True)
+        return add_wide([product(piece, out_dtype=out_dtype) for product, piece in pieces])
 
     def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array | None:
         """Rows or columns of each part, joined; along the joint, each index picks its part."""

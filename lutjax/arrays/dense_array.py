@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from lutjax.arrays.base import CompressedArray, cut, format_bytes
 from lutjax.arrays.split import Split, typed_entries
 from lutjax.arrays.view import MATRIX, MatrixView
+from lutjax.dtypes import product
 
 
 @functools.partial(
@@ -60,13 +61,17 @@ class DenseArray(CompressedArray):
         """The matrix, in :attr:`dtype`."""
         return self.matrix.astype(self.dtype)
 
-    def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
-        """``x @ W`` in the dtype of ``x``."""
-        return x @ self.matrix.astype(x.dtype)
+    def matmul(
+        self, x: Float[Array, "*batch m k"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m n"]:
+        """``x @ W``."""
+        return product(x, self.matrix, out_dtype)
 
-    def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
-        """``x @ W.T`` in the dtype of ``x``."""
-        return x @ jnp.swapaxes(self.matrix, -1, -2).astype(x.dtype)
+    def matmul_transposed(
+        self, x: Float[Array, "*batch m n"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m k"]:
+        """``x @ W.T``."""
+        return product(x, jnp.swapaxes(self.matrix, -1, -2), out_dtype)
 
     def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array:
         """Rows or columns."""

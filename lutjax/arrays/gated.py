@@ -19,7 +19,7 @@ from lutjax.arrays.row_lut_array import RowLutArray
 from lutjax.arrays.split import Split, is_partitioned_automatically
 from lutjax.arrays.sum_array import SumArray
 from lutjax.arrays.view import MatrixView
-from lutjax.dtypes import add_wide
+from lutjax.dtypes import add_wide, widened
 from pallas_kernels.sparse_matmul import sparse_matmul
 
 
@@ -123,17 +123,22 @@ class GatedArray(CompressedArray):
         """The dense matrix of the weight inside; the gate is not part of it."""
         return self.inner.materialize_matrix()
 
-    def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
-        """``(x * [|x| > t]) @ W`` in the dtype of ``x``."""
+    def matmul(
+        self, x: Float[Array, "*batch m k"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m n"]:
+        """``(x * [|x| > t]) @ W``."""
         if self.batch_shape:
-            return jax.vmap(lambda w, x: w.matmul(x))(self, x)
+            return jax.vmap(lambda w, x: w.matmul(x, out_dtype=out_dtype))(self, x)
         lead = x.shape[:-2]
-        y = _product(self.inner, x.reshape(-1, x.shape[-1]), self.row_thresholds()[None, :])
+        rows, thresholds = x.reshape(-1, x.shape[-1]), self.row_thresholds()[None, :]
+        y = _product(self.inner, rows, thresholds, x.dtype if out_dtype is None else out_dtype)
         return y.reshape(*lead, -1, y.shape[-1])
 
-    def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
+    def matmul_transposed(
+        self, x: Float[Array, "*batch m n"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m k"]:
         """``x @ W.T``: the gate belongs to the product over K, so there is none here."""
-        return self.inner.matmul_transposed(x)
+        return self.inner.matmul_transposed(x, out_dtype=out_dtype)
 
     def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array | None:
         """Rows or columns of the weight inside."""
@@ -175,14 +180,16 @@ class GatedArray(CompressedArray):
             return f"GatedArray(inner={self.inner!r}, threshold={self.threshold!r})"
 
 
-def _product(inner: CompressedArray, x: jax.Array, thresholds: jax.Array) -> jax.Array:
+def _product(
+    inner: CompressedArray, x: jax.Array, thresholds: jax.Array, out_dtype: Any
+) -> jax.Array:
     if isinstance(inner, SumArray):
-        return add_wide([_product(part, x, thresholds) for part in inner.parts])
+        return add_wide([_product(part, x, thresholds, out_dtype) for part in inner.parts])
     rows = _rows(inner)
     if rows is not None:
-        return sparse_matmul(x, rows, thresholds)
+        return sparse_matmul(widened(x, out_dtype), rows, thresholds).astype(out_dtype)
     small = jnp.abs(x).astype(jnp.float32) <= thresholds
-    return inner.matmul(jnp.where(small, jnp.zeros((), x.dtype), x))
+    return inner.matmul(jnp.where(small, jnp.zeros((), x.dtype), x), out_dtype=out_dtype)
 
 
 def _rows(inner: CompressedArray) -> Any:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from lutjax.arrays.base import CompressedArray, cut, format_bytes
 from lutjax.arrays.split import Split, typed_entries
 from lutjax.arrays.view import MATRIX, MatrixView
-from lutjax.dtypes import at_least_float32
+from lutjax.dtypes import at_least_float32, product
 
 
 @functools.partial(
@@ -78,13 +78,19 @@ class LowRankArray(CompressedArray):
         product = jnp.matmul(self.left, self.right, preferred_element_type=wide)
         return product.astype(self.dtype)
 
-    def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
-        """``(x @ left) @ right`` in the dtype of ``x``."""
-        return _through(x, self.left, self.right)
+    def matmul(
+        self, x: Float[Array, "*batch m k"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m n"]:
+        """``(x @ left) @ right``."""
+        return _through(x, self.left, self.right, out_dtype)
 
-    def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
-        """``(x @ right.T) @ left.T`` in the dtype of ``x``."""
-        return _through(x, jnp.swapaxes(self.right, -1, -2), jnp.swapaxes(self.left, -1, -2))
+    def matmul_transposed(
+        self, x: Float[Array, "*batch m n"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m k"]:
+        """``(x @ right.T) @ left.T``."""
+        return _through(
+            x, jnp.swapaxes(self.right, -1, -2), jnp.swapaxes(self.left, -1, -2), out_dtype
+        )
 
     def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array:
         """Dense rows or columns, through the thin side."""
@@ -128,12 +134,11 @@ class LowRankArray(CompressedArray):
             return f"LowRankArray(left={self.left!r}, right={self.right!r})"
 
 
-def _through(x: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+def _through(x: jax.Array, first: jax.Array, second: jax.Array, out_dtype: Any) -> jax.Array:
     """``x @ first @ second``.
 
     What is between is float32 for float16, whose range it may leave; bfloat16 has the range, and
     products with one operand in float32 would cost more than the rounding matters.
     """
     wide = jnp.float32 if x.dtype == jnp.float16 else x.dtype
-    thin = jnp.matmul(x, first.astype(x.dtype), preferred_element_type=wide)
-    return (thin @ second.astype(wide)).astype(x.dtype)
+    return product(product(x, first, wide), second, x.dtype if out_dtype is None else out_dtype)

@@ -15,6 +15,7 @@ from lutjax.arrays.base import CompressedArray, cut, format_bytes
 from lutjax.arrays.scales import QuantizedScales
 from lutjax.arrays.split import Split, is_partitioned_automatically, typed_entries
 from lutjax.arrays.view import MATRIX, MatrixView
+from lutjax.dtypes import widened
 from lutjax.packing import BLOCK, unpack
 from pallas_kernels.lut_matmul import dequantize, lut_matmul
 from pallas_kernels.sparse_matmul import BlockCodes
@@ -108,21 +109,25 @@ class LutArray(CompressedArray):
             dtype=self.dtype,
         )
 
-    def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
-        """``x @ W`` with the fused kernel, in the dtype of ``x``."""
-        return self._product(x, transpose=False)
+    def matmul(
+        self, x: Float[Array, "*batch m k"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m n"]:
+        """``x @ W`` with the fused kernel."""
+        return self._product(x, out_dtype, transpose=False)
 
-    def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
-        """``x @ W.T`` with the fused kernel, in the dtype of ``x``."""
-        return self._product(x, transpose=True)
+    def matmul_transposed(
+        self, x: Float[Array, "*batch m n"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m k"]:
+        """``x @ W.T`` with the fused kernel."""
+        return self._product(x, out_dtype, transpose=True)
 
     # Weights of one shape share a trace: a decoder has hundreds of them.
-    @functools.partial(jax.jit, static_argnames="transpose")
-    def _product(self, x: jax.Array, *, transpose: bool) -> jax.Array:
+    @functools.partial(jax.jit, static_argnames=("out_dtype", "transpose"))
+    def _product(self, x: jax.Array, out_dtype: Any, *, transpose: bool) -> jax.Array:
         if self.batch_shape:
-            return jax.vmap(lambda w, x: w._product(x, transpose=transpose))(self, x)
-        return lut_matmul(
-            x,
+            return jax.vmap(lambda w, x: w._product(x, out_dtype, transpose=transpose))(self, x)
+        y = lut_matmul(
+            widened(x, out_dtype),
             self.words,
             self.expanded_scales(),
             self.lut,
@@ -132,6 +137,7 @@ class LutArray(CompressedArray):
             transpose=transpose,
             implementation="xla" if is_partitioned_automatically(self.words) else None,
         )
+        return y.astype(x.dtype if out_dtype is None else out_dtype)
 
     def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array:
         """Dense rows or columns; only those are dequantised."""

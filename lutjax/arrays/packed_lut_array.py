@@ -171,23 +171,28 @@ class PackedLutArray(CompressedArray):
     def matmul(
         self, x: Float[Array, "*batch m k"], *, out_dtype: Any = None
     ) -> Float[Array, "*batch m n"]:
-        """``x @ W`` by the kernel whose layout this is, in ``out_dtype`` or that of ``x``."""
+        """``x @ W`` by the kernel whose layout this is, which rounds its float32 sums once."""
         return self._product(x, out_dtype, transpose=False)
 
     def matmul_transposed(
         self, x: Float[Array, "*batch m n"], *, out_dtype: Any = None
     ) -> Float[Array, "*batch m k"]:
-        """``x @ W.T`` by the kernel whose layout this is, in ``out_dtype`` or that of ``x``."""
+        """``x @ W.T`` by the kernel whose layout this is, which rounds its float32 sums once."""
         return self._product(x, out_dtype, transpose=True)
 
     def matmul_grouped(
-        self, x: Float[Array, "t m k"], groups: Int[Array, " t"], sizes: Int[Array, " t"]
+        self,
+        x: Float[Array, "t m k"],
+        groups: Int[Array, " t"],
+        sizes: Int[Array, " t"],
+        *,
+        out_dtype: Any = None,
     ) -> Float[Array, "t m n"]:
         """Reads the entries where they lie if the layout is a kernel's own."""
         if not self.packed.padded:
-            return super().matmul_grouped(x, groups, sizes)
+            return super().matmul_grouped(x, groups, sizes, out_dtype=out_dtype)
         self._check(x)
-        return packed_matmul_grouped(x, self._whole().packed, groups, sizes)
+        return packed_matmul_grouped(x, self._whole().packed, groups, sizes, out_dtype=out_dtype)
 
     def _check(self, x: jax.Array) -> None:
         if x.dtype != self.dtype:

@@ -83,13 +83,17 @@ class ProductArray(CompressedArray):
         wide = at_least_float32(self.dtype)
         return jnp.matmul(*factors, preferred_element_type=wide).astype(self.dtype)
 
-    def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
-        """``(x @ left) @ right`` in the dtype of ``x``."""
-        return self.right.matmul(self.left.matmul(x))
+    def matmul(
+        self, x: Float[Array, "*batch m k"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m n"]:
+        """``(x @ left) @ right``."""
+        return self.right.matmul(self.left.matmul(x), out_dtype=out_dtype)
 
-    def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
-        """``(x @ right.T) @ left.T`` in the dtype of ``x``."""
-        return self.left.matmul_transposed(self.right.matmul_transposed(x))
+    def matmul_transposed(
+        self, x: Float[Array, "*batch m n"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m k"]:
+        """``(x @ right.T) @ left.T``."""
+        return self.left.matmul_transposed(self.right.matmul_transposed(x), out_dtype=out_dtype)
 
     def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array | None:
         """Dense rows or columns, through the thin side."""

@@ -57,13 +57,17 @@ class ReorderedArray(WrapperArray):
         stored = self.base.materialize_matrix()
         return jnp.take_along_axis(stored, self._places[..., None], axis=-2)
 
-    def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
-        """``x[:, order] @ base`` in the dtype of ``x``."""
-        return self.base.matmul(_columns(x, self.order))
+    def matmul(
+        self, x: Float[Array, "*batch m k"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m n"]:
+        """``x[:, order] @ base``."""
+        return self.base.matmul(_columns(x, self.order), out_dtype=out_dtype)
 
-    def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
+    def matmul_transposed(
+        self, x: Float[Array, "*batch m n"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m k"]:
         """``x @ base.T`` with its columns put back."""
-        return _columns(self.base.matmul_transposed(x), self._places)
+        return _columns(self.base.matmul_transposed(x, out_dtype=out_dtype), self._places)
 
     def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array | None:
         """Rows and columns as the base has them."""

@@ -62,13 +62,17 @@ class RotatedArray(WrapperArray):
         back = rotate_back(jnp.swapaxes(rotated, -1, -2), self.block)
         return jnp.swapaxes(back, -1, -2).astype(self.dtype)
 
-    def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
-        """``rotate(x) @ base`` in the dtype of ``x``."""
-        return self.base.matmul(rotate(x, self.block))
+    def matmul(
+        self, x: Float[Array, "*batch m k"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m n"]:
+        """``rotate(x) @ base``; what is rotated is rounded to the dtype of ``x``."""
+        return self.base.matmul(rotate(x, self.block), out_dtype=out_dtype)
 
-    def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
-        """``x @ base.T``, rotated back; both are rounded to the dtype of ``x``."""
-        return rotate_back(self.base.matmul_transposed(x), self.block)
+    def matmul_transposed(
+        self, x: Float[Array, "*batch m n"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m k"]:
+        """``x @ base.T``, rotated back; both are rounded to ``out_dtype``."""
+        return rotate_back(self.base.matmul_transposed(x, out_dtype=out_dtype), self.block)
 
     def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array | None:
         """Columns; a row depends on its whole block."""

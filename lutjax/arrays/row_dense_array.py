@@ -15,6 +15,7 @@ from lutjax.arrays.base import CompressedArray, format_bytes
 from lutjax.arrays.dense_array import DenseArray
 from lutjax.arrays.split import Split, typed_entries
 from lutjax.arrays.view import MATRIX, MatrixView
+from lutjax.dtypes import product
 
 
 @functools.partial(
@@ -62,13 +63,17 @@ class RowDenseArray(CompressedArray):
         """The matrix, in :attr:`dtype`."""
         return self.blocks.reshape(*self.batch_shape, *self.matrix_shape).astype(self.dtype)
 
-    def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
-        """``x @ W`` in the dtype of ``x``."""
-        return x @ self.materialize_matrix().astype(x.dtype)
+    def matmul(
+        self, x: Float[Array, "*batch m k"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m n"]:
+        """``x @ W``."""
+        return product(x, self.materialize_matrix(), out_dtype)
 
-    def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
-        """``x @ W.T`` in the dtype of ``x``."""
-        return x @ jnp.swapaxes(self.materialize_matrix(), -1, -2).astype(x.dtype)
+    def matmul_transposed(
+        self, x: Float[Array, "*batch m n"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m k"]:
+        """``x @ W.T``."""
+        return product(x, jnp.swapaxes(self.materialize_matrix(), -1, -2), out_dtype)
 
     def split_specs(self, split: Split) -> Any:
         """Split by rows anywhere, and by columns at whole blocks."""

@@ -15,6 +15,7 @@ from lutjax.arrays.base import CompressedArray, format_bytes
 from lutjax.arrays.lut_array import LutArray
 from lutjax.arrays.split import Split, is_partitioned_automatically, typed_entries
 from lutjax.arrays.view import MATRIX, MatrixView
+from lutjax.dtypes import product, widened
 from pallas_kernels.sparse_matmul import RowCodes, dequantize_rows, pack_rows, row_matmul
 
 
@@ -98,21 +99,27 @@ class RowLutArray(CompressedArray):
             return jax.vmap(lambda w: w.materialize_matrix())(self)
         return dequantize_rows(self.row_codes(), self.dtype)
 
-    def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
-        """``x @ W`` in the dtype of ``x``; a tile of rows is dequantised at a time."""
-        return self._product(x, transpose=False)
+    def matmul(
+        self, x: Float[Array, "*batch m k"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m n"]:
+        """``x @ W``; a tile of rows is dequantised at a time."""
+        return self._product(x, out_dtype, transpose=False)
 
-    def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
-        """``x @ W.T`` in the dtype of ``x``; a tile of rows is dequantised at a time."""
-        return self._product(x, transpose=True)
+    def matmul_transposed(
+        self, x: Float[Array, "*batch m n"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m k"]:
+        """``x @ W.T``; a tile of rows is dequantised at a time."""
+        return self._product(x, out_dtype, transpose=True)
 
-    def _product(self, x: jax.Array, *, transpose: bool) -> jax.Array:
+    def _product(self, x: jax.Array, out_dtype: Any, *, transpose: bool) -> jax.Array:
         if is_partitioned_automatically(self.words):  # a loop over rows would gather their codes
             weight = self.astype(x.dtype).materialize_matrix()
-            return x @ (jnp.swapaxes(weight, -1, -2) if transpose else weight)
+            return product(x, jnp.swapaxes(weight, -1, -2) if transpose else weight, out_dtype)
         if self.batch_shape:
-            return jax.vmap(lambda w, x: w._product(x, transpose=transpose))(self, x)
-        y = row_matmul(x.reshape(-1, x.shape[-1]), self.row_codes(), transpose=transpose)
+            return jax.vmap(lambda w, x: w._product(x, out_dtype, transpose=transpose))(self, x)
+        rows = widened(x.reshape(-1, x.shape[-1]), out_dtype)
+        y = row_matmul(rows, self.row_codes(), transpose=transpose)
+        y = y.astype(x.dtype if out_dtype is None else out_dtype)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def split_specs(self, split: Split) -> Any:

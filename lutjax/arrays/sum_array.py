@@ -75,13 +75,17 @@ class SumArray(CompressedArray):
         """The sum of the parts' dense matrices."""
         return add_wide([p.materialize_matrix() for p in self.parts])
 
-    def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
+    def matmul(
+        self, x: Float[Array, "*batch m k"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m n"]:
         """The sum of the parts' products with ``x``."""
-        return add_wide([p.matmul(x) for p in self.parts])
+        return add_wide([p.matmul(x, out_dtype=out_dtype) for p in self.parts])
 
-    def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
+    def matmul_transposed(
+        self, x: Float[Array, "*batch m n"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m k"]:
         """The sum of the parts' transposed products with ``x``."""
-        return add_wide([p.matmul_transposed(x) for p in self.parts])
+        return add_wide([p.matmul_transposed(x, out_dtype=out_dtype) for p in self.parts])
 
     def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array | None:
         """The sum of the parts' rows or columns, None if one of them has none."""

@@ -57,17 +57,24 @@ class ObservedArray(WrapperArray):
         """The dense matrix of the base, not observed."""
         return self.base.materialize_matrix()
 
-    def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
+    def matmul(
+        self, x: Float[Array, "*batch m k"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m n"]:
         """``x @ W``, and the statistic of ``x`` for the backward pass."""
         if self.batch_shape:
-            return jax.vmap(lambda w, x: w.matmul(x))(self, x)
+            return jax.vmap(lambda w, x: w.matmul(x, out_dtype=out_dtype))(self, x)
         still = jax.lax.stop_gradient(x)
         base = jax.lax.stop_gradient(self.base)
         found = self.statistic(base, still.reshape(-1, x.shape[-1])).astype(jnp.float32)
-        return _tap(base.matmul(still), x, found, self.totals)
+        return _tap(base.matmul(still, out_dtype=out_dtype), x, found, self.totals)
 
     def matmul_grouped(
-        self, x: Float[Array, "t m k"], groups: Int[Array, " t"], sizes: Int[Array, " t"]
+        self,
+        x: Float[Array, "t m k"],
+        groups: Int[Array, " t"],
+        sizes: Int[Array, " t"],
+        *,
+        out_dtype: Any = None,
     ) -> Float[Array, "t m n"]:
         """Products of tiles, and the statistic of the rows that each entry meets."""
         still = jax.lax.stop_gradient(x)
@@ -84,16 +91,19 @@ class ObservedArray(WrapperArray):
 
         zeros = jnp.zeros(self.totals.shape, jnp.float32)
         found, _ = jax.lax.scan(add, zeros, (still, groups, sizes))
-        return _tap(base.matmul_grouped(still, groups, sizes), x, found, self.totals)
+        y = base.matmul_grouped(still, groups, sizes, out_dtype=out_dtype)
+        return _tap(y, x, found, self.totals)
 
     def slice_matrix(self, axis: str, start: Any, size: int) -> Self | None:
         """Columns as the base has them: the same inputs enter."""
         base = self.base.slice_matrix(axis, start, size) if axis == "n" else None
         return None if base is None else dataclasses.replace(self, base=base)
 
-    def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
+    def matmul_transposed(
+        self, x: Float[Array, "*batch m n"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m k"]:
         """``x @ W.T``, not observed."""
-        return self.base.matmul_transposed(x)
+        return self.base.matmul_transposed(x, out_dtype=out_dtype)
 
 
 @jax.custom_vjp

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lutjax.arrays import CompressedArray, WrapperArray
+from lutjax.dtypes import widened
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "delta"], meta_fields=[])
@@ -37,13 +38,24 @@ class ProbedArray(WrapperArray):
         """The dense sum."""
         return self.base.materialize_matrix() + self.delta.astype(self.dtype)
 
-    def matmul(self, x: Float[Array, "*batch m k"]) -> Float[Array, "*batch m n"]:
+    def matmul(
+        self, x: Float[Array, "*batch m k"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m n"]:
         """``x @ W``."""
-        return _tap(False, self.base.matmul(x), jax.lax.stop_gradient(x), self.delta)
+        return _tap(
+            False, self.base.matmul(x, out_dtype=out_dtype), jax.lax.stop_gradient(x), self.delta
+        )
 
-    def matmul_transposed(self, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m k"]:
+    def matmul_transposed(
+        self, x: Float[Array, "*batch m n"], *, out_dtype: Any = None
+    ) -> Float[Array, "*batch m k"]:
         """``x @ W.T``."""
-        return _tap(True, self.base.matmul_transposed(x), jax.lax.stop_gradient(x), self.delta)
+        return _tap(
+            True,
+            self.base.matmul_transposed(x, out_dtype=out_dtype),
+            jax.lax.stop_gradient(x),
+            self.delta,
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -58,7 +70,8 @@ def _tap_forward(transpose, y, x, delta):
 
 def _tap_backward(transpose, residuals, dy):
     x, delta = residuals
-    left, right = (dy, x) if transpose else (x, dy)
+    rows = widened(x, dy.dtype)
+    left, right = (dy, rows) if transpose else (rows, dy)
     batch = delta.shape[:-2]
     left, right = (a.reshape(*batch, -1, a.shape[-1]) for a in (left, right))
     gradient = jnp.einsum("...mk,...mn->...kn", left, right, preferred_element_type=jnp.float32)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lutjax.arrays import CompressedArray, PackedLutArray, is_compressed
+from lutjax.arrays import CompressedArray, is_compressed
 from lutjax.lift.registry import NEEDS_DENSE, rule
 
 PRODUCTS = frozenset({"dot_general", "ragged_dot_general"})
@@ -45,7 +45,6 @@ def _dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
     free = [axis for axis in range(x.ndim) if axis not in (*shared, *order)]
     free_shape = [x.shape[axis] for axis in free]
     width = int(np.prod([x.shape[axis] for axis in order], dtype=int))
-    x = widened(x, weight, out_dtype)
     rows = transposed(x, (*shared, *free, *order))
     count = len(weight.batch_shape)
     if count or len(order) != 1:
@@ -55,7 +54,7 @@ def _dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
 
     # y is [*weight batch axes, rows, result factors in stored order]
     sizes = [weight.shape[axis] for axis in plan.kept]
-    y = y.astype(out_dtype).reshape(*weight.batch_shape, *free_shape, *sizes)
+    y = y.reshape(*weight.batch_shape, *free_shape, *sizes)
     # Where dot_general puts them: batch axes in its order, then free axes of lhs, then of rhs.
     places_free = [count + i for i in range(len(free))]
     kept_places = {axis: count + len(free) + i for i, axis in enumerate(plan.kept)}
@@ -71,21 +70,6 @@ def _dot_general(params: dict, lhs: Any, rhs: Any) -> Any:
 def transposed(x: jax.Array, order: tuple[int, ...]) -> jax.Array:
     """``x`` with its axes in another order."""
     return x if order == tuple(range(x.ndim)) else jax.lax.transpose(x, order)
-
-
-def widened(x: jax.Array, weight: CompressedArray, dtype: Any) -> jax.Array:
-    """Activations in a result's dtype if that is wider and the weight takes it."""
-    widens = jnp.finfo(dtype).bits > jnp.finfo(x.dtype).bits and not _is_packed(weight)
-    return x.astype(dtype) if widens else x
-
-
-def _is_packed(weight: CompressedArray) -> bool:
-    """Whether there is a kernel's layout in ``weight``, which takes activations of one dtype."""
-
-    def packed(a: Any) -> bool:
-        return isinstance(a, PackedLutArray)
-
-    return any(map(packed, jax.tree.leaves(weight, is_leaf=packed)))
 
 
 def fits_kernel(dtype: Any) -> bool:
@@ -142,9 +126,7 @@ def _map_batches(
     def product(weight: Any, rows: jax.Array, axis: int) -> jax.Array:
         if axis == count:
             multiply = weight.matmul_transposed if plan.transposed else weight.matmul
-            if isinstance(weight, PackedLutArray):  # its activations were not widened
-                return multiply(rows, out_dtype=out_dtype)
-            return multiply(rows)
+            return multiply(rows, out_dtype=out_dtype)
         in_axes = (0, 0 if axis in plan.shared else None)
         return jax.vmap(lambda w, x: product(w, x, axis + 1), in_axes=in_axes)(weight, rows)
 

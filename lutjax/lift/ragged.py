@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from lutjax.arrays import CompressedArray, DenseArray, is_compressed
 from lutjax.arrays.grouped import entry, map_tiles
 from lutjax.arrays.split import is_partitioned_automatically
-from lutjax.lift.products import fits_kernel, plan_product, transposed, widened
+from lutjax.lift.products import fits_kernel, plan_product, transposed
 from lutjax.lift.registry import NEEDS_DENSE, rule
 from pallas_kernels.lut_matmul.dispatch import compiling_for
 
@@ -91,15 +91,19 @@ def _planned(
     def product(x: jax.Array, weight: CompressedArray, sizes: jax.Array) -> jax.Array:
         x = transposed(x, order)
         x = x.reshape(x.shape[0], int(np.prod(x.shape[1:])))
-        x = widened(x, weight, out_dtype)
-        y = _grouped_product(weight, x, sizes, transpose=plan.transposed).astype(out_dtype)
+        y = _grouped_product(weight, x, sizes, out_dtype, transpose=plan.transposed)
         return transposed(y.reshape(x.shape[0], *kept), ascending)
 
     return product
 
 
 def _grouped_product(
-    weight: CompressedArray, x: Float[Array, "m k"], sizes: Int[Array, " e"], *, transpose: bool
+    weight: CompressedArray,
+    x: Float[Array, "m k"],
+    sizes: Int[Array, " e"],
+    out_dtype: Any,
+    *,
+    transpose: bool,
 ) -> Float[Array, "m n"]:
     """Rows of ``x``, sorted by group, times the entries of their groups; zero after the last group.
 
@@ -108,7 +112,7 @@ def _grouped_product(
     """
     m, count = x.shape[0], weight.batch_shape[0]
     if not m:
-        return jnp.zeros((0, weight.matrix_shape[0 if transpose else 1]), x.dtype)
+        return jnp.zeros((0, weight.matrix_shape[0 if transpose else 1]), out_dtype)
     rows = _tile_rows(m, count)
     # There are most tiles where as many groups as possible end with a tile of one row.
     tiles = (m + min(m, count) * (rows - 1)) // rows
@@ -128,14 +132,14 @@ def _grouped_product(
     x_tiles = jnp.where((row < filled[:, None])[..., None], x_tiles, jnp.zeros((), x.dtype))
     if transpose:
         y = map_tiles(
-            lambda group, rows: entry(weight, group).matmul_transposed(rows),
+            lambda group, rows: entry(weight, group).matmul_transposed(rows, out_dtype=out_dtype),
             weight,
             x_tiles,
             tile_groups,
             filled,
         )
     else:
-        y = weight.matmul_grouped(x_tiles, tile_groups, filled)
+        y = weight.matmul_grouped(x_tiles, tile_groups, filled, out_dtype=out_dtype)
 
     place = jnp.arange(m, dtype=jnp.int32)
     groups = _group_of(place, ends)

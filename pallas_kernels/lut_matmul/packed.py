@@ -192,6 +192,7 @@ def packed_matmul_grouped(
     groups: jax.Array,
     sizes: jax.Array,
     *,
+    out_dtype: Any = None,
     interpret: Any = False,
 ) -> jax.Array:
     """``x[i] @ W[groups[i]]`` for a prepacked stack of weights, which is read where it lies.
@@ -201,10 +202,11 @@ def packed_matmul_grouped(
       weight: From :func:`prepack` under :func:`jax.vmap`, in a layout of a kernel's own.
       groups: ``int[tiles]``, which weight each tile meets, in range.
       sizes: ``int[tiles]``, how many rows of each tile count.
+      out_dtype: Of the result; None: that of ``x``.
       interpret: Runs the kernel in interpret mode, as inside ``interpret_kernels()``.
 
     Returns:
-      ``[tiles, M, N]`` in the dtype of ``x``; zeros where rows do not count.
+      ``[tiles, M, N]`` in ``out_dtype``; zeros where rows do not count.
 
     Raises:
       TypeError: If the layout was made for activations of another dtype.
@@ -216,10 +218,11 @@ def packed_matmul_grouped(
             f"implementation {weight.implementation!r} has no product with several weights"
         )
     _check(x, weight, weight.k, transpose=False)
+    out_dtype = np.dtype(x.dtype if out_dtype is None else out_dtype)
     if not x.size:
-        return jnp.zeros((*x.shape[:-1], weight.n), x.dtype)
+        return jnp.zeros((*x.shape[:-1], weight.n), out_dtype)
     operands = _vary_alike(x, weight, groups, sizes)
-    return _apply_grouped(*operands, interpret or dispatch.interpreting())
+    return _apply_grouped(*operands, out_dtype, interpret or dispatch.interpreting())
 
 
 def _vary_alike(*operands: Any) -> tuple:
@@ -228,9 +231,14 @@ def _vary_alike(*operands: Any) -> tuple:
     return jax.tree.map(lambda a: vary_over(a, axes), operands)
 
 
-@functools.partial(jax.jit, static_argnums=4)
+@functools.partial(jax.jit, static_argnums=(4, 5))
 def _apply_grouped(
-    x: jax.Array, weight: PackedWeight, groups: jax.Array, sizes: jax.Array, interpret: Any
+    x: jax.Array,
+    weight: PackedWeight,
+    groups: jax.Array,
+    sizes: jax.Array,
+    out_dtype: np.dtype,
+    interpret: Any,
 ) -> jax.Array:
     if weight.implementation == "mosaic_tpu":
         from pallas_kernels.lut_matmul import mosaic_tpu
@@ -249,7 +257,7 @@ def _apply_grouped(
             _gpu_problem(x.shape[1], weight, transpose=False, tiles=x.shape[0]),
             groups,
             sizes,
-            out_dtype=_kernel_dtype(x.dtype, weight),
+            out_dtype=_kernel_dtype(out_dtype, weight),
             interpret=interpret,
         )[..., : weight.n]
     if weight.offsets is not None:
@@ -257,7 +265,7 @@ def _apply_grouped(
         add = jax.vmap(lambda y, x, offsets: add_offsets(y, x, offsets, **static))
         y = add(y, x, jnp.take(weight.offsets, groups, axis=0))
     counts = jnp.arange(x.shape[1])[None] < sizes[:, None]
-    return jnp.where(counts[..., None], y, 0).astype(x.dtype)
+    return jnp.where(counts[..., None], y, 0).astype(out_dtype)
 
 
 def _reason_against_transposed(weight: PackedWeight) -> str | None:

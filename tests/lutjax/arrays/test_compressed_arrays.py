@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import lutjax
+from lutjax.adapters import AdapterArray
 from lutjax.arrays import (
     ConcatArray,
     DenseArray,
@@ -15,10 +16,14 @@ from lutjax.arrays import (
     LowRankArray,
     LutArray,
     MatrixView,
+    ProductArray,
     ReorderedArray,
     RotatedArray,
+    RowDenseArray,
+    RowLutArray,
     SumArray,
 )
+from lutjax.linear_maps import Projection
 from lutjax.packing import pack
 from lutjax.rotation import rotate_back
 
@@ -81,6 +86,33 @@ def make_reordered():
     return ReorderedArray.of(array, jnp.asarray(order)), dense
 
 
+def make_product():
+    (a, x), (b, y) = make_low_rank(), make_lut(k=N)
+    return ProductArray.of(a, b), x @ y
+
+
+def make_codes_by_rows():
+    array, dense = make_lut(offsets=True)
+    return RowLutArray.of(array), dense
+
+
+def make_adapter():
+    array, dense = make_lut()
+    basis, latent = RNG.normal(size=(K, 3)), RNG.normal(size=(3, N))
+    bound = Projection(jnp.asarray(basis, jnp.float32), "left")
+    return AdapterArray.of(array, bound, jnp.asarray(latent, jnp.float32)), dense + basis @ latent
+
+
+def make_dense():
+    dense = np.random.default_rng(3).normal(size=(K, N))
+    return DenseArray.of(jnp.asarray(dense, jnp.float32)), dense
+
+
+def make_dense_by_rows():
+    array, dense = make_dense()
+    return RowDenseArray.of(array, lanes=8), dense
+
+
 ARRAYS = {
     "4 bits": make_lut,
     "offsets": lambda: make_lut(bits=3, offsets=True),
@@ -92,6 +124,12 @@ ARRAYS = {
     "rows": lambda: make_concat("k"),
     "rotated": make_rotated,
     "reordered": make_reordered,
+    "product": make_product,
+    "dense": make_dense,
+    "dense by rows": make_dense_by_rows,
+    "codes by rows": make_codes_by_rows,
+    "gate that is open": lambda: (GatedArray.of(make_lut()[0], 0.0), make_lut()[1]),
+    "adapter": make_adapter,
 }
 
 
@@ -132,14 +170,20 @@ def test_against_the_formula(name):
 @pytest.mark.parametrize("name", ARRAYS)
 def test_slices(name):
     array, dense = ARRAYS[name]()
+    if name in ("adapter", "dense by rows", "codes by rows"):  # cannot be cut
+        assert array.slice_matrix("n", 8, 8) is None and array.slice_matrix("k", 16, 16) is None
+        return
     close(array.slice_matrix("n", 5, 7).materialize(), dense[:, 5:12])
     if name == "reordered":
         assert array.slice_matrix("k", 16, 16) is None
         return
     close(array.slice_matrix("k", 16, 16).materialize(), dense[16:32])
     close(array.slice_matrix("k", 16, dense.shape[0] - 16).materialize(), dense[16:])
-    if name != "low rank":
-        assert array.slice_matrix("k", 8, 8) is None  # within a group
+    within_a_group = array.slice_matrix("k", 8, 8)
+    if name in ("low rank", "product", "dense"):  # whose rows are in no groups
+        close(within_a_group.materialize(), dense[8:16])
+    else:
+        assert within_a_group is None
 
 
 @pytest.mark.parametrize("name", ARRAYS)
@@ -192,6 +236,28 @@ def test_repr_shows_what_matters_and_no_numbers():
     assert repr(SumArray.of(low_rank)) == f"SumArray({low_rank!r})"
     assert repr(ConcatArray.of(low_rank, axis="n")) == f"ConcatArray({low_rank!r}, axis='n')"
     assert "None" in repr(jax.tree.map(lambda _: None, array))
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_a_wider_result_is_not_rounded_to_the_activations(name):
+    array, dense = ARRAYS[name]()
+    x = jnp.asarray(RNG.normal(size=(64, dense.shape[0])), jnp.bfloat16)
+    z = jnp.asarray(RNG.normal(size=(64, dense.shape[1])), jnp.bfloat16)
+    for product, rows, matrix in (
+        (array.matmul, x, dense),
+        (array.matmul_transposed, z, dense.T),
+    ):
+        rounded, wide = product(rows), product(rows, out_dtype=jnp.float32)
+        assert rounded.dtype == jnp.bfloat16 and wide.dtype == jnp.float32
+        expected = np.asarray(rows, np.float64) @ matrix
+        for y in (rounded, wide):
+            # What is in between may be in bfloat16: rotated or projected activations, weights.
+            np.testing.assert_allclose(
+                np.asarray(y, np.float64), expected, atol=2e-2 * np.abs(expected).max()
+            )
+        assert (wide != wide.astype(jnp.bfloat16).astype(jnp.float32)).mean() > 0.9
+        narrow = product(rows.astype(jnp.float32), out_dtype=jnp.bfloat16)
+        assert narrow.dtype == jnp.bfloat16
 
 
 def test_products_have_the_dtype_of_the_activations():

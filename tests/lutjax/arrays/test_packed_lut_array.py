@@ -80,6 +80,9 @@ def test_sums_are_not_rounded_where_a_wider_result_is_wanted(implementation, cod
         packed = lutjax.prepack({"head": w}, implementation=implementation, device_kind=kind)
         run = lutjax.lift(logits, strict=True)
         y, rounded = run(packed, x), x @ packed["head"]
+        nothing = LowRankArray.of(jnp.zeros((128, 2), w.dtype), jnp.zeros((2, 64), w.dtype))
+        inside = run({"head": SumArray.of(packed["head"], nothing)}, x)
+    np.testing.assert_array_equal(inside, y)
     assert y.dtype == jnp.float32 and rounded.dtype == jnp.bfloat16
     table = w.lut if implementation == "xla" else w.lut.astype(jnp.bfloat16).astype(jnp.float32)
     exact = dataclasses.replace(w, lut=table).astype("float32").materialize()
