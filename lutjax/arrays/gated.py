@@ -18,18 +18,18 @@ from lutjax.arrays.row_dense_array import RowDenseArray
 from lutjax.arrays.row_lut_array import RowLutArray
 from lutjax.arrays.split import Split, is_partitioned_automatically
 from lutjax.arrays.sum_array import SumArray
-from lutjax.arrays.view import MatrixView
+from lutjax.arrays.wrapper import WrapperArray
 from lutjax.dtypes import add_wide, widened
 from pallas_kernels.sparse_matmul import sparse_matmul
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["inner", "threshold", "row_norms"],
+    data_fields=["base", "threshold", "row_norms"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
-class GatedArray(CompressedArray):
+class GatedArray(WrapperArray):
     """``x @ W`` becomes ``(x * [|x| > t]) @ W``, or ``(x * [|x| * norms > t]) @ W``.
 
     The threshold is data: another one needs no compilation. With few rows of ``x`` (decoding) the
@@ -42,7 +42,7 @@ class GatedArray(CompressedArray):
     was ignored.
 
     Attributes:
-      inner: The weight, dense (:class:`DenseArray`) or compressed.
+      base: The weight, dense (:class:`DenseArray`) or compressed.
       threshold: ``float32[*batch]``; 0 ignores nothing but zeros.
       row_norms: ``float32[*batch, K]`` that scale ``|x|`` before the comparison, or None.
 
@@ -53,59 +53,39 @@ class GatedArray(CompressedArray):
     [[0.0, -1.0, 2.0]]
     """
 
-    inner: CompressedArray
+    base: CompressedArray
     threshold: Float[Array, "*batch"]
     row_norms: Float[Array, "*batch k"] | None = None
 
     @classmethod
     def of(
         cls,
-        inner: CompressedArray,
+        base: CompressedArray,
         threshold: Any,
         row_norms: Float[Array, "*batch k"] | None = None,
     ) -> Self:
         """Gates a weight.
 
         Args:
-          inner: The weight, without a gate.
+          base: The weight, without a gate.
           threshold: A number, or one for each of the weight's batch entries.
           row_norms: ``[*batch, K]`` or None.
 
         Raises:
           ValueError: If shapes do not fit, or a threshold is negative or NaN.
-          TypeError: If ``inner`` is gated already.
+          TypeError: If ``base`` is gated already.
         """
-        if isinstance(inner, cls):
-            raise TypeError(f"{inner!r} is gated already; gate the weight inside it")
+        if isinstance(base, cls):
+            raise TypeError(f"{base!r} is gated already; gate the weight inside it")
         values = np.asarray(threshold, np.float32)
         if not (values >= 0).all():
             raise ValueError(f"threshold={threshold} must be 0 or positive")
-        if values.shape not in ((), inner.batch_shape):
-            raise ValueError(f"threshold of shape {values.shape} does not fit {inner!r}")
-        expected = (*inner.batch_shape, inner.matrix_shape[0])
+        if values.shape not in ((), base.batch_shape):
+            raise ValueError(f"threshold of shape {values.shape} does not fit {base!r}")
+        expected = (*base.batch_shape, base.matrix_shape[0])
         if row_norms is not None and row_norms.shape != expected:
             raise ValueError(f"row_norms of shape {row_norms.shape} must have shape {expected}")
-        return cls(inner, jnp.asarray(np.broadcast_to(values, inner.batch_shape)), row_norms)
-
-    @property
-    def view(self) -> MatrixView:  # type: ignore[override]
-        """The view of the weight inside."""
-        return self.inner.view
-
-    @property
-    def dtype(self) -> np.dtype:  # type: ignore[override]
-        """Dtype of the weight this stands for."""
-        return self.inner.dtype
-
-    @property
-    def batch_shape(self) -> tuple[int, ...]:
-        """The leading axes."""
-        return self.inner.batch_shape
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """K and N of the stored matrix."""
-        return self.inner.matrix_shape
+        return cls(base, jnp.asarray(np.broadcast_to(values, base.batch_shape)), row_norms)
 
     def row_thresholds(self) -> Float[Array, "*batch k_or_1"]:
         """What ``|x|`` is compared with: one number, or one for each row."""
@@ -121,7 +101,7 @@ class GatedArray(CompressedArray):
 
     def materialize_matrix(self) -> Float[Array, "*batch k n"]:
         """The dense matrix of the weight inside; the gate is not part of it."""
-        return self.inner.materialize_matrix()
+        return self.base.materialize_matrix()
 
     def matmul(
         self, x: Float[Array, "*batch m k"], *, out_dtype: Any = None
@@ -131,82 +111,74 @@ class GatedArray(CompressedArray):
             return jax.vmap(lambda w, x: w.matmul(x, out_dtype=out_dtype))(self, x)
         lead = x.shape[:-2]
         rows, thresholds = x.reshape(-1, x.shape[-1]), self.row_thresholds()[None, :]
-        y = _product(self.inner, rows, thresholds, x.dtype if out_dtype is None else out_dtype)
+        y = _product(self.base, rows, thresholds, x.dtype if out_dtype is None else out_dtype)
         return y.reshape(*lead, -1, y.shape[-1])
 
     def matmul_transposed(
         self, x: Float[Array, "*batch m n"], *, out_dtype: Any = None
     ) -> Float[Array, "*batch m k"]:
         """``x @ W.T``: the gate belongs to the product over K, so there is none here."""
-        return self.inner.matmul_transposed(x, out_dtype=out_dtype)
+        return self.base.matmul_transposed(x, out_dtype=out_dtype)
 
     def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array | None:
         """Rows or columns of the weight inside."""
-        return self.inner.take_matrix(axis, indices)
+        return self.base.take_matrix(axis, indices)
 
     def slice_matrix(self, axis: str, start: Any, size: int) -> Self | None:
         """A slice of the weight inside, under the same gate."""
-        inner = self.inner.slice_matrix(axis, start, size)
-        if inner is None:
+        base = self.base.slice_matrix(axis, start, size)
+        if base is None:
             return None
         norms = self.row_norms
         if norms is not None and axis == "k":
             norms = cut(norms, start, size, norms.ndim - 1)
-        return dataclasses.replace(self, inner=inner, row_norms=norms)
+        return dataclasses.replace(self, base=base, row_norms=norms)
 
     def split_specs(self, split: Split) -> Any:
         """The weight as it would be split; row norms with its rows."""
         norms = None if self.row_norms is None else split.spec(split.k)
-        return type(self)(self.inner.split_specs(split), split.spec(), norms)
+        return type(self)(self.base.split_specs(split), split.spec(), norms)
 
     def typed_spec(self) -> tuple[tuple[Any, ...], Any, Any]:
         """The explicit mesh axes over which the weight is split."""
-        return self.inner.typed_spec()
-
-    def with_view(self, view: MatrixView) -> Self:
-        """The same data under another view."""
-        return dataclasses.replace(self, inner=self.inner.with_view(view))
-
-    def astype(self, dtype: Any) -> Self:
-        """The same data standing for a weight of another dtype."""
-        return dataclasses.replace(self, inner=self.inner.astype(dtype))
+        return self.base.typed_spec()
 
     def __repr__(self) -> str:
         """Shape, kind of gate, and the weight inside; never the arrays."""
         try:
             gate = "|x|" if self.row_norms is None else "|x|·norm"
-            return f"GatedArray(shape={self.shape}, {gate} > t, {self.inner!r})"
+            return f"GatedArray(shape={self.shape}, {gate} > t, {self.base!r})"
         except (AttributeError, IndexError, TypeError):  # placeholders instead of arrays
-            return f"GatedArray(inner={self.inner!r}, threshold={self.threshold!r})"
+            return f"GatedArray(base={self.base!r}, threshold={self.threshold!r})"
 
 
 def _product(
-    inner: CompressedArray, x: jax.Array, thresholds: jax.Array, out_dtype: Any
+    base: CompressedArray, x: jax.Array, thresholds: jax.Array, out_dtype: Any
 ) -> jax.Array:
-    if isinstance(inner, SumArray):
-        return add_wide([_product(part, x, thresholds, out_dtype) for part in inner.parts])
-    rows = _rows(inner)
+    if isinstance(base, SumArray):
+        return add_wide([_product(part, x, thresholds, out_dtype) for part in base.parts])
+    rows = _rows(base)
     if rows is not None:
         return sparse_matmul(widened(x, out_dtype), rows, thresholds).astype(out_dtype)
     small = jnp.abs(x).astype(jnp.float32) <= thresholds
-    return inner.matmul(jnp.where(small, jnp.zeros((), x.dtype), x), out_dtype=out_dtype)
+    return base.matmul(jnp.where(small, jnp.zeros((), x.dtype), x), out_dtype=out_dtype)
 
 
-def _rows(inner: CompressedArray) -> Any:
+def _rows(base: CompressedArray) -> Any:
     """The weight as the sparse product takes it; None if masking is all that can be done.
 
     A compiler that splits the work over devices would gather the weight for a kernel or a loop.
     """
-    if any(map(is_partitioned_automatically, jax.tree.leaves(inner))):
+    if any(map(is_partitioned_automatically, jax.tree.leaves(base))):
         return None
-    match inner:
+    match base:
         case DenseArray():
-            return inner.matrix
+            return base.matrix
         case RowDenseArray():
-            return inner.blocks
+            return base.blocks
         case RowLutArray():
-            return inner.row_codes()
-        case LutArray() if inner.vector_size == 1:
-            return inner.block_codes()
+            return base.row_codes()
+        case LutArray() if base.vector_size == 1:
+            return base.block_codes()
         case _:
             return None

@@ -122,11 +122,12 @@ def apply_plan(model: RunnableModel, plan: Path, *, decode_only: bool) -> Runnab
     Args:
       model: a loaded model.
       plan: what `lutjax sparsify` wrote.
-      decode_only: whether prompts run on the plain weights.
+      decode_only: whether prompts run on the plain weights, and single tokens alone skip rows.
 
     Raises:
       ValueError: if the file is no plan, or the plan of another model.
     """
+    from lutjax import prepack
     from lutjax.cli.models import lifted_if_needed
     from lutjax.sparsity import PhasedParams, SparsityPlan, phased, sparsify
 
@@ -134,5 +135,6 @@ def apply_plan(model: RunnableModel, plan: Path, *, decode_only: bool) -> Runnab
     apply_fn = lifted_if_needed(model.apply_fn, gated)
     if not decode_only:
         return dataclasses.replace(model, params=gated, apply_fn=apply_fn)
-    both = PhasedParams(model.params, gated)
+    # GPUs and TPUs skip rows of another layout; they then hold those weights twice.
+    both = PhasedParams(model.params, prepack(gated))
     return dataclasses.replace(model, params=both, apply_fn=phased(apply_fn))

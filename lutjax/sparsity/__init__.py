@@ -1,6 +1,6 @@
 """Activation sparsity: thresholds, their allocation, and the parameters they turn into."""
 
-from lutjax.sparsity.apply import prepack, sparsify
+from lutjax.sparsity.apply import sparsify
 from lutjax.sparsity.greedy import GreedySearch, greedy_search
 from lutjax.sparsity.measure import AchievedSparsity, measure_sparsity
 from lutjax.sparsity.phases import PhasedParams, phased
@@ -19,7 +19,6 @@ __all__ = [
     "plan_greedy",
     "plan_thresholds",
     "plan_uniform",
-    "prepack",
     "recalibrate",
     "sparsify",
 ]

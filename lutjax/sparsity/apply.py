@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import numpy as np
 
-from lutjax.arrays import (
-    CompressedArray,
-    DenseArray,
-    GatedArray,
-    LutArray,
-    RowDenseArray,
-    RowLutArray,
-    SumArray,
-    is_compressed,
-)
+from lutjax.arrays import GatedArray, is_compressed
 from lutjax.calibrate.activations import projections, row_norms
 from lutjax.paths import near_misses, path_string
 from lutjax.sparsity.plan import SparsityPlan
-
-_TPU_LANES = 128
 
 
 def sparsify(params: Any, plan: SparsityPlan) -> Any:
@@ -79,38 +67,3 @@ def sparsify(params: Any, plan: SparsityPlan) -> Any:
             raise ValueError(f"{path!r}: {error}") from error
 
     return jax.tree_util.tree_map_with_path(gate, params, is_leaf=is_compressed)
-
-
-def prepack(params: Any, lanes: int) -> Any:
-    """Repacks gated weights so that decoding on a GPU or TPU reads live rows only.
-
-    A pure change of layout, for the running program: the canonical packing keeps eight rows
-    together, and so do the tiles of a TPU. A CPU reads single rows of the canonical layout.
-
-    Args:
-      params: Parameters from :func:`sparsify`.
-      lanes: Columns that lie together: 32 for a GPU, 128 for a TPU.
-
-    Returns:
-      The parameters with :class:`lutjax.arrays.RowLutArray` and, for a TPU,
-      :class:`lutjax.arrays.RowDenseArray` inside the gates; weights that cannot be repacked stay as
-      they are.
-    """
-
-    def repack(weight: CompressedArray) -> CompressedArray:
-        match weight:
-            case LutArray() if weight.vector_size == 1:
-                return RowLutArray.of(weight, lanes)
-            case DenseArray() if lanes == _TPU_LANES and weight.matrix_shape[1] % lanes == 0:
-                return RowDenseArray.of(weight, lanes)
-            case SumArray():
-                return SumArray(tuple(map(repack, weight.parts)))
-            case _:
-                return weight
-
-    def one(leaf: Any) -> Any:
-        if not isinstance(leaf, GatedArray):
-            return leaf
-        return dataclasses.replace(leaf, inner=repack(leaf.inner))
-
-    return jax.tree.map(one, params, is_leaf=is_compressed)

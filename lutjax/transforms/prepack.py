@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 
-from lutjax.arrays import GatedArray, LutArray, PackedLutArray
+from lutjax.arrays import (
+    CompressedArray,
+    DenseArray,
+    GatedArray,
+    LutArray,
+    PackedLutArray,
+    RowDenseArray,
+    RowLutArray,
+    SumArray,
+)
 from lutjax.paths import path_string
 from pallas_kernels.lut_matmul import dispatch
+
+_GPU_LANES, _TPU_LANES = 32, 128
+_MAX_BITS_BY_ROWS = 4  # of the kernels that read single rows
 
 
 def prepack(
@@ -20,6 +33,10 @@ def prepack(
     unless this is done at load time. The result is for :func:`lutjax.lift` and cannot be saved,
     resharded or trained: keep the canonical parameters for that. Embeddings stay as they are:
     lookups need single rows, which only the canonical words give.
+
+    Weights behind a gate (:func:`lutjax.sparsity.sparsify`) are laid out row by row, so that
+    decoding reads live rows only: the canonical words keep eight rows together, and so do the tiles
+    of a TPU. A CPU reads single rows of the canonical words.
 
     Weights that are split over a mesh (:func:`lutjax.shardings_like`) are reordered shard by shard
     where they are, and stay split; they are multiplied inside ``jax.shard_map``, whose
@@ -34,8 +51,8 @@ def prepack(
         compiled for.
 
     Returns:
-      A pytree like ``params`` with :class:`lutjax.arrays.PackedLutArray` for ``LutArray``; gated
-      weights stay (see :func:`lutjax.sparsity.prepack`).
+      A pytree like ``params`` with :class:`lutjax.arrays.PackedLutArray` for ``LutArray``, and
+      inside gates :class:`lutjax.arrays.RowLutArray` or (TPU) :class:`lutjax.arrays.RowDenseArray`.
 
     Raises:
       ValueError: If the named implementation does not take a weight, or its shards are not whole
@@ -53,8 +70,11 @@ def prepack(
             "trace under jax.sharding.use_abstract_mesh with its AbstractDevice"
         )
     chosen = implementation or ("mosaic_tpu" if device_kind else _of_this_device())
+    lanes = _lanes(chosen)
 
     def one(path: tuple, leaf: Any) -> Any:
+        if isinstance(leaf, GatedArray) and lanes is not None:
+            return dataclasses.replace(leaf, base=_by_rows(leaf.base, lanes))
         if chosen is None or not isinstance(leaf, LutArray) or "embed" in path_string(path):
             return leaf
         try:
@@ -79,3 +99,29 @@ def _of_this_device() -> str | None:
     from pallas_kernels.lut_matmul import mosaic_gpu
 
     return "mosaic_gpu" if mosaic_gpu.is_hopper(kind) else None
+
+
+def _lanes(implementation: str | None) -> int | None:
+    """Columns that lie together in a row; None where gated weights stay as they are."""
+    if implementation == "mosaic_tpu":
+        return _TPU_LANES
+    on_a_gpu = implementation is None and dispatch.compiling_for("cuda")
+    return _GPU_LANES if implementation == "mosaic_gpu" or on_a_gpu else None
+
+
+def _has_kernel_by_rows(weight: LutArray) -> bool:
+    one_table = weight.vector_size == 1 and weight.lut.shape[-3] == 1
+    return one_table and weight.bits <= _MAX_BITS_BY_ROWS
+
+
+def _by_rows(weight: CompressedArray, lanes: int) -> CompressedArray:
+    """The weight row by row; itself if the kernels would not read it so."""
+    match weight:
+        case LutArray() if _has_kernel_by_rows(weight):
+            return RowLutArray.of(weight, lanes)
+        case DenseArray() if lanes == _TPU_LANES and weight.matrix_shape[1] % lanes == 0:
+            return RowDenseArray.of(weight, lanes)
+        case SumArray():
+            return SumArray(tuple(_by_rows(part, lanes) for part in weight.parts))
+        case _:
+            return weight

@@ -22,7 +22,6 @@ from lutjax.arrays import (
     SumArray,
 )
 from lutjax.arrays.sharding import part_specs
-from lutjax.sparsity import prepack
 
 K, N = 64, 24
 
@@ -201,8 +200,8 @@ def test_row_layout_of_dense_weights_runs_the_tpu_kernel():
     """On a TPU the kernel can copy single rows of this layout, and of no other dense one."""
     w = jax.random.normal(jax.random.key(0), (2, K, 256))
     gated = GatedArray.of(DenseArray.of(w, 1), np.array([0.3, 0.9]))
-    rows = prepack({"kernel": gated}, lanes=128)["kernel"]
-    assert rows.inner.blocks.shape == (2, K, 2, 128) and rows.shape == w.shape
+    rows = lutjax.prepack({"kernel": gated}, device_kind="TPU v6 lite")["kernel"]
+    assert rows.base.blocks.shape == (2, K, 2, 128) and rows.shape == w.shape
     np.testing.assert_array_equal(rows.materialize(), w)
     x = jax.random.normal(jax.random.key(1), (2, 1, K))
     np.testing.assert_allclose(rows.matmul(x), gated.matmul(x), rtol=1e-5, atol=1e-5)
@@ -216,7 +215,7 @@ def test_row_layout_of_dense_weights_runs_the_tpu_kernel():
         for array in (gated, rows)
     ]  # fmt: skip
     assert kernels == [0, 1]
-    assert part_specs(rows, P(None, "data", "model"), {"data": 2, "model": 2}).inner.blocks == P(
+    assert part_specs(rows, P(None, "data", "model"), {"data": 2, "model": 2}).base.blocks == P(
         None, "data", "model", None
     )
     with pytest.raises(ValueError, match="2 blocks of columns do not split into 4"):
@@ -231,7 +230,7 @@ def test_shardings(spec):
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
     gated = GatedArray.of(DenseArray.of(weight()), 0.5, jnp.ones(K))
     placed = jax.device_put(gated, lutjax.arrays.shardings_like(gated, sharding))
-    assert placed.inner.matrix.sharding.spec == sharding.spec
+    assert placed.base.matrix.sharding.spec == sharding.spec
     x = jax.random.normal(jax.random.key(1), (1, K))
     np.testing.assert_allclose(
         jax.jit(lambda w, x: w.matmul(x))(placed, x), gated.matmul(x), rtol=1e-5, atol=1e-5
