@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lutjax.io.compress import compress_checkpoint
     from lutjax.io.compressed import save
     from lutjax.io.load import load
+    from lutjax.sparsity import SparsityPlan, sparsify
 
 __version__ = "0.1.0"
 
@@ -83,6 +84,7 @@ _SUBPACKAGES = (
     "adapters",
     "allocate",
     "calibrate",
+    "evaluate",
     "io",
     "linear_maps",
     "models",

@@ -39,12 +39,10 @@ from lutjax.arrays import (
 from lutjax.paths import named_leaves, near_misses, path_string
 from lutjax.transforms import LutConfig, Rule, quantize_array
 from lutjax.transforms.quantize import weight_view
-from lutjax.transforms.recipe import COLUMN, MIN_GROUP_SIZE
+from lutjax.transforms.recipe import COLUMN, DENSE, MIN_GROUP_SIZE
 
 ALL_LINEAR = ("*kernel",)
 """Every kernel but that of the output head and those of routers."""
-
-_NEVER = ("*embed*", "*lm_head*", "*router*", "*bias*", "*sinks*")
 
 
 def init(
@@ -61,8 +59,8 @@ def init(
       params: Dense or compressed parameters.
       rank: Inner size r, 1 to min(K, N).
       key: Each matrix uses its own key, made from this one and its path.
-      targets: Paths or globs of the matrices to adapt; embeddings, routers and the output head
-        only if they are named in full.
+      targets: Paths or globs of the matrices to adapt; what recipes leave dense (embeddings,
+        routers, the output head, norms) only if it is named in full.
       dtype: Dtype of the factors.
 
     Returns:
@@ -288,6 +286,6 @@ def _is_target(path: str, leaf: Any, targets: Sequence[str]) -> bool:
     dtype = getattr(leaf, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or len(leaf.shape) < 2:
         return False
-    if any(fnmatch.fnmatchcase(path, pattern) for pattern in _NEVER):
+    if any(fnmatch.fnmatchcase(path, pattern) for pattern in DENSE):
         return False
     return any(fnmatch.fnmatchcase(path, pattern) for pattern in targets)

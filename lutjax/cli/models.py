@@ -52,7 +52,8 @@ def load_model(
 def for_inference(model: RunnableModel) -> RunnableModel:
     """The same model with joined projections and prepacked weights.
 
-    Its blocks are replaced one after the other, so that no two copies of all weights are held.
+    Its blocks are replaced in the dictionary that holds them, one after the other, so that no two
+    copies of all weights are held: the given model is used up.
     """
     from lutjax import fuse_projections, prepack
 

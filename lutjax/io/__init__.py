@@ -3,6 +3,7 @@
 from lutjax.io.checkpoint import Checkpoint
 from lutjax.io.compress import compress_checkpoint
 from lutjax.io.compressed import CompressedCheckpoint, open_compressed, read_params, save
+from lutjax.io.decompose import decompose_checkpoint
 from lutjax.io.demo import demo_model_path
 from lutjax.io.load import load, load_params, load_tokenizer, open_checkpoint
 from lutjax.io.peft import load_peft, load_peft_head, save_peft
@@ -14,6 +15,7 @@ __all__ = [
     "TextStream",
     "Tokenizer",
     "compress_checkpoint",
+    "decompose_checkpoint",
     "demo_model_path",
     "load",
     "load_params",

@@ -27,7 +27,6 @@ from lutjax.arrays import (
     QuantizedScales,
     ReorderedArray,
     RotatedArray,
-    RowLutArray,
     SumArray,
 )
 from lutjax.io.safetensors import DTYPES
@@ -45,7 +44,6 @@ CLASSES: dict[str, type] = {
         QuantizedScales,
         ReorderedArray,
         RotatedArray,
-        RowLutArray,
         SumArray,
     )
 }

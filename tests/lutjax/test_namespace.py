@@ -8,7 +8,7 @@ import sys
 import lutjax
 assert "flax" not in sys.modules  # takes a second to import
 names = dir(lutjax)
-assert {"load", "quantize", "optim", "io"} <= set(names) and "importlib" not in names
+assert {"load", "quantize", "optim", "io", "evaluate"} <= set(names) and "importlib" not in names
 for name in names:
     getattr(lutjax, name)
 assert callable(lutjax.lift) and callable(lutjax.io.read_params) and callable(lutjax.optim.galore)

@@ -299,6 +299,12 @@ def test_quantised_adapter_runs_and_is_stored(params, tmp_path):
     np.testing.assert_allclose(product, x @ weight(adapted, Q).materialize(), atol=1e-5)
 
 
+def test_a_target_of_everything_takes_matrices_only():
+    stacked = {"norm": {"scale": jnp.ones((2, 32))}, "up": {"kernel": jnp.ones((2, 32, 48))}}
+    adapter = lora.init({"layers": stacked}, 2, jax.random.key(0), targets=("*",))
+    assert list(adapter) == ["layers/up/kernel"]
+
+
 def test_bad_adapters_name_the_path(params):
     with pytest.raises(ValueError, match=r"no matrix matches.*nearest"):
         lora.init(params, 2, jax.random.key(0), targets=("*kernal",))
