@@ -18,7 +18,7 @@ from lutjax.arrays import (
     SumArray,
 )
 from lutjax.paths import path_string
-from pallas_kernels.lut_matmul import dispatch
+from pallas_kernels.lut_matmul import dispatch, hopper
 
 _GPU_LANES, _TPU_LANES = 32, 128
 _MAX_BITS_BY_ROWS = 4  # of the kernels that read single rows
@@ -96,9 +96,7 @@ def _of_this_device() -> str | None:
     kind = dispatch.device_kind("cuda")
     if kind is None or isinstance(dispatch.backend("mosaic_gpu"), str):
         return None
-    from pallas_kernels.lut_matmul import mosaic_gpu
-
-    return "mosaic_gpu" if mosaic_gpu.is_hopper(kind) else None
+    return "mosaic_gpu" if hopper.is_hopper(kind) else None
 
 
 def _lanes(implementation: str | None) -> int | None:

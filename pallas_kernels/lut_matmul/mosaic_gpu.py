@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from typing import Any
 
 import jax
@@ -28,7 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-from pallas_kernels.lut_matmul import dispatch, mosaic_gpu_asm, mosaic_gpu_tile, tuning
+from pallas_kernels.lut_matmul import dispatch, hopper, mosaic_gpu_asm, mosaic_gpu_tile, tuning
 from pallas_kernels.lut_matmul.epilogue import add_offsets
 from pallas_kernels.lut_matmul.mosaic_gpu_layout import (
     SLICE_K,
@@ -45,8 +44,6 @@ from pallas_kernels.manual_axes import shape_struct, vary_over, varying_axes
 plgpu: Any = mosaic_gpu  # its interface moves with every release; see `mosaic_gpu_asm.available`
 
 _DECODE_ROWS = 64
-_SHARED_MEMORY = 226 * 1024
-_MEMORY_REGISTERS = 40
 # Five warpgroups have 5 x 96 registers a lane slot, and the pipeline asks for 4 x 112 + 40 of them:
 # the last one would wait forever.
 _MOST_WARPGROUPS = 3
@@ -76,19 +73,6 @@ class Config:
     def block_n(self) -> int:
         """Columns of a step."""
         return self.warpgroups * self.tiles * TILE_N
-
-
-def is_hopper(kind: str) -> bool:
-    """Whether the kernels run on a device of this kind."""
-    return any(name in kind for name in ("H100", "H200", "H800", "H20", "GH200"))
-
-
-def multiprocessors(kind: str | None) -> int:
-    """Number of multiprocessors of a Hopper device; 132, which most have, if ``kind`` is None."""
-    kind = kind or ""
-    if re.search(r"\bH20\b", kind):
-        return 78
-    return 114 if "PCIe" in kind else 132  # an H100 PCIe
 
 
 def supports(
@@ -133,7 +117,7 @@ def supports(
         return None
     if kind is None:
         return "no GPU is compiled for here"
-    if not is_hopper(kind):
+    if not hopper.is_hopper(kind):
         return f"device {kind!r} is not of the Hopper generation (wgmma)"
     return None
 
@@ -151,26 +135,49 @@ def reason_against_transposed(groups: int, group_size: int) -> str | None:
 def default_config(m: int, bits: int, *, n: int, k: int, group: int, tiles: int = 1) -> Config:
     """Wide steps where every block has several, and as many stages as shared memory holds.
 
-    Several ``tiles``, which each meet a weight of their own, share the multiprocessors. Where they
-    are enough to keep all busy, a block has whole columns, and there are no parts to add.
+    Several ``tiles``, which each meet a weight of their own, share the multiprocessors such that
+    the busiest has about as little to do as possible.
     """
     n = -(-n // _PADDED_N) * _PADDED_N
-    most = multiprocessors(dispatch.device_kind("cuda"))
-    undivided = tiles > 1 and tiles * n // _PADDED_N >= most
-    blocks = max(1, most // tiles)
-    sizes = ((2, 1), (1, 2), (1, 1))
+    most = hopper.multiprocessors(dispatch.device_kind("cuda"))
+    # Steps of many rows leave the fewest parts, steps of many columns cost least.
+    sizes = ((2, 1), (1, 2), (1, 1)) if tiles == 1 else ((1, 2), (2, 1), (1, 1))
+    found = []
     for wide, slices in sizes if bits >= 4 else ((2, 2), *sizes):  # many codes in few bytes
-        steps = -(-k // (slices * SLICE_K)) * (n // (2 * wide * TILE_N))
-        enough = steps >= 4 * blocks or wide == 1
-        padded = -(-k // SLICE_K) % slices  # K would be padded by a slice
-        for stages in (4, 3, 2):
-            config = Config(2, stages, wide, slices, blocks)
-            whole = n % config.block_n == 0 and not padded
-            if enough and whole and _fits(m, bits, config, group):
-                if undivided:
-                    return dataclasses.replace(config, blocks=n // config.block_n)
-                return config
-    raise AssertionError("the smallest configuration fits 64 rows")
+        configs = [Config(2, stages, wide, slices, most) for stages in (4, 3, 2)]
+        whole = n % configs[0].block_n == 0 and -(-k // SLICE_K) % slices == 0  # nothing to pad
+        found += [config for config in configs if whole and _fits(m, bits, config, group)][:1]
+    if tiles == 1:
+        enough = (c for c in found if c.tiles == 1 or _steps(c, n=n, k=k) >= 4 * most)
+        return next(enough)
+    # Whole columns, which leave no parts to add, or a share of the multiprocessors for each tile
+    # (but several blocks for it, as some tiles may be empty).
+    shared = [
+        dataclasses.replace(config, blocks=blocks)
+        for config in found
+        for blocks in (n // config.block_n, max(2, most // tiles))
+    ]
+    loads = [_load(config, n=n, k=k, tiles=tiles, most=most) for config in shared]
+    return next(c for c, load in zip(shared, loads, strict=True) if load <= 1.1 * min(loads))
+
+
+def _steps(config: Config, *, n: int, k: int) -> int:
+    return -(-k // config.block_k) * -(-n // config.block_n)
+
+
+def _load(config: Config, *, n: int, k: int, tiles: int, most: int) -> float:
+    """What the busiest of ``most`` multiprocessors does, in times of 128 x 128 codes.
+
+    Those take 425 clocks of shared memory. A step issues 135 instructions and 107 for each of them,
+    in each of eight warps; to start a block costs about as much as five, to add parts as eight.
+    """
+    steps = _steps(config, n=n, k=k)
+    steps_of_block = -(-steps // config.blocks)
+    rounds = -(-(-(-steps // steps_of_block) * tiles) // most)
+    codes = config.block_n * config.block_k / 128**2
+    step = max(codes, 2 * (135 + 107 * codes) / 425)
+    has_parts = steps_of_block % -(-k // config.block_k) != 0
+    return rounds * (steps_of_block * step + 5) + 8 * has_parts
 
 
 def _tuned(m: int, bits: int, *, k: int, n: int) -> Config | mosaic_gpu_tile.Config | None:
@@ -218,9 +225,9 @@ def _fits(m: int, bits: int, config: Config, group: int) -> bool:
     fixed = table_rows(bits) * 256 + config.warpgroups * TILE_N * rows * 4
     products = config.tiles * config.slices * max(1, SLICE_K // group)
     held, rest = (products, 76) if config.tiles > 1 else (2, 108)
-    registers = (512 - _MEMORY_REGISTERS) // config.warpgroups
+    registers = (512 - hopper.MEMORY_REGISTERS) // config.warpgroups
     needed = (config.tiles + held) * rows // 2 + rest
-    return fixed + config.stages * stage <= _SHARED_MEMORY and needed <= registers
+    return fixed + config.stages * stage <= hopper.SHARED_MEMORY and needed <= registers
 
 
 def _block_m(m: int) -> int:
@@ -625,7 +632,7 @@ def _kernel(*refs, problem: _Problem, dtype: Any, planes: int, interpret: bool):
     plgpu.emit_pipeline_warp_specialized(
         multiply,
         grid=(share,),
-        memory_registers=_MEMORY_REGISTERS,
+        memory_registers=hopper.MEMORY_REGISTERS,
         in_specs=in_specs,
         max_concurrent_steps=min(config.stages, share),
         wg_axis="warpgroup",

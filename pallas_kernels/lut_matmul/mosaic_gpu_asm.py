@@ -453,7 +453,7 @@ class _Builder:
             four,
             operands,
             asm,
-            ",".join(["=r"] * 4 + ["r"] * len(operands)),
+            ",".join(["=&r"] * 4 + ["r"] * len(operands)),  # written before all are read
             has_side_effects=converges,
             asm_dialect=0,
         )

@@ -24,7 +24,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-from pallas_kernels.lut_matmul import mosaic_gpu_asm
+from pallas_kernels.lut_matmul import dispatch, hopper, mosaic_gpu_asm
 from pallas_kernels.lut_matmul.mosaic_gpu_layout import (
     SLICE_K,
     TILE_N,
@@ -36,10 +36,7 @@ from pallas_kernels.manual_axes import shape_struct, vary_over, varying_axes
 
 plgpu: Any = mosaic_gpu
 
-_MEMORY_REGISTERS = 40
 _WARPGROUPS = 2
-_SHARED_MEMORY = 226 * 1024
-_MULTIPROCESSORS = 132
 _PART = 64  # rows or columns that are looked up at a time
 
 
@@ -121,7 +118,7 @@ def clocks(
         2.4 * block_n / 128,
     )
     blocks = -(-columns // block_n) * -(-m // rows) * config.splits * tiles
-    waves = -(-blocks // _MULTIPROCESSORS)
+    waves = -(-blocks // hopper.multiprocessors(dispatch.device_kind("cuda")))
     streamed = tiles * columns * contracted * bits / 8 / 2700
     parts = 8 * config.splits * tiles * m * columns / 2700 if config.splits > 1 else 0
     return max(waves * contracted / config.splits * step, streamed) + 2000 * waves + parts
@@ -163,7 +160,7 @@ def _fits(bits: int, config: Config, group: int) -> bool:
     words = config.block_n * SLICE_K * bits // 8
     stage = words + config.rows * SLICE_K * 2 + max(scales, 2048) + 2048
     fixed = max(table_rows(bits) * 256, _WARPGROUPS * TILE_N * config.rows * 4)
-    return fixed + config.stages * stage <= _SHARED_MEMORY
+    return fixed + config.stages * stage <= hopper.SHARED_MEMORY
 
 
 def make_problem(
@@ -381,7 +378,7 @@ def _kernel(*refs, problem: Problem, dtype: Any, planes: int, interpret: bool):
     plgpu.emit_pipeline_warp_specialized(
         multiply,
         grid=(problem.steps,),
-        memory_registers=_MEMORY_REGISTERS,
+        memory_registers=hopper.MEMORY_REGISTERS,
         in_specs=in_specs,
         max_concurrent_steps=min(config.stages, problem.steps),
         wg_axis="warpgroup",

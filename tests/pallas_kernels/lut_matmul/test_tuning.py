@@ -161,6 +161,27 @@ def test_more_rows_and_columns_never_cost_less():
     assert best(128, 4096) <= best(512, 4096) <= best(512, 8192) <= best(4096, 8192)
 
 
+@pytest.mark.parametrize(
+    ("k", "n", "group", "tiles"),
+    [(2048, 768, 128, 22), (2048, 768, 128, 48), (2048, 1536, 128, 24), (2880, 5760, 32, 4)],
+)
+def test_tiles_share_the_multiprocessors(k, n, group, tiles):
+    words = jax.ShapeDtypeStruct((k // 8, 4, n), np.uint8)
+    problem = mosaic_gpu.make_problem(
+        8,
+        words,
+        k=k,
+        group_size=group,
+        padded=(-(-k // 128) * 128, -(-n // 128) * 128),
+        tiles=tiles,
+    )
+    config = problem.config
+    blocks = tiles * -(-problem.all_steps // problem.steps_of_block)
+    codes = -(-blocks // 132) * problem.steps_of_block * config.block_k * config.block_n
+    even = problem.padded_k * problem.padded_n * tiles / 132
+    assert codes <= 1.4 * even
+
+
 @pytest.mark.parametrize("k", [576, 1100, 4096])
 @pytest.mark.parametrize("bits", [2, 4])
 def test_the_heuristic_pads_no_more_rows_than_a_slice_has(k, bits):
