@@ -50,12 +50,8 @@ PUBLISHED = tuple(NORMS)
 WINDOW, CALIBRATION = 512, 2
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["base", "rotation", "norms", "threshold"],
-    meta_fields=["first"],
-)
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
 class BasisGate(WrapperArray):
     """``y = (z ∘ [|z| · norms > t]) U⁻¹W``, ``z = x U``; the first tokens stay dense."""
 
@@ -63,7 +59,7 @@ class BasisGate(WrapperArray):
     rotation: jax.Array | None
     norms: jax.Array
     threshold: jax.Array
-    first: int
+    first: int = dataclasses.field(metadata={"static": True})
 
     def materialize_matrix(self) -> jax.Array:
         """The matrix in the basis of x."""

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import difflib
+import zlib
 from collections.abc import Iterable
 from typing import Any
 
 import jax
+from jaxtyping import PRNGKeyArray
 
 from lutjax.arrays import is_compressed
+
+_BOX = jax.tree_util.GetAttrKey("value")
 
 
 def path_string(path: tuple) -> str:
     """The ``/``-joined form of a key path of :mod:`jax.tree_util`.
 
+    A box around an array in a dictionary, such as a variable of Flax NNX, is no part of its name:
+    ``nnx.Optimizer`` shows the parameters with it to ``init`` and without it to ``update``.
+
     >>> path_string(jax.tree_util.tree_leaves_with_path({"a": [1]})[0][0])
     'a/0'
     """
+    if len(path) > 1 and path[-1] == _BOX and isinstance(path[-2], jax.tree_util.DictKey):
+        path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def path_key(key: PRNGKeyArray, path: str) -> PRNGKeyArray:
+    """The key of one parameter: a function of its path, not of its position in the tree."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def named_leaves(params: Any) -> list[tuple[str, Any]]:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 if jax.__version_info__ < (0, 11):  # later ones have no choice
@@ -30,6 +31,14 @@ def quick_compiles(request):
     if jax.config.read("jax_disable_most_optimizations") != quickly:
         jax.config.update("jax_disable_most_optimizations", quickly)
         jax.clear_caches()  # of programs that were compiled the other way
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_in_any_order(request):
+    """Each test starts the generator of its module, where there is one, from the beginning."""
+    generator = getattr(request.module, "RNG", None)
+    if generator is not None:
+        generator.bit_generator.state = np.random.default_rng(0).bit_generator.state
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, Self
 
 import jax
@@ -17,12 +16,8 @@ from lutjax.dtypes import widened
 from lutjax.linear_maps import BoundMap, Reshaped
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["base", "map", "latent"],
-    meta_fields=["train_factor"],
-)
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
 class AdapterArray(WrapperArray):
     """`W = W_0 + S^T latent`, as two products: neither `W` nor its gradient is ever formed.
 
@@ -45,7 +40,7 @@ class AdapterArray(WrapperArray):
     base: CompressedArray
     map: BoundMap
     latent: Float[Array, "..."]
-    train_factor: bool = False
+    train_factor: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
     def of(
@@ -111,17 +106,13 @@ class AdapterArray(WrapperArray):
         rows = widened(x, y.dtype)
         return y + self.map.apply_transposed(rows, self.latent.astype(rows.dtype)).astype(y.dtype)
 
-    def __repr__(self) -> str:
-        """Shapes and bytes; never the arrays."""
-        try:
-            base = "dense" if isinstance(self.base, DenseArray) else repr(self.base)
-            return (
-                f"AdapterArray(shape={self.shape}, {self.dtype}, base={base}, "
-                f"{type(self.map).__name__}, latent={tuple(self.latent.shape)}, "
-                f"{format_bytes(self.nbytes)})"
-            )
-        except (AttributeError, IndexError, TypeError):  # placeholders instead of arrays
-            return f"AdapterArray(base={self.base!r}, latent={self.latent!r})"
+    def summary(self) -> str:
+        """Shapes and bytes."""
+        base = "dense" if isinstance(self.base, DenseArray) else repr(self.base)
+        return (
+            f"shape={self.shape}, {self.dtype}, base={base}, {type(self.map).__name__}, "
+            f"latent={tuple(self.latent.shape)}, {format_bytes(self.nbytes)}"
+        )
 
 
 def is_adapter(x: Any) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from lutjax.adapters.array import AdapterArray, is_adapter
@@ -19,7 +19,7 @@ from lutjax.linear_maps.dimension_numbers import (
     WeightDimensionNumbers,
     resolve_dimension_numbers,
 )
-from lutjax.paths import path_string
+from lutjax.paths import path_key, path_string
 
 
 def one_sided(
@@ -135,7 +135,8 @@ def _adapt(
     dtype: Any = None,
 ) -> Any:
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_compressed)
-    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for _, leaf in leaves]
+    arrays = [leaf if hasattr(leaf, "shape") else np.asarray(leaf) for _, leaf in leaves]
+    shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
     numbers = resolve_dimension_numbers(
         jax.tree.unflatten(treedef, shapes), weight_dimension_numbers
     )
@@ -143,12 +144,15 @@ def _adapt(
     for path, leaf in leaves:
         name = path_string(path)
         if name in numbers:
-            leaf_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+            leaf_key = path_key(key, name)
             try:
                 own = dtype
                 if dtype is None:
                     own = at_least_float32(leaf.dtype) if train_factor else leaf.dtype
                 bound = map_.init(leaf_key, leaf.shape, dtype=own, dimension_numbers=numbers[name])
+                if map_.depends_on == "weight":
+                    dense = leaf.materialize() if is_compressed(leaf) else leaf
+                    bound = map_.refresh(bound, leaf_key, weight=dense)
                 leaf = AdapterArray.of(leaf, finish(bound), train_factor=train_factor, dtype=own)
             except ValueError as error:
                 raise ValueError(f"{name!r}: {error}") from None

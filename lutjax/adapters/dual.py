@@ -56,7 +56,11 @@ class AdapterTraining:
 
     def init(self, params: Any) -> AdapterState:
         """A run that starts from `params`."""
-        return self.from_projected(params, ProjectedTransformation.of(self.config).init(params))
+        projected = ProjectedTransformation.of(self.config).init(params)
+        state = self.from_projected(params, projected)
+        # Adapters start at zero, which an inner transformation may remember, not at `S theta`.
+        inner = self.config.grouped_inner(is_projected(state.maps, params)).init(state.latents)
+        return state._replace(inner=inner)
 
     def from_projected(self, params: Any, state: ProjectState) -> AdapterState:
         """The adapter form of a run of the projected optimiser, at any step.

@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import math
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,8 +34,9 @@ from lutjax.arrays import (
     SumArray,
     is_compressed,
 )
-from lutjax.paths import named_leaves, near_misses, path_string
+from lutjax.paths import named_leaves, near_misses, path_key, path_string
 from lutjax.transforms import LutConfig, Rule, quantize_array
+from lutjax.transforms.decompose import check_rank
 from lutjax.transforms.quantize import weight_view
 from lutjax.transforms.recipe import COLUMN, DENSE, MIN_GROUP_SIZE
 
@@ -80,14 +79,11 @@ def init(
             view, batch, (k, n) = leaf.view, leaf.batch_shape, leaf.matrix_shape
         else:
             count, view = weight_view(leaf.shape, Rule(path, None), path)
-            batch, inner = leaf.shape[:count], leaf.shape[count:]
-            k, n = (math.prod(inner[a] for a in axes) for axes in (view.k_axes, view.n_axes))
-        if not isinstance(rank, int) or not 1 <= rank <= min(k, n):
-            raise ValueError(
-                f"rank={rank!r} does not fit {path!r} with K={k} and N={n}; use 1 to {min(k, n)}"
-            )
-        own_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
-        left = jax.random.normal(own_key, (*batch, k, rank), dtype) / jnp.asarray(k**0.5, dtype)
+            batch, (k, n) = leaf.shape[:count], view.matrix_shape(leaf.shape[count:])
+        check_rank(rank, k, n, path)
+        left = jax.random.normal(path_key(key, path), (*batch, k, rank), dtype) / jnp.asarray(
+            k**0.5, dtype
+        )
         adapter[path] = LowRankArray.of(left, jnp.zeros((*batch, rank, n), dtype), view)
     for pattern in targets:
         if not any(_is_target(path, leaf, (pattern,)) for path, leaf in leaves):

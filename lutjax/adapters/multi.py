@@ -40,7 +40,7 @@ def batch(adapters: Sequence[Mapping[str, LowRankArray]]) -> dict[str, LowRankAr
             if jax.tree.map(jnp.shape, part) != jax.tree.map(jnp.shape, first[path]):
                 raise ValueError(
                     f"{path!r} is {first[path]} in adapter 0 and {part} in adapter {number}; "
-                    "adapters of one batch need equal ranks"
+                    "adapters of one batch need equal ranks and dtypes"
                 )
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), *map(dict, adapters))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
@@ -104,13 +105,19 @@ class CompressedArray(abc.ABC):
             sizes,
         )
 
-    @abc.abstractmethod
+    # What one may have to say differently.
+
     def with_view(self, view: MatrixView) -> Self:
         """The same data under another view."""
+        return dataclasses.replace(self, view=view)  # type: ignore[type-var]
 
-    @abc.abstractmethod
     def astype(self, dtype: Any) -> Self:
         """The same data standing for a weight of another dtype."""
+        return dataclasses.replace(self, dtype=np.dtype(dtype))  # type: ignore[type-var]
+
+    def summary(self) -> str:
+        """What :func:`repr` says of it in parentheses; never the arrays."""
+        return f"shape={self.shape}, {self.dtype}, {format_bytes(self.nbytes)}"
 
     def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array | None:
         """Dense rows (``axis="k"``) or columns (``"n"``) of a stored matrix without batch axes.
@@ -288,6 +295,15 @@ class CompressedArray(abc.ABC):
     def _reshape_batch(self, shape: tuple[int, ...]) -> Self:
         count = len(self.batch_shape)
         return jax.tree.map(lambda a: a.reshape(*shape, *a.shape[count:]), self)
+
+    def __repr__(self) -> str:
+        """The class and :meth:`summary`."""
+        try:
+            return f"{type(self).__name__}({self.summary()})"
+        except (AttributeError, IndexError, TypeError):  # placeholders instead of arrays
+            fields = dataclasses.fields(self)  # type: ignore[arg-type]
+            values = ", ".join(f"{field.name}={getattr(self, field.name)!r}" for field in fields)
+            return f"{type(self).__name__}({values})"
 
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
         """``x @ W`` for a weight whose logical axes are ``(K, N)``, or ``(N, K)`` stored."""

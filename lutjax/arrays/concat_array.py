@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from typing import Any, Literal, Self
 
@@ -17,8 +16,8 @@ from lutjax.arrays.view import MatrixView
 from lutjax.dtypes import add_wide
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=["axis"])
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
 class ConcatArray(CompressedArray):
     """``W = [W1 W2 ...]`` by columns (``axis="n"``) or by rows (``axis="k"``); no data is copied.
 
@@ -36,7 +35,7 @@ class ConcatArray(CompressedArray):
     """
 
     parts: tuple[CompressedArray, ...]
-    axis: Literal["k", "n"]
+    axis: Literal["k", "n"] = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(cls, *parts: CompressedArray, axis: Literal["k", "n"]) -> Self:
@@ -150,6 +149,6 @@ class ConcatArray(CompressedArray):
         """The same parts standing for a weight of another dtype."""
         return type(self)(tuple(part.astype(dtype) for part in self.parts), self.axis)
 
-    def __repr__(self) -> str:
+    def summary(self) -> str:
         """The parts' short forms."""
-        return f"ConcatArray({', '.join(map(repr, self.parts))}, axis={self.axis!r})"
+        return f"{', '.join(map(repr, self.parts))}, axis={self.axis!r}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, Self
 
 import jax
@@ -11,16 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lutjax.arrays.base import CompressedArray, cut, format_bytes
+from lutjax.arrays.base import CompressedArray, cut
 from lutjax.arrays.split import Split, typed_entries
 from lutjax.arrays.view import MATRIX, MatrixView
 from lutjax.dtypes import product
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["matrix"], meta_fields=["dtype", "view"]
-)
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
 class DenseArray(CompressedArray):
     """A matrix ``W`` as it is, so that wrappers such as :class:`GatedArray` can hold one.
 
@@ -36,8 +33,8 @@ class DenseArray(CompressedArray):
     """
 
     matrix: Float[Array, "*batch k n"]
-    dtype: np.dtype
-    view: MatrixView = MATRIX
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})
+    view: MatrixView = dataclasses.field(default=MATRIX, metadata={"static": True})
 
     @classmethod
     def of(
@@ -91,18 +88,3 @@ class DenseArray(CompressedArray):
         """The explicit mesh axes over which batch axes, K and N are split."""
         *batch, k, n = typed_entries(self.matrix)
         return tuple(batch), k, n
-
-    def with_view(self, view: MatrixView) -> Self:
-        """The same matrix under another view."""
-        return dataclasses.replace(self, view=view)
-
-    def astype(self, dtype: Any) -> Self:
-        """The same matrix standing for a weight of another dtype."""
-        return dataclasses.replace(self, dtype=np.dtype(dtype))
-
-    def __repr__(self) -> str:
-        """Shape, dtype and bytes; never the array."""
-        try:
-            return f"DenseArray(shape={self.shape}, {self.dtype}, {format_bytes(self.nbytes)})"
-        except (AttributeError, IndexError, TypeError):  # a placeholder instead of an array
-            return f"DenseArray(matrix={self.matrix!r})"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, Self
 
 import jax
@@ -23,12 +22,8 @@ from lutjax.dtypes import add_wide, widened
 from pallas_kernels.sparse_matmul import sparse_matmul
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["base", "threshold", "row_norms"],
-    meta_fields=[],
-)
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
 class GatedArray(WrapperArray):
     """``x @ W`` becomes ``(x * [|x| > t]) @ W``, or ``(x * [|x| * norms > t]) @ W``.
 
@@ -143,13 +138,10 @@ class GatedArray(WrapperArray):
         """The explicit mesh axes over which the weight is split."""
         return self.base.typed_spec()
 
-    def __repr__(self) -> str:
-        """Shape, kind of gate, and the weight inside; never the arrays."""
-        try:
-            gate = "|x|" if self.row_norms is None else "|x|·norm"
-            return f"GatedArray(shape={self.shape}, {gate} > t, {self.base!r})"
-        except (AttributeError, IndexError, TypeError):  # placeholders instead of arrays
-            return f"GatedArray(base={self.base!r}, threshold={self.threshold!r})"
+    def summary(self) -> str:
+        """Shape, kind of gate, and the weight inside."""
+        gate = "|x|" if self.row_norms is None else "|x|·norm"
+        return f"shape={self.shape}, {gate} > t, {self.base!r}"
 
 
 def _product(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, ClassVar, Self
 
 import jax
@@ -17,10 +16,8 @@ from lutjax.arrays.view import MATRIX, MatrixView
 from lutjax.dtypes import at_least_float32, product
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["left", "right"], meta_fields=["dtype", "view"]
-)
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
 class LowRankArray(CompressedArray):
     """A matrix ``W = left @ right``; products run through the thin side, ``(x @ left) @ right``.
 
@@ -37,8 +34,8 @@ class LowRankArray(CompressedArray):
 
     left: Float[Array, "*batch k r"]
     right: Float[Array, "*batch r n"]
-    dtype: np.dtype
-    view: MatrixView = MATRIX
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})
+    view: MatrixView = dataclasses.field(default=MATRIX, metadata={"static": True})
     trains: ClassVar[bool] = True
 
     @classmethod
@@ -117,21 +114,9 @@ class LowRankArray(CompressedArray):
         *batch, k, _ = typed_entries(self.left)
         return tuple(batch), k, typed_entries(self.right)[-1]
 
-    def with_view(self, view: MatrixView) -> Self:
-        """The same factors under another view."""
-        return dataclasses.replace(self, view=view)
-
-    def astype(self, dtype: Any) -> Self:
-        """The same factors standing for a weight of another dtype."""
-        return dataclasses.replace(self, dtype=np.dtype(dtype))
-
-    def __repr__(self) -> str:
-        """Shape, dtype, rank and bytes; never the arrays."""
-        try:
-            size = format_bytes(self.nbytes)
-            return f"LowRankArray(shape={self.shape}, {self.dtype}, rank={self.rank}, {size})"
-        except (AttributeError, IndexError, TypeError):  # placeholders instead of arrays
-            return f"LowRankArray(left={self.left!r}, right={self.right!r})"
+    def summary(self) -> str:
+        """Shape, dtype, rank and bytes."""
+        return f"shape={self.shape}, {self.dtype}, rank={self.rank}, {format_bytes(self.nbytes)}"
 
 
 def _through(x: jax.Array, first: jax.Array, second: jax.Array, out_dtype: Any) -> jax.Array:

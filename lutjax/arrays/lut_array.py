@@ -21,12 +21,8 @@ from pallas_kernels.lut_matmul import dequantize, lut_matmul
 from pallas_kernels.sparse_matmul import BlockCodes
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["words", "scales", "lut", "offsets"],
-    meta_fields=["group_size", "padding", "dtype", "view"],
-)
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
 class LutArray(CompressedArray):
     """A matrix of lookup-table codes: ``W[k, n] = lut[code[k, n]] * scale[k // G, n] (+ offset)``.
 
@@ -56,10 +52,10 @@ class LutArray(CompressedArray):
     scales: Float[Array, "..."] | QuantizedScales
     lut: Float[Array, "..."]
     offsets: Float[Array, "..."] | None
-    group_size: int
-    padding: int
-    dtype: np.dtype
-    view: MatrixView = MATRIX
+    group_size: int = dataclasses.field(metadata={"static": True})
+    padding: int = dataclasses.field(metadata={"static": True})
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})
+    view: MatrixView = dataclasses.field(default=MATRIX, metadata={"static": True})
 
     @property
     def bits(self) -> int:
@@ -225,31 +221,20 @@ class LutArray(CompressedArray):
     def _tables_per_column(self) -> bool:
         return self.lut.shape[-3] > 1
 
-    def with_view(self, view: MatrixView) -> Self:
-        """The same data under another view."""
-        return dataclasses.replace(self, view=view)
-
-    def astype(self, dtype: Any) -> Self:
-        """The same codes standing for a weight of another dtype."""
-        return dataclasses.replace(self, dtype=np.dtype(dtype))
-
-    def __repr__(self) -> str:
-        """Shape, dtype, bits, group size and bytes; never the arrays."""
-        try:
-            groups = "column" if self.group_size >= self.matrix_shape[0] else self.group_size
-            extra = "".join(
-                f", {text}"
-                for text, present in (
-                    ("offsets", self.offsets is not None),
-                    (f"vectors of {self.vector_size}", self.vector_size > 1),
-                    ("a table per column", self._tables_per_column),
-                    ("quantised scales", isinstance(self.scales, QuantizedScales)),
-                )
-                if present
+    def summary(self) -> str:
+        """Shape, dtype, bits, group size and bytes."""
+        groups = "column" if self.group_size >= self.matrix_shape[0] else self.group_size
+        extra = "".join(
+            f", {text}"
+            for text, present in (
+                ("offsets", self.offsets is not None),
+                (f"vectors of {self.vector_size}", self.vector_size > 1),
+                ("a table per column", self._tables_per_column),
+                ("quantised scales", isinstance(self.scales, QuantizedScales)),
             )
-            return (
-                f"LutArray(shape={self.shape}, {self.dtype}, {self.bits} bits, "
-                f"group_size={groups}{extra}, {format_bytes(self.nbytes)})"
-            )
-        except (AttributeError, IndexError, TypeError):  # placeholders instead of arrays
-            return f"LutArray(words={self.words!r}, scales={self.scales!r}, lut={self.lut!r})"
+            if present
+        )
+        return (
+            f"shape={self.shape}, {self.dtype}, {self.bits} bits, group_size={groups}{extra}, "
+            f"{format_bytes(self.nbytes)}"
+        )

@@ -21,10 +21,8 @@ from pallas_kernels.lut_matmul import PackedWeight, packed_matmul, packed_matmul
 from pallas_kernels.lut_matmul import prepack as prepack_words
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["packed"], meta_fields=["view", "sharded"]
-)
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
 class PackedLutArray(CompressedArray):
     """The weight of a :class:`LutArray` as one kernel reads it, without reordering in every call.
 
@@ -47,8 +45,8 @@ class PackedLutArray(CompressedArray):
     """
 
     packed: PackedWeight
-    view: MatrixView = MATRIX
-    sharded: bool = False
+    view: MatrixView = dataclasses.field(default=MATRIX, metadata={"static": True})
+    sharded: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
     def of(cls, array: LutArray, implementation: str, device_kind: str | None = None) -> Self:
@@ -246,10 +244,6 @@ class PackedLutArray(CompressedArray):
         k, n = entries[count : count + 2] if self.sharded else (None, None)
         return entries[:count], k, n
 
-    def with_view(self, view: MatrixView) -> Self:
-        """The same data under another view."""
-        return dataclasses.replace(self, view=view)
-
     def astype(self, dtype: Any) -> Self:
         """Itself; the layout depends on the dtype.
 
@@ -263,15 +257,12 @@ class PackedLutArray(CompressedArray):
             )
         return self
 
-    def __repr__(self) -> str:
-        """Shape, dtype, bits, group size and bytes; never the arrays."""
-        try:
-            return (
-                f"PackedLutArray(shape={self.shape}, {self.dtype}, {self.packed.bits} bits, "
-                f"{self.packed.implementation}, {format_bytes(self.nbytes)})"
-            )
-        except (AttributeError, IndexError, TypeError):  # placeholders instead of arrays
-            return f"PackedLutArray(packed={self.packed!r})"
+    def summary(self) -> str:
+        """Shape, dtype, bits, kernel and bytes."""
+        return (
+            f"shape={self.shape}, {self.dtype}, {self.packed.bits} bits, "
+            f"{self.packed.implementation}, {format_bytes(self.nbytes)}"
+        )
 
 
 def _devices(array: Any) -> Collection[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, Self
 
 import jax
@@ -17,10 +16,8 @@ from lutjax.arrays.view import MATRIX, MatrixView
 from lutjax.dtypes import at_least_float32
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["left", "right"], meta_fields=["view"]
-)
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
 class ProductArray(CompressedArray):
     """A matrix ``W = left @ right`` whose factors are compressed themselves.
 
@@ -42,7 +39,7 @@ class ProductArray(CompressedArray):
 
     left: CompressedArray
     right: CompressedArray
-    view: MatrixView = MATRIX
+    view: MatrixView = dataclasses.field(default=MATRIX, metadata={"static": True})
 
     @classmethod
     def of(
@@ -124,16 +121,12 @@ class ProductArray(CompressedArray):
         batch, k, _ = self.left.typed_spec()
         return batch, k, self.right.typed_spec()[2]
 
-    def with_view(self, view: MatrixView) -> Self:
-        """The same factors under another view."""
-        return dataclasses.replace(self, view=view)
-
     def astype(self, dtype: Any) -> Self:
         """The same factors standing for a weight of another dtype."""
         return dataclasses.replace(
             self, left=self.left.astype(dtype), right=self.right.astype(dtype)
         )
 
-    def __repr__(self) -> str:
+    def summary(self) -> str:
         """The factors' short forms."""
-        return f"ProductArray({self.left!r} @ {self.right!r})"
+        return f"{self.left!r} @ {self.right!r}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, Self
 
 import jax
@@ -15,8 +14,8 @@ from lutjax.arrays.split import Split
 from lutjax.arrays.wrapper import WrapperArray
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "order"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
 class ReorderedArray(WrapperArray):
     """``W[order] = base``: products reorder the activations, ``x @ W = x[:, order] @ base``.
 
@@ -90,10 +89,6 @@ class ReorderedArray(WrapperArray):
     def typed_spec(self) -> tuple[tuple[Any, ...], Any, Any]:
         """The explicit mesh axes over which the base is split."""
         return self.base.typed_spec()
-
-    def __repr__(self) -> str:
-        """What is reordered; never the arrays."""
-        return f"ReorderedArray({self.base!r})"
 
 
 def _columns(x: jax.Array, order: jax.Array) -> jax.Array:

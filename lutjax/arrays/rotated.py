@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, Self
 
 import jax
@@ -18,8 +17,8 @@ from lutjax.dtypes import at_least_float32
 from lutjax.rotation import is_power_of_two, rotate, rotate_back
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["base"], meta_fields=["block"])
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
 class RotatedArray(WrapperArray):
     """``W = R.T @ base``: products rotate the activations, ``x @ W = rotate(x) @ base``.
 
@@ -36,7 +35,7 @@ class RotatedArray(WrapperArray):
     """
 
     base: CompressedArray
-    block: int
+    block: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(cls, base: CompressedArray, block: int) -> Self:
@@ -105,6 +104,6 @@ class RotatedArray(WrapperArray):
         """The explicit mesh axes over which the base is split."""
         return self.base.typed_spec()
 
-    def __repr__(self) -> str:
-        """The block and what is rotated; never the arrays."""
-        return f"RotatedArray(block={self.block}, {self.base!r})"
+    def summary(self) -> str:
+        """The block and what is rotated."""
+        return f"block={self.block}, {self.base!r}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, Self
 
 import jax
@@ -11,17 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from lutjax.arrays.base import CompressedArray, format_bytes
+from lutjax.arrays.base import CompressedArray
 from lutjax.arrays.dense_array import DenseArray
 from lutjax.arrays.split import Split, typed_entries
 from lutjax.arrays.view import MATRIX, MatrixView
 from lutjax.dtypes import product
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["blocks"], meta_fields=["dtype", "view"]
-)
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
 class RowDenseArray(CompressedArray):
     """The matrix of a :class:`DenseArray` with its columns in blocks, so that a row is contiguous.
 
@@ -38,8 +35,8 @@ class RowDenseArray(CompressedArray):
     """
 
     blocks: Float[Array, "*batch k blocks l"]
-    dtype: np.dtype
-    view: MatrixView = MATRIX
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})
+    view: MatrixView = dataclasses.field(default=MATRIX, metadata={"static": True})
 
     @classmethod
     def of(cls, array: DenseArray, lanes: int) -> Self:
@@ -86,18 +83,3 @@ class RowDenseArray(CompressedArray):
         """The explicit mesh axes over which batch axes, K and N are split."""
         *batch, k, n, _ = typed_entries(self.blocks)
         return tuple(batch), k, n
-
-    def with_view(self, view: MatrixView) -> Self:
-        """The same matrix under another view."""
-        return dataclasses.replace(self, view=view)
-
-    def astype(self, dtype: Any) -> Self:
-        """The same matrix standing for a weight of another dtype."""
-        return dataclasses.replace(self, dtype=np.dtype(dtype))
-
-    def __repr__(self) -> str:
-        """Shape, dtype and bytes; never the array."""
-        try:
-            return f"RowDenseArray(shape={self.shape}, {self.dtype}, {format_bytes(self.nbytes)})"
-        except (AttributeError, IndexError, TypeError):  # a placeholder instead of an array
-            return f"RowDenseArray(blocks={self.blocks!r})"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, Self
 
 import jax
@@ -19,12 +18,8 @@ from lutjax.dtypes import product, widened
 from pallas_kernels.sparse_matmul import RowCodes, dequantize_rows, pack_rows, row_matmul
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["words", "scales", "lut", "offsets"],
-    meta_fields=["group_size", "dtype", "view"],
-)
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
 class RowLutArray(CompressedArray):
     """The weight of a :class:`LutArray`, packed along N instead of K.
 
@@ -50,9 +45,9 @@ class RowLutArray(CompressedArray):
     scales: Float[Array, "..."]
     lut: Float[Array, "..."]
     offsets: Float[Array, "..."] | None
-    group_size: int
-    dtype: np.dtype
-    view: MatrixView = MATRIX
+    group_size: int = dataclasses.field(metadata={"static": True})
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})
+    view: MatrixView = dataclasses.field(default=MATRIX, metadata={"static": True})
 
     @classmethod
     def of(cls, array: LutArray, lanes: int | None = None) -> Self:
@@ -147,21 +142,10 @@ class RowLutArray(CompressedArray):
         *batch, k, _, _ = typed_entries(self.words)
         return tuple(batch), k, None
 
-    def with_view(self, view: MatrixView) -> Self:
-        """The same data under another view."""
-        return dataclasses.replace(self, view=view)
-
-    def astype(self, dtype: Any) -> Self:
-        """The same codes standing for a weight of another dtype."""
-        return dataclasses.replace(self, dtype=np.dtype(dtype))
-
-    def __repr__(self) -> str:
-        """Shape, dtype, bits, group size and bytes; never the arrays."""
-        try:
-            bits = self.lut.shape[-2].bit_length() - 1
-            return (
-                f"RowLutArray(shape={self.shape}, {self.dtype}, {bits} bits, "
-                f"group_size={self.group_size}, {format_bytes(self.nbytes)})"
-            )
-        except (AttributeError, IndexError, TypeError):  # placeholders instead of arrays
-            return f"RowLutArray(words={self.words!r}, scales={self.scales!r}, lut={self.lut!r})"
+    def summary(self) -> str:
+        """Shape, dtype, bits, group size and bytes."""
+        bits = self.lut.shape[-2].bit_length() - 1
+        return (
+            f"shape={self.shape}, {self.dtype}, {bits} bits, group_size={self.group_size}, "
+            f"{format_bytes(self.nbytes)}"
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -15,11 +14,7 @@ from lutjax.arrays.split import Split
 from lutjax.packing import BLOCK, pack, unpack
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["words", "steps", "floor"],
-    meta_fields=["padding", "block"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedScales:
     """Scales ``[..., Kg, N]`` as small integers above the matrix's smallest scale.
@@ -41,8 +36,8 @@ class QuantizedScales:
     words: UInt8[Array, "..."]
     steps: Float[Array, "..."]
     floor: Float[Array, "..."]
-    padding: int
-    block: int
+    padding: int = dataclasses.field(metadata={"static": True})
+    block: int = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:

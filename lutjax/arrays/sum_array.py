@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, Self
 
 import jax
@@ -16,8 +15,8 @@ from lutjax.arrays.view import MatrixView
 from lutjax.dtypes import add_wide
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
 class SumArray(CompressedArray):
     """``W = sum of parts``; each product is the sum of the parts' products.
 
@@ -115,6 +114,6 @@ class SumArray(CompressedArray):
         """The same parts standing for a weight of another dtype."""
         return type(self)(tuple(p.astype(dtype) for p in self.parts))
 
-    def __repr__(self) -> str:
+    def summary(self) -> str:
         """The parts' short forms."""
-        return f"SumArray({', '.join(map(repr, self.parts))})"
+        return ", ".join(map(repr, self.parts))

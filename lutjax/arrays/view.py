@@ -51,6 +51,17 @@ class MatrixView:
         factors = (*_fill(self.k, k), *_fill(self.n, n))
         return tuple(factors[i] for i in self.order)
 
+    def matrix_shape(self, shape: Sequence[int]) -> tuple[int, int]:
+        """K and N of the stored matrix of a logical ``shape``, batch axes not counted.
+
+        >>> MatrixView.of((512, 8, 64), contract=(0,)).matrix_shape((512, 8, 64))
+        (512, 512)
+        """
+        return (
+            math.prod(shape[axis] for axis in self.k_axes),
+            math.prod(shape[axis] for axis in self.n_axes),
+        )
+
     @property
     def k_axes(self) -> tuple[int, ...]:
         """Logical axes (batch axes not counted) that make up K, outermost first."""
@@ -128,11 +139,9 @@ class MatrixView:
 
     def to_matrix(self, x: jax.Array, batch_ndim: int = 0) -> jax.Array:
         """Brings a logical array ``[*batch, *axes]`` into the stored form ``[*batch, K, N]``."""
-        lead = tuple(range(batch_ndim))
-        k_axes = tuple(batch_ndim + a for a in self.k_axes)
-        n_axes = tuple(batch_ndim + a for a in self.n_axes)
-        sizes = [math.prod(x.shape[a] for a in axes) for axes in (k_axes, n_axes)]
-        return x.transpose((*lead, *k_axes, *n_axes)).reshape(*x.shape[:batch_ndim], *sizes)
+        batch, inner = x.shape[:batch_ndim], x.shape[batch_ndim:]
+        order = (*range(batch_ndim), *(batch_ndim + a for a in (*self.k_axes, *self.n_axes)))
+        return x.transpose(order).reshape(*batch, *self.matrix_shape(inner))
 
     def from_matrix(self, matrix: jax.Array) -> jax.Array:
         """Brings a stored matrix ``[*batch, K, N]`` into the logical form ``[*batch, *axes]``."""

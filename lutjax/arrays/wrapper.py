@@ -39,6 +39,10 @@ class WrapperArray(CompressedArray):
         """K and N."""
         return self.base.matrix_shape
 
+    def summary(self) -> str:
+        """The base's short form."""
+        return repr(self.base)
+
     def with_view(self, view: MatrixView) -> Self:
         """The same data under another view."""
         return dataclasses.replace(self, base=self.base.with_view(view))  # type: ignore[type-var]

@@ -46,8 +46,7 @@ def plannable(params: Any, recipe: Recipe | None = None) -> tuple[Matrix, ...]:
             continue
         rule = rules[path]
         batch_ndim, view = weight_view(leaf.shape, rule, path)
-        inner = leaf.shape[batch_ndim:]
-        k, n = (math.prod(inner[a] for a in axes) for axes in (view.k_axes, view.n_axes))
+        k, n = view.matrix_shape(leaf.shape[batch_ndim:])
         count = math.prod(leaf.shape[:batch_ndim])
         matrices.append(Matrix(path, k, n, count, rule.axis, rule.batch_ndim))
     if not matrices:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lutjax.calibrate.costs import plannable
-from lutjax.paths import named_leaves, path_string
+from lutjax.paths import named_leaves, path_key, path_string
 from lutjax.progress import progress_bar
 from lutjax.transforms.quantize import check_finite
 from lutjax.transforms.recipe import Recipe
@@ -89,7 +88,7 @@ def noise_sensitivities(
         def one(key_path: tuple, leaf: Any) -> Any:
             if path_string(key_path) != path:
                 return leaf
-            own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+            own = path_key(key, path)
             return _perturb(leaf, own, size, counts[path])
 
         return jax.tree_util.tree_map_with_path(one, params)

@@ -9,7 +9,6 @@ statistics apart; a weight that is used several times gets their sum.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
@@ -26,10 +25,8 @@ Statistic = Callable[[Any, jax.Array], jax.Array]
 """From a weight without batch axes and its input ``[M, K]`` to ``float32[n]``: a sum over rows."""
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["base", "totals"], meta_fields=["statistic"]
-)
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
 class ObservedArray(WrapperArray):
     """A weight whose field ``totals`` receives a statistic of its inputs as its gradient.
 
@@ -50,7 +47,7 @@ class ObservedArray(WrapperArray):
 
     base: CompressedArray
     totals: Float[Array, "*batch n"]
-    statistic: Statistic
+    statistic: Statistic = dataclasses.field(metadata={"static": True})
     observes: ClassVar[bool] = True
 
     def materialize_matrix(self) -> Float[Array, "*batch k n"]:

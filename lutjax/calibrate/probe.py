@@ -13,8 +13,8 @@ from lutjax.arrays import CompressedArray, WrapperArray
 from lutjax.dtypes import widened
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["base", "delta"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
 class ProbedArray(WrapperArray):
     """``W + delta`` for a ``delta`` that is zero: its gradient is that of the dense weight.
 

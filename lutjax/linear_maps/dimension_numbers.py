@@ -159,7 +159,7 @@ def resolve_dimension_numbers(
     leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_masked)
     by_path = {path_string(path): leaf for path, leaf in leaves}
     asked = weight_dimension_numbers
-    if callable(asked):
+    if callable(asked) and jax.tree_util.all_leaves([asked]):  # and no callable module of numbers
         asked = asked(params)
     numbers: dict[str, DimensionNumbers]
     if _is_numbers(asked):
@@ -167,7 +167,9 @@ def resolve_dimension_numbers(
         numbers = {
             path: every
             for path, leaf in by_path.items()
-            if not _is_masked(leaf) and leaf.ndim >= 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
+            if not _is_masked(leaf)
+            and jnp.ndim(leaf) >= 2
+            and jnp.issubdtype(leaf.dtype, jnp.floating)
         }
     else:
         named, _ = jax.tree_util.tree_flatten_with_path(
@@ -186,7 +188,7 @@ def resolve_dimension_numbers(
             )
     numbers = {path: n for path, n in numbers.items() if not _is_masked(by_path[path])}
     for path, n in numbers.items():
-        shape = by_path[path].shape
+        shape = jnp.shape(by_path[path])
         try:
             _split_axes(len(shape), n)
         except ValueError as error:

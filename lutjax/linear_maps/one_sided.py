@@ -37,41 +37,54 @@ def check_rank(map_: LinearMap, rank: int, shape: tuple[int, ...]) -> None:
         )
 
 
-def one_sided_down(
-    basis: Float[Array, "*batch d r"], gradient: Float[Array, "*batch m n"], side: Side
-) -> Float[Array, "..."]:
-    """`P^T G` for the left side, `G P` for the right."""
-    basis = basis.astype(gradient.dtype)
-    return jnp.matrix_transpose(basis) @ gradient if side == "left" else gradient @ basis
+class OneSidedMap(BoundMap):
+    """A map that multiplies one side of the matrix: `P^T G` for the left side, `G P` for the right.
 
+    Subclasses have a factor ``basis``, `P` of `[*batch, d, r]` where `d` is the size of the
+    shortened side, and say which ``side`` that is.
+    """
 
-def one_sided_up(
-    basis: Float[Array, "*batch d r"], latent: Float[Array, "..."], side: Side
-) -> Float[Array, "*batch m n"]:
-    """The transpose of :func:`one_sided_down`: `P R` or `R P^T`."""
-    basis = basis.astype(latent.dtype)
-    return basis @ latent if side == "left" else latent @ jnp.matrix_transpose(basis)
+    basis: Any  # a field or a property
+    side: Side
 
+    def down(self, gradient: Float[Array, "..."]) -> Float[Array, "..."]:  # noqa: D102
+        basis = self.basis.astype(gradient.dtype)
+        if self.side == "left":
+            return jnp.matrix_transpose(basis) @ gradient
+        return gradient @ basis
 
-def one_sided_apply(
-    basis: Float[Array, "d r"], x: Float[Array, "*b m"], latent: Float[Array, "..."], side: Side
-) -> Float[Array, "*b n"]:
-    """`x @ up(latent)` as two thin products, so that no `m x n` matrix is formed either way."""
-    basis, latent = basis.astype(x.dtype), latent.astype(x.dtype)
-    return (x @ basis) @ latent if side == "left" else (x @ latent) @ basis.T
+    def up(self, latent: Float[Array, "..."]) -> Float[Array, "..."]:  # noqa: D102
+        basis = self.basis.astype(latent.dtype)
+        return basis @ latent if self.side == "left" else latent @ jnp.matrix_transpose(basis)
 
+    def apply(self, x: Float[Array, "*b m"], latent: Float[Array, "..."]) -> Float[Array, "*b n"]:  # noqa: D102
+        # Two thin products, so that no m x n matrix is formed either way.
+        basis, latent = self.basis.astype(x.dtype), latent.astype(x.dtype)
+        return (x @ basis) @ latent if self.side == "left" else (x @ latent) @ basis.T
 
-def one_sided_apply_transposed(
-    basis: Float[Array, "d r"], x: Float[Array, "*b n"], latent: Float[Array, "..."], side: Side
-) -> Float[Array, "*b m"]:
-    """`x @ up(latent)^T`, likewise."""
-    basis, latent = basis.astype(x.dtype), latent.astype(x.dtype)
-    return (x @ latent.T) @ basis.T if side == "left" else (x @ basis) @ latent.T
+    def apply_transposed(  # noqa: D102
+        self, x: Float[Array, "*b n"], latent: Float[Array, "..."]
+    ) -> Float[Array, "*b m"]:
+        basis, latent = self.basis.astype(x.dtype), latent.astype(x.dtype)
+        return (x @ latent.T) @ basis.T if self.side == "left" else (x @ basis) @ latent.T
+
+    def carry(  # noqa: D102
+        self, old: BoundMap, moment: Float[Array, "..."], order: Literal[1, 2]
+    ) -> Float[Array, "..."]:
+        if order == 2:
+            return moment
+        assert isinstance(old, OneSidedMap)
+        # P_new^T P_old is r x r: cheaper than going through the weight's shape.
+        rotation = jnp.matrix_transpose(self.basis) @ old.basis
+        rotation = rotation.astype(moment.dtype)
+        if self.side == "left":
+            return rotation @ moment
+        return moment @ jnp.matrix_transpose(rotation)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Projection(BoundMap):
+class Projection(OneSidedMap):
     """A one-sided map with a stored factor.
 
     Attributes:
@@ -81,33 +94,6 @@ class Projection(BoundMap):
 
     basis: Float[Array, "*batch d r"]
     side: Side = dataclasses.field(metadata={"static": True})
-
-    def down(self, gradient: Float[Array, "..."]) -> Float[Array, "..."]:  # noqa: D102
-        return one_sided_down(self.basis, gradient, self.side)
-
-    def up(self, latent: Float[Array, "..."]) -> Float[Array, "..."]:  # noqa: D102
-        return one_sided_up(self.basis, latent, self.side)
-
-    def apply(self, x: Float[Array, "*b m"], latent: Float[Array, "..."]) -> Float[Array, "*b n"]:  # noqa: D102
-        return one_sided_apply(self.basis, x, latent, self.side)
-
-    def apply_transposed(  # noqa: D102
-        self, x: Float[Array, "*b n"], latent: Float[Array, "..."]
-    ) -> Float[Array, "*b m"]:
-        return one_sided_apply_transposed(self.basis, x, latent, self.side)
-
-    def carry(  # noqa: D102
-        self, old: BoundMap, moment: Float[Array, "..."], order: Literal[1, 2]
-    ) -> Float[Array, "..."]:
-        if order == 2:
-            return moment
-        assert isinstance(old, Projection)
-        # P_new^T P_old is r x r: cheaper than going through the weight's shape.
-        rotation = jnp.matrix_transpose(self.basis) @ old.basis
-        rotation = rotation.astype(moment.dtype)
-        if self.side == "left":
-            return rotation @ moment
-        return moment @ jnp.matrix_transpose(rotation)
 
 
 def _canonical_signs(basis: Float[Array, "*batch d r"]) -> Float[Array, "*batch d r"]:

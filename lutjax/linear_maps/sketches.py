@@ -12,15 +12,11 @@ from jaxtyping import Array, Float, Int32, PRNGKeyArray, UInt32
 
 from lutjax.dtypes import at_least_float32
 from lutjax.linear_maps.base import BoundMap, LinearMap
-from lutjax.linear_maps.one_sided import (
-    Side,
-    check_rank,
-    one_sided_apply,
-    one_sided_apply_transposed,
-    one_sided_down,
-    one_sided_up,
-    projected_side,
-)
+from lutjax.linear_maps.one_sided import OneSidedMap, Side, check_rank, projected_side
+
+# Other generators give a batch of keys other bits than each of them, so that a slice of stacked
+# weights would have another factor.
+_KEYS = "threefry2x32"
 
 Distribution = Literal["gaussian", "rademacher", "semi_orthogonal"]
 
@@ -69,18 +65,17 @@ _GENERATORS = {
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class SketchMap(BoundMap):
+class SketchMap(OneSidedMap):
     """A one-sided map whose factor `P[d, r]` is a function of a key.
 
     Attributes:
-      key_data: The key's bits. Kept as plain integers, which every checkpoint format can store.
+      key_data: The bits of a Threefry key. Plain integers, which every checkpoint format can store.
       worker: Which worker's factor this is; see :meth:`for_worker`.
       d: Size of the shortened side.
       rank: `r`.
       side: Which side is shortened.
       distribution: How the factor is drawn.
       dtype: The dtype that it is drawn in (the draw depends on it).
-      key_impl: Name of the key's generator.
     """
 
     key_data: UInt32[Array, "*batch 2"]
@@ -90,34 +85,19 @@ class SketchMap(BoundMap):
     side: Side = dataclasses.field(metadata={"static": True})
     distribution: Distribution = dataclasses.field(metadata={"static": True})
     dtype: str = dataclasses.field(metadata={"static": True})
-    key_impl: str = dataclasses.field(metadata={"static": True})
 
     @property
     def basis(self) -> Float[Array, "*batch d r"]:
         """The factor `P`, generated."""
 
         def generate(key_data: Array, worker: Array) -> Array:
-            key = jax.random.wrap_key_data(key_data, impl=self.key_impl)
+            key = jax.random.wrap_key_data(key_data, impl=_KEYS)
             draw = _GENERATORS[self.distribution]
             return draw(key, worker, self.d, self.rank, jnp.dtype(self.dtype))
 
         for _ in range(self.worker.ndim):
             generate = jax.vmap(generate)
         return generate(self.key_data, self.worker)
-
-    def down(self, gradient: Float[Array, "..."]) -> Float[Array, "..."]:  # noqa: D102
-        return one_sided_down(self.basis, gradient, self.side)
-
-    def up(self, latent: Float[Array, "..."]) -> Float[Array, "..."]:  # noqa: D102
-        return one_sided_up(self.basis, latent, self.side)
-
-    def apply(self, x: Float[Array, "*b m"], latent: Float[Array, "..."]) -> Float[Array, "*b n"]:  # noqa: D102
-        return one_sided_apply(self.basis, x, latent, self.side)
-
-    def apply_transposed(  # noqa: D102
-        self, x: Float[Array, "*b n"], latent: Float[Array, "..."]
-    ) -> Float[Array, "*b m"]:
-        return one_sided_apply_transposed(self.basis, x, latent, self.side)
 
     def for_worker(self, index: Any) -> SketchMap:
         """The map of worker `index`: an independent draw, or the next semi-orthogonal columns.
@@ -145,14 +125,13 @@ class _Sketch(LinearMap):
         if self.distribution == "semi_orthogonal" and max(shape[-2:]) >= 2**19:
             raise ValueError(f"a weight of shape {shape} is too large for exact angles in int32")
         return SketchMap(
-            key_data=jax.random.key_data(_key_per_matrix(key, batch)),
+            key_data=_key_data_per_matrix(key, batch),
             worker=jnp.zeros(batch, jnp.int32),
             d=shape[-2] if side == "left" else shape[-1],
             rank=self.rank,
             side=side,
             distribution=self.distribution,
             dtype=jnp.dtype(dtype).name,
-            key_impl=str(jax.random.key_impl(key)),
         )
 
     def refresh_matrix(
@@ -160,12 +139,13 @@ class _Sketch(LinearMap):
     ) -> SketchMap:
         del source
         assert isinstance(bound, SketchMap)
-        keys = _key_per_matrix(key, bound.worker.shape)
-        return dataclasses.replace(bound, key_data=jax.random.key_data(keys))
+        return dataclasses.replace(bound, key_data=_key_data_per_matrix(key, bound.worker.shape))
 
 
-def _key_per_matrix(key: PRNGKeyArray, batch: tuple[int, ...]) -> PRNGKeyArray:
-    return jax.random.split(key, batch) if batch else key
+def _key_data_per_matrix(key: PRNGKeyArray, batch: tuple[int, ...]) -> UInt32[Array, "*batch 2"]:
+    if str(jax.random.key_impl(key)) != _KEYS:
+        key = jax.random.wrap_key_data(jax.random.bits(key, (2,), jnp.uint32), impl=_KEYS)
+    return jax.random.key_data(jax.random.split(key, batch) if batch else key)
 
 
 @dataclasses.dataclass(frozen=True)

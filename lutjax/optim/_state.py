@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import jax
@@ -15,11 +14,7 @@ from lutjax.paths import path_string
 _KeyPath = tuple[Any, ...]
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["words", "scales", "lut", "offsets"],
-    meta_fields=["group_size", "padding", "dtype", "view"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class CodedMoment(LutArray):
     """A moment in codes, which stands in a state where the array stood.
@@ -44,17 +39,22 @@ _ORDERS = _FIRST_MOMENTS | _SECOND_MOMENTS
 _ORDERS_BESIDE_N = {"m": 1, "v": 1, "g": 1, "n": 2}
 """Those of states whose fields include `m` and `n`, like Adan's, of which `v` has signs."""
 
+_ORDERS_OF_SM3 = {"mu": 2, "nu": 1}
+
 _ACCUMULATORS = frozenset({"acc_grads", "grad_acc"})
 """State fields in which gradients are collected until a step is taken."""
+
+_ITERATES = frozenset({"z", "x0", "params", "params0", "init_params", "init_particles"})
+"""State fields that are copies of parameters, of now or of the start."""
 
 
 def _key_paths(tree: Any) -> list[_KeyPath]:
     return [path for path, _ in jax.tree_util.tree_leaves_with_path(tree, is_coded)]
 
 
-def leaf_paths(tree: Any) -> set[str]:
-    """The paths of the leaves of a tree, such as parameters or their gradients."""
-    return set(map(path_string, _key_paths(tree)))
+def leaf_paths(tree: Any) -> dict[_KeyPath, str]:
+    """The paths of the leaves of a tree, such as parameters or their gradients, by their keys."""
+    return {key_path: path_string(key_path) for key_path in _key_paths(tree)}
 
 
 def _name(key: Any) -> str | None:
@@ -62,8 +62,28 @@ def _name(key: Any) -> str | None:
     return key.name if isinstance(key, jax.tree_util.GetAttrKey) else None
 
 
+def _own_keys(key_path: _KeyPath, parameters: Collection[_KeyPath]) -> _KeyPath:
+    """The keys of a leaf of a state before those of its parameter; all where it has none."""
+    starts = (i for i in range(len(key_path) + 1) if key_path[i:] in parameters)
+    return key_path[: next(starts, len(key_path))]
+
+
+def needs_precision(state: Any, parameters: Mapping[_KeyPath, str]) -> list[bool]:
+    """For each leaf of a state whether small changes add up in it: copies of parameters, sums.
+
+    Args:
+      state: The state of any optax transformation; a coded moment is one leaf.
+      parameters: From :func:`leaf_paths`.
+    """
+    exact = _ITERATES | _ACCUMULATORS
+    return [
+        any(_name(key) in exact for key in _own_keys(key_path, parameters))
+        for key_path in _key_paths(state)
+    ]
+
+
 def find_moments(
-    state: Any, paths: Collection[str]
+    state: Any, parameters: Mapping[_KeyPath, str]
 ) -> list[tuple[Literal[1, 2], str | None] | None]:
     """For each leaf of a state its order and the path of its parameter, None if no moment.
 
@@ -72,10 +92,11 @@ def find_moments(
 
     Args:
       state: The state of any optax transformation; a coded moment is one leaf.
-      paths: Those of the parameters.
+      parameters: From :func:`leaf_paths`.
 
     >>> import optax
-    >>> find_moments(optax.adam(1.0).init({"v": 1.0}), {"v"})  # count, mu, nu
+    >>> params = {"v": 1.0}
+    >>> find_moments(optax.adam(1.0).init(params), leaf_paths(params))  # count, mu, nu
     [None, (1, 'v'), (2, 'v')]
     """
     key_paths = _key_paths(state)
@@ -83,37 +104,48 @@ def find_moments(
     for key_path in key_paths:
         for i, key in enumerate(key_path):
             fields.setdefault(key_path[:i], set()).add(_name(key))
+    # SM3 has accumulators for each axis of a parameter in ``mu``, and momentum in ``nu``.
+    by_axis = {
+        key_path[:i]
+        for key_path in key_paths
+        for i, key in enumerate(key_path[:-1])
+        if _name(key) == "mu" and key_path[i + 1 : -1] in parameters
+    }
 
     def moment(key_path: _KeyPath) -> Any:
-        suffixes = {i: path_string(key_path[i:]) for i in range(len(key_path) + 1)}
-        start, path = next(
-            ((i, path) for i, path in suffixes.items() if path in paths), (len(key_path), None)
-        )
-        for i, key in enumerate(key_path[:start]):
-            orders = _ORDERS_BESIDE_N if {"m", "n"} <= fields[key_path[:i]] else _ORDERS
+        own = _own_keys(key_path, parameters)
+        for i, key in enumerate(own):
+            holder = key_path[:i]
+            orders = _ORDERS
+            if holder in by_axis:
+                orders = _ORDERS_OF_SM3
+            elif {"m", "n"} <= fields[holder]:
+                orders = _ORDERS_BESIDE_N
             if (order := orders.get(_name(key) or "")) is not None:
-                return order, path
+                return order, parameters.get(key_path[len(own) :])
         return None
 
     return [moment(key_path) for key_path in key_paths]
 
 
 def map_moments(
-    function: Callable[[str, Literal[1, 2], Any], Any], state: Any, paths: Collection[str]
+    function: Callable[[str, Literal[1, 2], Any], Any],
+    state: Any,
+    parameters: Mapping[_KeyPath, str],
 ) -> tuple[Any, int]:
-    """Applies `function(path, order, moment)` to the moments of the parameters `paths`.
+    """Applies `function(path, order, moment)` to the moments of parameters.
 
     Args:
       function: Gets the parameter's path, 1 or 2 for the order of the moment, and the moment.
       state: The state of any optax transformation.
-      paths: Parameters whose moments are meant.
+      parameters: Those whose moments are meant, from :func:`leaf_paths`.
 
     Returns:
       The new state and the number of first moments that were found.
     """
     found = 0
     leaves, treedef = jax.tree.flatten(state, is_coded)
-    for i, moment in enumerate(find_moments(state, paths)):
+    for i, moment in enumerate(find_moments(state, parameters)):
         order, path = moment or (None, None)
         if order is not None and path is not None:
             leaves[i] = function(path, order, leaves[i])

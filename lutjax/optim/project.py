@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import zlib
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,9 +19,9 @@ from lutjax.linear_maps.dimension_numbers import (
 )
 from lutjax.linear_maps.sketches import SketchMap
 from lutjax.optim._explicit import init_with_auto_axes, update_with_auto_axes
-from lutjax.optim._state import is_coded, map_moments, restart
+from lutjax.optim._state import is_coded, leaf_paths, map_moments, restart
 from lutjax.optim.quantized import reencode
-from lutjax.paths import path_string
+from lutjax.paths import path_key, path_string
 from lutjax.transforms.quantize import concrete
 
 OnRefresh = Literal["keep", "reset", "rotate"]
@@ -66,10 +66,6 @@ class ProjectConfig:
         """The projected parameters among `params`, and which of their axes make the matrix."""
         return resolve_dimension_numbers(params, self.weight_dimension_numbers)
 
-    def leaf_key(self, key: PRNGKeyArray, path: str) -> PRNGKeyArray:
-        """A parameter's key: a function of its path, not of its position in the tree."""
-        return jax.random.fold_in(key, zlib.crc32(path.encode()))
-
     def init_maps(self, key: PRNGKeyArray, params: Any) -> dict[str, BoundMap]:
         """A map for each projected parameter.
 
@@ -83,7 +79,7 @@ class ProjectConfig:
                 continue
             try:
                 maps[path] = self.map.init(
-                    self.leaf_key(key, path),
+                    path_key(key, path),
                     leaf.shape,
                     dtype=leaf.dtype,
                     dimension_numbers=numbers[path],
@@ -116,7 +112,7 @@ class ProjectConfig:
             if self.map.depends_on == "gradient" and self.axis_name is not None:
                 gradient = jax.lax.pmean(gradient, self.axis_name)
             refreshed[path] = self.map.refresh(
-                bound, self.leaf_key(epoch_key, path), gradient, weight_of.get(path)
+                bound, path_key(epoch_key, path), gradient, weight_of.get(path)
             )
         return refreshed
 
@@ -144,7 +140,8 @@ class ProjectConfig:
         if self.on_refresh != "reset":
             return self.inner
         labels = jax.tree.map(lambda p: "projected" if p else "other", projected)
-        return optax.partition({"projected": self.inner, "other": self.inner}, labels)
+        # As a function: a tree that can be called, such as an Equinox module, would be.
+        return optax.partition({"projected": self.inner, "other": self.inner}, lambda _: labels)
 
     def carry_inner(
         self, inner: Any, latents: Any, old: dict[str, BoundMap], new: dict[str, BoundMap]
@@ -168,7 +165,7 @@ class ProjectConfig:
                 return moment
             return new[path].carry(old[path], moment, order).astype(moment.dtype)
 
-        return map_moments(carry, inner, new.keys())[0]
+        return map_moments(carry, inner, _projected_paths(new, latents))[0]
 
 
 class ProjectedTransformation(optax.GradientTransformationExtraArgs):
@@ -190,6 +187,10 @@ class ProjectedTransformation(optax.GradientTransformationExtraArgs):
 def _by_path(tree: Any) -> dict[str, Any]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {path_string(path): leaf for path, leaf in leaves}
+
+
+def _projected_paths(maps: dict[str, BoundMap], tree: Any) -> dict[Any, str]:
+    return {keys: path for keys, path in leaf_paths(tree).items() if path in maps}
 
 
 def _signature(bound: BoundMap) -> Any:
@@ -219,15 +220,20 @@ def map_projected(function: Any, maps: dict[str, BoundMap], tree: Any, *rest: An
     return jax.tree_util.tree_map_with_path(visit, tree, *rest)
 
 
-def zero_latents(maps: dict[str, BoundMap], weights: Any) -> Any:
-    """Latents at the start of a period; leaves without a map are copies, which can be donated."""
+def _latents(maps: dict[str, BoundMap], weights: Any) -> Any:
+    """`S theta`; leaves without a map are copies, which can be donated."""
 
     def visit(path: Any, leaf: Any) -> Any:
         bound = maps.get(path_string(path))
-        # Computed, so that they are sharded as the weight is.
-        return jnp.copy(leaf) if bound is None else jnp.zeros_like(bound.down(leaf))
+        return jnp.copy(leaf) if bound is None else bound.down(leaf)
 
     return jax.tree_util.tree_map_with_path(visit, weights)
+
+
+def zero_latents(maps: dict[str, BoundMap], weights: Any) -> Any:
+    """Latents of adapters at the start of a period; leaves without a map are copies."""
+    # Computed, so that they are sharded as the weight is.
+    return map_projected(lambda m, x: jnp.zeros_like(x), maps, _latents(maps, weights))
 
 
 def is_projected(maps: dict[str, BoundMap], tree: Any) -> Any:
@@ -304,6 +310,10 @@ def project(
         raise ValueError(f"refresh_every={refresh_every} must be at least 1, or None for never")
     if on_refresh not in ("keep", "reset", "rotate"):
         raise ValueError(f"on_refresh={on_refresh!r} must be 'keep', 'reset' or 'rotate'")
+    if callable(scale):
+        raise TypeError(f"scale={scale!r} must be a number; vary it with optax.inject_hyperparams")
+    if isinstance(scale, (int, float)) and not math.isfinite(scale):
+        raise ValueError(f"scale={scale} must be finite")
     drawn_from = _as_key(0 if key is None else key)
     key_data = jax.random.key_data(drawn_from)
     constant = concrete(key_data)  # an array has the mesh that was set when it was made in its type
@@ -337,9 +347,10 @@ def _init(config: ProjectConfig, params: Any) -> ProjectState:
         inner = config.grouped_inner(params).init(params)
         return ProjectState(count, key_data, jnp.zeros((), jnp.int32), inner)  # type: ignore[arg-type]
     maps = config.init_maps(config.key, params)
-    inner = config.grouped_inner(is_projected(maps, params)).init(zero_latents(maps, params))
+    inner = config.grouped_inner(is_projected(maps, params)).init(_latents(maps, params))
     if config.on_refresh == "rotate" and maps:
-        _, found = map_moments(lambda path, order, moment: moment, inner, maps.keys())
+        projected = _projected_paths(maps, params)
+        _, found = map_moments(lambda path, order, moment: moment, inner, projected)
         if not found:
             raise ValueError(
                 "on_refresh='rotate' found no first moment (a field mu, trace or ema) in the state "
@@ -402,7 +413,8 @@ def _refreshed(
 
     def refresh(updates: Any, params: Any, maps: Any, inner: Any) -> Any:
         new = config.refresh_maps(key, state.count, maps, updates, params)
-        return new, config.carry_inner(inner, zero_latents(new, updates), maps, new)
+        start = _latents(new, updates if params is None else params)
+        return new, config.carry_inner(inner, start, maps, new)
 
     return jax.lax.cond(
         due,

@@ -15,7 +15,13 @@ from jaxtyping import Array, Float
 from lutjax.arrays import MatrixView
 from lutjax.codebooks import nearest_codes
 from lutjax.optim._explicit import init_with_auto_axes, update_with_auto_axes
-from lutjax.optim._state import CodedMoment, find_moments, is_coded, leaf_paths
+from lutjax.optim._state import (
+    CodedMoment,
+    find_moments,
+    is_coded,
+    leaf_paths,
+    needs_precision,
+)
 from lutjax.packing import BLOCK, pack
 
 
@@ -100,13 +106,14 @@ def quantized_state(
     *,
     min_size: int = 4096,
 ) -> optax.GradientTransformationExtraArgs:
-    """Keeps the state of any gradient transformation in 8 or 4 bits a number.
+    """Keeps the moments of any gradient transformation in 8 or 4 bits a number.
 
     Every floating array of the state with at least `min_size` entries is a :class:`lutjax.LutArray`
     between steps: blocks along its last axis but one, scaled by their largest entry. One of which
-    that axis is so short that scales would cost more than codes save stays as it is. Fields that
-    hold second moments (``nu``, ``v``, ...) have tables without zero and negative values. A step
-    decodes the state, runs `inner`, and encodes again.
+    that axis is so short that scales would cost more than codes save stays as it is. So do copies
+    of parameters, and gradients that accumulate: small changes add up in them. Fields that hold
+    second moments (``nu``, ``v``, ...) have tables without zero and negative values. A step decodes
+    the state, runs `inner`, and encodes again.
 
     Around :func:`project` it also encodes the stored projections, ``quantized_state(galore(...))``;
     inside, ``project(quantized_state(...), map)``, it has a dual adapter form.
@@ -127,7 +134,7 @@ def quantized_state(
 
     >>> optimizer = quantized_state(optax.scale_by_adam())
     >>> optimizer.init({"w": jnp.ones((256, 64))}).mu["w"]
-    LutArray(shape=(256, 64), float32, 8 bits, group_size=column, 17.7 kB)
+    CodedMoment(shape=(256, 64), float32, 8 bits, group_size=column, 17.7 kB)
     """
     if bits not in (4, 8):
         raise ValueError(f"bits={bits} must be 8 or 4")
@@ -153,7 +160,9 @@ def quantized_state(
 
     def start(params: Any) -> Any:
         state = inner.init(params)
-        return encode(state, params, [is_worth_it(x) for x in jax.tree.leaves(state)])
+        exact = needs_precision(state, leaf_paths(params))
+        worth = [is_worth_it(x) for x in jax.tree.leaves(state)]
+        return encode(state, params, [w and not e for w, e in zip(worth, exact, strict=True)])
 
     def step(updates: Any, state: Any, params: Any, **extra_args: Any) -> tuple[Any, Any]:
         dense = jax.tree.map(

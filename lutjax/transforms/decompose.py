@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
@@ -22,7 +21,7 @@ from lutjax.arrays import (
     SumArray,
     is_compressed,
 )
-from lutjax.paths import path_string
+from lutjax.paths import path_key, path_string
 from lutjax.progress import progress_bar
 from lutjax.transforms.feedback import damped, factor
 from lutjax.transforms.importance import (
@@ -47,11 +46,7 @@ ROUNDS: dict[Method, int] = {"lq": 100, "loftq": 5, "lorc": 1, "svd": 1, "lora":
 """Most rounds of each method; only those of ``lq`` and ``loftq`` can be set."""
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["array", "error", "history", "rounds"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decomposition:
     """A decomposed weight and how it was reached.
@@ -230,7 +225,8 @@ def check_decomposition(
     _check_arguments(method, rounds, svd)
     _check_one_weighting(fisher, hessians)
     for path, (shape, rule) in weights.items():
-        _check_rank(rank, shape, rule, path)
+        batch_ndim, view = weight_view(shape, rule, path)
+        check_rank(rank, *view.matrix_shape(shape[batch_ndim:]), path)
         check_calibrated("the Fisher information has", fisher, path)
         check_calibrated("hessians have", hessians, path)
 
@@ -264,8 +260,8 @@ def decompose_array(
     """
     _check_arguments(method, rounds, svd)
     _check_one_weighting(fisher, hessian)
-    _check_rank(rank, weight.shape, rule, path)
     batch_ndim, view = weight_view(weight.shape, rule, path)
+    check_rank(rank, *view.matrix_shape(weight.shape[batch_ndim:]), path)
     if not allow_nonfinite:
         check_finite(weight, path)
     if fisher is not None:
@@ -274,7 +270,7 @@ def decompose_array(
         hessian = check_hessian(hessian, weight.shape, batch_ndim, view, path)
     assert rule.config is not None
     return _decompose(
-        jax.random.fold_in(key, zlib.crc32(path.encode())),
+        path_key(key, path),
         jnp.asarray(weight),
         fisher,
         hessian,
@@ -496,10 +492,8 @@ def _check_one_weighting(fisher: Any, hessian: Any) -> None:
         raise ValueError("errors count by Fisher information or by Hessians; give one of them")
 
 
-def _check_rank(rank: int, shape: tuple[int, ...], rule: Rule, path: str) -> None:
-    batch_ndim, view = weight_view(shape, rule, path)
-    inner = shape[batch_ndim:]
-    k, n = (math.prod(inner[a] for a in axes) for axes in (view.k_axes, view.n_axes))
+def check_rank(rank: int, k: int, n: int, path: str) -> None:
+    """Raises ValueError, naming ``path``, if a ``K x N`` matrix cannot have so many dimensions."""
     if not isinstance(rank, (int, np.integer)) or not 1 <= rank <= min(k, n):
         raise ValueError(
             f"rank={rank!r} does not fit {path!r} with K={k} and N={n}; use 1 to {min(k, n)}"

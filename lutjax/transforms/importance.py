@@ -54,9 +54,7 @@ def check_importance(
       ValueError: If shapes do not fit, or a value is negative, NaN or infinite.
     """
     batch = shape[:batch_ndim]
-    k, n = jax.eval_shape(
-        lambda w: view.to_matrix(w, batch_ndim), jax.ShapeDtypeStruct(shape, jnp.float32)
-    ).shape[-2:]
+    k, n = view.matrix_shape(shape[batch_ndim:])
     if isinstance(fisher, Sequence):
         rows, columns = (jnp.asarray(side, jnp.float32) for side in fisher)
         if rows.shape != (*batch, k) or columns.shape != (*batch, n):

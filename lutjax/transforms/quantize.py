@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -137,7 +136,7 @@ def check_fit(shape: tuple[int, ...], rule: Rule, path: str) -> None:
     """
     assert rule.config is not None
     batch_ndim, view = weight_view(shape, rule, path)
-    k = int(np.prod([shape[batch_ndim + axis] for axis in view.k_axes]))
+    k, _ = view.matrix_shape(shape[batch_ndim:])
     if 0 in shape:
         raise ValueError(f"{path!r} of shape {shape} has no weights; leave it out of the recipe")
     if batch_ndim and rule.batch_ndim is None and rule.axis is None and k < MIN_GROUP_SIZE:
@@ -166,9 +165,7 @@ def weight_view(shape: tuple[int, ...], rule: Rule, path: str) -> tuple[int, Mat
     ndim = len(shape)
     axis = rule.axis
     if axis is None:
-        # Flax NNX ends its paths with the field that holds the array.
-        name = path.removesuffix("/value").rsplit("/", 1)[-1]
-        axis = -1 if name in ("weight", "embedding") else -2
+        axis = -1 if path.rsplit("/", 1)[-1] in ("weight", "embedding") else -2
     axes = axis if isinstance(axis, tuple) else (axis,)
     if not axes or any(not -ndim <= a < ndim for a in axes):
         raise ValueError(f"axis={rule.axis} does not exist in {path!r} of shape {shape}")
@@ -246,7 +243,7 @@ def check_hessian(
     Raises:
       ValueError: If they are of another shape, have NaN or infinity, or are no second moments.
     """
-    k = math.prod(shape[batch_ndim + axis] for axis in view.k_axes)
+    k, _ = view.matrix_shape(shape[batch_ndim:])
     expected = (*shape[:batch_ndim], k, k)
     if hessian.shape != expected:
         raise ValueError(

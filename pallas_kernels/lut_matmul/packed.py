@@ -20,11 +20,7 @@ from pallas_kernels.lut_matmul.epilogue import add_offsets
 from pallas_kernels.manual_axes import vary_over, varying_axes
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["planes", "scales", "table", "offsets"],
-    meta_fields=["implementation", "dtype", "k", "n", "bits", "group_size", "p", "padded"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class PackedWeight:
     """A weight ``[K, N]`` that one implementation reads without reordering.
@@ -48,14 +44,14 @@ class PackedWeight:
     scales: jax.Array
     table: jax.Array
     offsets: jax.Array | None
-    implementation: str
-    dtype: np.dtype
-    k: int
-    n: int
-    bits: int
-    group_size: int
-    p: int
-    padded: tuple
+    implementation: str = dataclasses.field(metadata={"static": True})
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})
+    k: int = dataclasses.field(metadata={"static": True})
+    n: int = dataclasses.field(metadata={"static": True})
+    bits: int = dataclasses.field(metadata={"static": True})
+    group_size: int = dataclasses.field(metadata={"static": True})
+    p: int = dataclasses.field(metadata={"static": True})
+    padded: tuple = dataclasses.field(metadata={"static": True})
 
     @property
     def batch_shape(self) -> tuple[int, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -15,11 +14,7 @@ ROWS_TOGETHER = "canonical words keep eight rows together; pack_rows makes RowCo
 """The reason of kernels that skip rows by not loading them."""
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["words", "scales", "lut", "offsets"],
-    meta_fields=["k", "group_size"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockCodes:
     """A lookup-table weight as :func:`pallas_kernels.lut_matmul.lut_matmul` takes it.
@@ -40,8 +35,8 @@ class BlockCodes:
     scales: jax.Array
     lut: jax.Array
     offsets: jax.Array | None
-    k: int
-    group_size: int
+    k: int = dataclasses.field(metadata={"static": True})
+    group_size: int = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, int]:

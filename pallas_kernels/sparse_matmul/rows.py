@@ -11,7 +11,6 @@ contiguous slices. 2 and 4 bits fill the words; 3 bits take 3.2 bits a code.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -21,11 +20,7 @@ import numpy as np
 from pallas_kernels.lut_matmul.reference import expand_groups
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["words", "scales", "lut", "offsets"],
-    meta_fields=["group_size"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowCodes:
     """A lookup-table weight whose rows can be read one by one.
@@ -42,7 +37,7 @@ class RowCodes:
     scales: jax.Array
     lut: jax.Array
     offsets: jax.Array | None
-    group_size: int
+    group_size: int = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -185,6 +185,16 @@ def test_the_backward_pass_never_forms_a_whole_gradient():
     assert whole_gradients(weight_step, params, jax.eval_shape(optimizer.init, params), x)
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+def test_maps_of_weights_start_from_them(compressed):
+    weight = jnp.ones((32, 32)).at[3, 5].set(50.0)
+    if compressed:
+        weight = lutjax.quantize(weight, bits=8, group_size=32)
+    map_ = lm.PrincipalWeights(rank=1, budget_rank=1)
+    adapter = one_sided({"w": weight}, map_, jax.random.key(0))["w"]
+    assert 3 * 32 + 5 in np.asarray(adapter.map.indices).ravel()
+
+
 def test_a_base_with_another_view_is_refused():
     base = lutjax.quantize(jnp.ones((64, 32)), bits=4).T
     bound = lm.Gaussian(2).init(jax.random.key(0), (32, 64))

@@ -155,6 +155,16 @@ def test_sketches_are_regenerated_not_stored(map_):
     np.testing.assert_allclose(layer.basis, bound.basis[1], rtol=1e-6)
 
 
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+@pytest.mark.parametrize("map_", [lm.Gaussian(2), lm.Rademacher(2), lm.SemiOrthogonal(2)], ids=repr)
+def test_a_slice_of_a_stack_has_the_factor_that_the_stack_has(map_, impl):
+    bound = map_.init(jax.random.key(0, impl=impl), (3, 6, 8))
+    for other in (bound, map_.refresh(bound, jax.random.key(1, impl=impl))):
+        alone = [jax.tree.map(lambda a, i=i: a[i], other).basis for i in range(3)]
+        np.testing.assert_array_equal(other.basis, np.stack(alone))
+        assert not np.array_equal(alone[0], alone[1])
+
+
 def test_kronecker_is_left_times_gradient_times_right():
     with jax.enable_x64(True):
         bound, gradient, _ = bound_map(MAPS["kronecker"], (6, 8))

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
+from lutjax import linear_maps as lm
 from lutjax import optim
 
 # Factories of the learning rate, so that it can be a schedule or be injected.
@@ -60,6 +62,65 @@ def test_keeps_bfloat16_and_accepts_extra_arguments(name):
     chex.assert_trees_all_equal_shapes_and_dtypes(after, params)
     chex.assert_tree_all_finite(after)
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), after, params)))
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "named matrices"])
+def test_runs_in_the_optimizer_of_nnx(name):
+    """Which shows parameters to ``init`` in boxes, and to ``update`` without."""
+    model = nnx.Linear(32, 48, rngs=nnx.Rngs(0))
+    named = {"weight_dimension_numbers": lm.matching("kernel")}
+    transformation = OPTIMIZERS.get(name, functools.partial(optim.flora, rank=2, **named))(1e-2)
+    optimizer = nnx.Optimizer(model, transformation, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        loss, gradients = nnx.value_and_grad(lambda model: jnp.mean((model(x) - 1.0) ** 2))(model)
+        optimizer.update(model, gradients)
+        return loss
+
+    x = jax.random.normal(jax.random.key(0), (8, 32))
+    losses = [float(step(model, optimizer, x)) for _ in range(8)]
+    assert losses[-1] < losses[0]
+
+
+class CallableTree:
+    """As modules of Equinox are."""
+
+    def __init__(self, matrix, bias):
+        self.matrix, self.bias = matrix, bias
+
+    def __call__(self, x):
+        return x @ self.matrix + self.bias
+
+
+jax.tree_util.register_pytree_with_keys(
+    CallableTree,
+    lambda m: (
+        [(jax.tree_util.GetAttrKey(k), getattr(m, k)) for k in ("matrix", "bias")],
+        None,
+    ),
+    lambda _, children: CallableTree(*children),
+)
+
+
+@every_optimizer
+def test_parameters_may_be_callable(name):
+    params, gradients = (CallableTree(**tree) for tree in params_and_gradients())
+    after, _ = run(OPTIMIZERS[name](1e-2), params, gradients)
+    assert not np.array_equal(after.matrix, params.matrix)
+
+
+def test_dimension_numbers_may_be_in_a_callable_tree():
+    params = CallableTree(**params_and_gradients()[0])
+    numbers = CallableTree(lm.DimensionNumbers(), None)
+    optimizer = optim.galore(1e-2, rank=2, weight_dimension_numbers=numbers)
+    assert list(optimizer.init(params).maps) == ["matrix"]
+
+
+def test_scalars_may_be_plain_numbers():
+    params = {"matrix": jnp.ones((4, 6)), "temperature": 1.0}
+    state = optim.galore(1e-2, rank=2).init(params)
+    assert list(state.maps) == ["matrix"]
 
 
 @every_optimizer

@@ -60,6 +60,40 @@ def test_maps_change_every_so_many_steps_and_never_in_between(map_):
     assert changed == [first, False, False, True, False, False, True]
 
 
+@pytest.mark.parametrize("on_refresh", ["keep", "reset"])
+@pytest.mark.parametrize(
+    "inner",
+    [
+        optax.contrib.schedule_free_adamw(1e-2),
+        optax.contrib.prodigy(),
+        optax.contrib.dog(),
+        optax.contrib.cocob(),
+        optax.contrib.mechanize(optax.adam(1e-2)),
+    ],
+    ids=["schedule_free", "prodigy", "dog", "cocob", "mechanic"],
+)
+def test_inner_optimisers_may_remember_where_they_started(inner, on_refresh):
+    """Without a projection they are as they are by themselves."""
+    whole = project(inner, lm.Identity(), refresh_every=None, on_refresh=on_refresh)
+
+    def train(optimizer):
+        params = gradient(99)
+        state = optimizer.init(params)
+        for step in range(5):
+            updates, state = optimizer.update(gradient(step), state, params)
+            params = optax.apply_updates(params, updates)
+        return params["w"]
+
+    np.testing.assert_allclose(train(whole), train(inner), rtol=1e-5, atol=1e-6)
+
+
+def test_a_scale_is_a_finite_number():
+    with pytest.raises(ValueError, match=r"scale=nan must be finite"):
+        project(optax.adam(0.1), lm.SVD(2), scale=float("nan"))
+    with pytest.raises(TypeError, match="must be a number; vary it with"):
+        project(optax.adam(0.1), lm.SVD(2), scale=optax.constant_schedule(1.0))
+
+
 def test_refresh_every_none_draws_once():
     bases = [
         basis_of(s) for s in states(project(optax.adam(0.1), lm.SVD(2), refresh_every=None), 3)

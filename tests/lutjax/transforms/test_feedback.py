@@ -64,23 +64,25 @@ def test_rounding_is_that_of_the_formula(k, p):
 
 
 def test_it_is_near_the_best_of_all_roundings():
-    k, table = 6, np.float32([-1, 0, 1])
+    k, columns, table = 6, 32, np.float32([-1, 0, 1])
     x = inputs(k, seed=1)
-    w = RNG.normal(size=(k, 1)) / 2
+    w = RNG.normal(size=(k, columns)) / 2
     every = np.array(list(itertools.product(table, repeat=k))).T  # [K, 3 ** K]
-    costs = np.linalg.norm(x @ (w - every), axis=0)
-    ones = jnp.ones((k, 1))
     codes = round_with_feedback(
         jnp.asarray(w, jnp.float32),
         jnp.asarray(x.T @ x, jnp.float32),
-        ones,
+        jnp.ones((k, columns)),
         None,
         jnp.asarray(table).reshape(1, 3, 1),
     )
-    found = np.linalg.norm(x @ (w - table[np.asarray(codes)]))
-    nearest = np.linalg.norm(x @ (w - np.round(np.clip(w, -1, 1))))
-    assert found < nearest
-    assert np.mean(costs < found) < 0.05
+
+    def cost(rounded):
+        return np.linalg.norm(x @ (w - rounded), axis=0)
+
+    costs = np.stack([cost(one[:, None]) for one in every.T])  # [3 ** K, columns]
+    found, nearest = cost(table[np.asarray(codes)]), cost(np.round(np.clip(w, -1, 1)))
+    assert found.mean() < 0.8 * nearest.mean()
+    assert np.mean(costs < found) < 0.01  # of all roundings few are better
 
 
 CONFIGS = {
@@ -147,7 +149,8 @@ def test_the_last_row_has_no_partner_to_mind(k):
         for h in ({"array": np.float32(x.T @ x)}, {})
     )
     worst, other = (jnp.sqrt(jnp.mean(jnp.square(e))) for e in (fed_back[-1] - w[-1], plain - w))
-    assert worst < 1.5 * other
+    # 0.6 to 1.9 over 24 draws; 2.4 to 3.4 where a partner that is not there weighed as others do.
+    assert worst < 2.1 * other
 
 
 def test_independent_inputs_of_one_size_leave_nothing_to_make_up_for():

@@ -162,8 +162,6 @@ def test_the_temporary_memory_of_one_matrix_is_a_few_times_its_size():
     [
         ("mlp/kernel", (8, 4), {}, (0, (0,), (1,))),
         ("linear/weight", (8, 4), {}, (0, (1,), (0,))),
-        ("linear/kernel/value", (8, 4), {}, (0, (0,), (1,))),
-        ("embed/embedding/value", (8, 4), {}, (0, (1,), (0,))),
         ("layers/kernel", (3, 8, 4), {}, (1, (0,), (1,))),
         ("layers/weight", (3, 8, 4), {}, (1, (1,), (0,))),
         ("layers/experts/kernel", (3, 2, 8, 4), {}, (2, (0,), (1,))),
