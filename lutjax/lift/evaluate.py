@@ -16,8 +16,10 @@ from lutjax.arrays import is_compressed
 from lutjax.arrays.split import explicit_mesh
 from lutjax.arrays.typed_shardings import run_with_auto_axes
 from lutjax.lift.higher_order import HIGHER_ORDER
+from lutjax.lift.products import LOOKUPS, PRODUCTS
+from lutjax.lift.registry import NEEDS_DENSE, RULES
 from lutjax.lift.report import Recorder
-from lutjax.lift.rules import DENSE_RULES, LOOKUPS, NEEDS_DENSE, PRODUCTS, RULES
+from lutjax.lift.rules import DENSE_RULES
 from lutjax.lift.values import Weight, bind
 
 
@@ -58,7 +60,7 @@ class Evaluator:
                         del env[v]
         return [read(v) for v in jaxpr.outvars]
 
-    def dense(self, x: Any, primitive: str, eqn: Any = None) -> Any:
+    def dense(self, x: Any, primitive: str, eqn: Any) -> Any:
         """The dense form of a value, recorded as the work of ``primitive``."""
         if not isinstance(x, Weight):
             return x

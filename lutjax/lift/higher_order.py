@@ -10,7 +10,6 @@ from jax.extend import core as jex
 
 from lutjax.lift.custom_derivatives import custom_derivative
 from lutjax.lift.manual import shard_map
-from lutjax.lift.registry import NEEDS_DENSE
 from lutjax.lift.values import Packer, Weight
 
 _DOT_GENERAL = jex.primitives.dot_general_p
@@ -50,16 +49,14 @@ def _scan(eqn: Any, operands: list, evaluator: Any) -> list:
         for x in operands[count_consts + count_carry :]  # rows of a matrix are no weights
     ]
     constant = _constant_weights(init, closed.jaxpr, count_consts)
-    init = [None if i in constant else evaluator.dense(x, "scan carry", eqn)
-            for i, x in enumerate(init)]  # fmt: skip
+    init = _without(constant, init, "scan carry", eqn, evaluator)
     xs_packer, outputs = Packer(xs), Packer(())
 
     def body(carry: tuple, x: tuple) -> tuple:
         nonlocal outputs
         values = [*consts, *_merge(carry, constant), *xs_packer.unpack(x)]
         out = evaluator(closed.jaxpr, closed.consts, values)
-        new = [None if i in constant else evaluator.dense(y, "scan carry", eqn)
-               for i, y in enumerate(out[:count_carry])]  # fmt: skip
+        new = _without(constant, out[:count_carry], "scan carry", eqn, evaluator)
         outputs = Packer(out[count_carry:])
         return tuple(new), Packer.pack(out[count_carry:])
 
@@ -90,8 +87,7 @@ def _while(eqn: Any, operands: list, evaluator: Any) -> list:
     cond_consts, body_consts = operands[:count_cond], operands[count_cond:][:count_body]
     init = operands[count_cond + count_body :]
     constant = _constant_weights(init, body.jaxpr, count_body)
-    init = [None if i in constant else evaluator.dense(x, "while carry", eqn)
-            for i, x in enumerate(init)]  # fmt: skip
+    init = _without(constant, init, "while carry", eqn, evaluator)
 
     def run_condition(carry: tuple) -> Any:
         values = [*cond_consts, *_merge(carry, constant)]
@@ -99,8 +95,7 @@ def _while(eqn: Any, operands: list, evaluator: Any) -> list:
 
     def run_body(carry: tuple) -> tuple:
         out = evaluator(body.jaxpr, body.consts, [*body_consts, *_merge(carry, constant)])
-        return tuple(None if i in constant else evaluator.dense(y, "while carry", eqn)
-                     for i, y in enumerate(out))  # fmt: skip
+        return tuple(_without(constant, out, "while carry", eqn, evaluator))
 
     return _merge(jax.lax.while_loop(run_condition, run_body, tuple(init)), constant)
 
@@ -112,6 +107,11 @@ def _constant_weights(init: list, body: Any, skip: int) -> dict[int, Weight]:
         for i, x in enumerate(init)
         if isinstance(x, Weight) and body.outvars[i] is body.invars[skip + i]
     }
+
+
+def _without(constant: dict[int, Weight], carry: list, name: str, eqn: Any, evaluator: Any) -> list:
+    """The rest of a carry, dense, with None in the places of what does not change."""
+    return [None if i in constant else evaluator.dense(x, name, eqn) for i, x in enumerate(carry)]
 
 
 def _merge(carry: Any, constant: dict[int, Weight]) -> list:
@@ -197,19 +197,13 @@ def _policy_about_products(policy: Callable, products: dict[str, Any]) -> Callab
 
 HIGHER_ORDER: dict[str, Callable[[Any, list, Any], Any]] = {
     "jit": _jit,
-    "pjit": _jit,
     "closed_call": _call,
-    "core_call": _call,
     "scan": _scan,
     "while": _while,
     "cond": _cond,
-    "checkpoint": _remat,
-    "remat": _remat,
-    "remat2": _remat,
+    "remat2": _remat,  # jax.checkpoint
     "custom_jvp_call": custom_derivative,
     "custom_vjp_call": custom_derivative,
     "shard_map": shard_map,
 }
 """Rules ``(equation, operands, evaluator) -> results`` by the name of the primitive."""
-
-__all__ = ["HIGHER_ORDER", "NEEDS_DENSE"]

@@ -89,16 +89,14 @@ class Recorder:
         return tuple(use for use, _ in self._uses.values())
 
     def _add(self, use: Use, eqn: Any) -> None:
-        key = (use.path, use.primitive, len(self._uses) if eqn is None else id(eqn))
+        key = (use.path, use.primitive, id(eqn))
         self._uses.setdefault(key, (use, eqn))  # holding the equation keeps its id its own
 
-    def fused(self, path: str, primitive: str, eqn: Any = None) -> None:
+    def fused(self, path: str, primitive: str, eqn: Any) -> None:
         """Notes a use on the compressed form."""
         self._add(Use(path, primitive, FUSED, 0), eqn)
 
-    def materialized(
-        self, path: str, primitive: str, array: CompressedArray, eqn: Any = None
-    ) -> None:
+    def materialized(self, path: str, primitive: str, array: CompressedArray, eqn: Any) -> None:
         """Notes that a weight had to be made dense.
 
         Raises:

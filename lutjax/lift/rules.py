@@ -17,16 +17,12 @@ from lutjax.arrays import (
     shardings_like,
 )
 from lutjax.arrays.sharding import part_specs
-from lutjax.lift import products, ragged  # registers their rules
-from lutjax.lift.registry import NEEDS_DENSE, RULES, rule
+from lutjax.lift import products, ragged  # noqa: F401: they register their rules
+from lutjax.lift.registry import NEEDS_DENSE, rule
 from pallas_kernels.manual_axes import vary_over
-
-LOOKUPS, PRODUCTS = products.LOOKUPS, products.PRODUCTS
 
 DENSE_RULES = {"ragged_dot_general": ragged.dense_ragged_dot}
 """What runs better by a rule even where no operand is compressed."""
-
-__all__ = ["DENSE_RULES", "LOOKUPS", "NEEDS_DENSE", "PRODUCTS", "RULES"]
 
 
 @rule("transpose")
@@ -48,14 +44,6 @@ def _squeeze(params: dict, weight: CompressedArray) -> Any:
     return _or_dense(weight.reshape([s for i, s in enumerate(weight.shape) if i not in drop]))
 
 
-@rule("expand_dims")
-def _expand_dims(params: dict, weight: CompressedArray) -> Any:
-    shape = list(weight.shape)
-    for axis in sorted(params["dimensions"]):
-        shape.insert(axis, 1)
-    return _or_dense(weight.reshape(shape))
-
-
 @rule("broadcast_in_dim")
 def _broadcast_in_dim(params: dict, weight: CompressedArray, *dynamic: Any) -> Any:
     shape, places = params["shape"], params["broadcast_dimensions"]
@@ -72,7 +60,7 @@ def _convert(params: dict, weight: CompressedArray) -> Any:
     return weight.astype(dtype) if passes else NEEDS_DENSE
 
 
-@rule("copy", "copy_p")
+@rule("copy")
 def _copy(params: dict, weight: CompressedArray) -> Any:
     return weight
 
@@ -87,7 +75,7 @@ def _name(params: dict, weight: CompressedArray) -> Any:
     return jax.tree.map(lambda a: checkpoint_name(a, params["name"]), weight)
 
 
-@rule("pvary", "pcast")
+@rule("pvary")
 def _pvary(params: dict, weight: CompressedArray) -> Any:
     """Within shard_map: the parts come to vary over more mesh axes, as the dense weight would."""
     axes = frozenset(params["axes"])

@@ -34,7 +34,6 @@ from pallas_kernels.lut_matmul.mosaic_tpu_lookup import LANES, byte_constants, l
 from pallas_kernels.manual_axes import shape_struct
 
 _BYTE_GATHER = ("TPU v6", "TPU7x", "TPU v7")
-_SUBLANE_GATHER = ("TPU v5", *_BYTE_GATHER)
 _CHUNK = 256  # rows of the weight that one call of the matrix unit contracts, at most
 
 
