@@ -6,10 +6,11 @@ python benchmarks/lq_lora_report.py benchmarks/results
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
+
+from lutjax.files import replace_file
 
 METHODS = {"nf": "plain NF", "loftq": "LoftQ", "lq": "LQ", "lq_fisher": "LQ + Fisher"}
 COLORS = {"nf": "#4c566a", "loftq": "#e9c46a", "lq": "#5e81ac", "lq_fisher": "#e76f51"}
@@ -24,8 +25,8 @@ ORDER = tuple(
 
 def write(results: dict[str, Any], output: Path) -> None:
     """Writes the JSON file and the table."""
-    _replace(output / "lq_lora.json", json.dumps(results, indent=2) + "\n")
-    _replace(output / "lq_lora.md", report(results))
+    replace_file(output / "lq_lora.json", json.dumps(results, indent=2) + "\n")
+    replace_file(output / "lq_lora.md", report(results))
 
 
 def report(results: dict[str, Any]) -> str:
@@ -129,12 +130,6 @@ def _shown(rows: dict[str, Any], stage: str) -> list[str]:
 def _title(name: str) -> str:
     method, solver = name.split("/")
     return f"{METHODS[method]}, {solver}"
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

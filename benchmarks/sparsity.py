@@ -31,6 +31,7 @@ from lutjax.calibrate import ActivationQuantiles, activation_quantiles
 from lutjax.calibrate.hashing import content_hash
 from lutjax.cli.models import evaluation_text
 from lutjax.evaluate import windows
+from lutjax.files import replace_file
 from lutjax.io import demo_model_path
 from lutjax.models.blockwise import decoder_blocks
 from lutjax.sparsity import (
@@ -102,10 +103,8 @@ class Study:
         return self.model.apply({"params": params}, tokens)
 
     def save(self) -> None:
-        """Writes the results, the raw ones under a temporary name first."""
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.results, indent=1) + "\n")
-        temporary.replace(self.file)
+        """Writes the results, the raw ones at once."""
+        replace_file(self.file, json.dumps(self.results, indent=1) + "\n")
         (self.args.out / "sparsity.md").write_text(markdown(self.results))
 
     def quantiles(self, score: str) -> ActivationQuantiles:

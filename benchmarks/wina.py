@@ -39,6 +39,7 @@ from lutjax.calibrate.observe import observe
 from lutjax.cli.models import evaluation_text
 from lutjax.dtypes import product
 from lutjax.evaluate import windows
+from lutjax.files import replace_file
 from lutjax.io import demo_model_path
 from lutjax.models.blockwise import decoder_blocks
 
@@ -262,9 +263,7 @@ def main() -> None:
         raise SystemExit(f"{file} was made with other windows or target; delete it to start anew")
 
     def save() -> None:
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(found, indent=1) + "\n")
-        temporary.replace(file)
+        replace_file(file, json.dumps(found, indent=1) + "\n")
 
     if "products" not in found:
         found["products"] = products(fn, blocks, x[:1], args.target)

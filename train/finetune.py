@@ -18,6 +18,7 @@ import numpy as np
 import lutjax
 from lutjax.adapters import lora
 from lutjax.arrays import LowRankArray, has_compressed
+from lutjax.files import replace_file
 from lutjax.io import save_peft
 from lutjax.optim import first_nonfinite, leaf_name
 from train.base_model import Start, load_head, load_start, prepare, shard_base
@@ -37,7 +38,7 @@ from train.lora_step import (
     make_step,
     next_token,
 )
-from train.metrics import MetricsWriter, perplexity, replace_text
+from train.metrics import MetricsWriter, perplexity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +224,7 @@ def _prepare(config: FinetuneConfig, start: Start) -> Start:
     if config.method != "lora":
         # First, so that a base is never there without it.
         record = json.dumps(_base_identity(config), indent=2) + "\n"
-        replace_text(config.output / "base.json", record)
+        replace_file(config.output / "base.json", record)
         params = lora.attach(start.base, start.adapter)
         lutjax.save(config.output / "base", params, start.model.config, start.tokenizer)
     return start
@@ -318,7 +319,7 @@ def _save_results(config: FinetuneConfig, result: FinetuneResult) -> None:
     if for_peft and not (output / "adapter").exists():
         save_peft(output / "adapter", adapter, base_model=name, head=head)
     if result.classes:
-        replace_text(output / "classes.json", json.dumps(result.classes) + "\n")
+        replace_file(output / "classes.json", json.dumps(result.classes) + "\n")
     if (base_is_compressed or not for_peft) and not (output / "model").exists():
         params = lora.attach(start.base, jax.device_put(adapter))
         lutjax.save(output / "model", params, start.model.config, start.tokenizer)

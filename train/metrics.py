@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
+
+from lutjax.files import replace_file
 
 
 class MetricsWriter:
@@ -75,17 +76,10 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file at once: whoever reads it sees the old text or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def keep_until(path: Path, last: int) -> None:
     """Drops records of later steps, which a resumed run writes again, and a line cut short."""
     kept = [line + "\n" for line, record in whole_lines(path) if record["step"] <= last]
-    replace_text(path, "".join(kept))
+    replace_file(path, "".join(kept))
 
 
 def whole_lines(path: Path) -> Iterator[tuple[str, Any]]:

@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 import lutjax
 from lutjax.arrays import has_compressed
+from lutjax.files import replace_file
 from train.base_model import Start, load_start, prepare
 from train.checkpoints import differences
 from train.command_line import exit_code
-from train.metrics import replace_text, whole_lines
+from train.metrics import whole_lines
 from train.solver import Answered, solve
 from train.tasks import read_tasks
 from train.ttt_config import TTTConfig
@@ -79,7 +80,7 @@ def answer_tasks(config: TTTConfig, *, quiet: bool = False) -> list[Answered]:
             if result.skipped and not quiet:
                 bar.write(f"{result.name}: no answer, {result.skipped}")
     results = [done[task.name] for task in tasks]
-    replace_text(config.output / "summary.json", json.dumps(summary(results), indent=1) + "\n")
+    replace_file(config.output / "summary.json", json.dumps(summary(results), indent=1) + "\n")
     if not quiet:
         print(summary_line(results))
     return results
@@ -137,8 +138,8 @@ class _Log:
     def begin(self, kept: Sequence[Answered]) -> None:
         """Writes what is kept, so that new lines can follow."""
         self._directory.mkdir(parents=True, exist_ok=True)
-        replace_text(self._lines, "".join(_line(result) for result in kept))
-        replace_text(self._directory / "run.json", json.dumps(self._identity, indent=1) + "\n")
+        replace_file(self._lines, "".join(_line(result) for result in kept))
+        replace_file(self._directory / "run.json", json.dumps(self._identity, indent=1) + "\n")
 
     def write(self, result: Answered) -> None:
         """Adds a result."""

@@ -8,7 +8,6 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -16,6 +15,7 @@ from jaxtyping import Float, Int
 from lutjax.allocate.budget import Budget
 from lutjax.allocate.grid import fits, gaussian_error, stored_bytes
 from lutjax.allocate.solvers import SOLVERS, InfeasibleBudgetError
+from lutjax.files import replace_file
 from lutjax.transforms.recipe import LutConfig, Recipe, Rule
 
 
@@ -257,10 +257,8 @@ class Plan(Recipe):
             raise ValueError(f"not a plan: {error}; `lutjax allocate -o` writes one") from error
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the JSON file, under a temporary name first."""
-        temporary = Path(f"{path}.tmp{os.getpid()}")
-        temporary.write_text(self.to_json(), encoding="utf-8")
-        temporary.replace(path)
+        """Writes the JSON file, at once."""
+        replace_file(path, self.to_json())
 
     def by_kind(self) -> str:
         """A table by kind of matrix, the last two parts of its path but ``kernel``."""

@@ -17,6 +17,7 @@ import numpy as np
 from lutjax.arrays import CompressedArray, DenseArray, is_compressed
 from lutjax.calibrate.histogram import BINS, SLOTS, MagnitudeHistogram, magnitude_counts
 from lutjax.calibrate.observe import observe
+from lutjax.files import replace_file
 from lutjax.paths import named_leaves
 from lutjax.progress import progress_bar
 from lutjax.transforms.quantize import weight_view
@@ -65,7 +66,7 @@ class ActivationQuantiles(Mapping[str, MagnitudeHistogram]):
         return f"ActivationQuantiles({len(self)} weights, {self.score}, up to {seen:,} values each)"
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes JSON under a temporary name first: quartiles to read, counts to compute with."""
+        """Writes JSON, at once: quartiles to read, counts to compute with."""
         weights = {}
         for name, histogram in self.items():
             batch = histogram.counts.shape[:-1]
@@ -78,9 +79,7 @@ class ActivationQuantiles(Mapping[str, MagnitudeHistogram]):
             }
         rows = ",\n".join(f"{json.dumps(n)}: {json.dumps(w)}" for n, w in weights.items())
         header = json.dumps({"format": _FORMAT, "score": self.score})[:-1]
-        temporary = Path(f"{path}.tmp{os.getpid()}")
-        temporary.write_text(f'{header}, "weights": {{\n{rows}\n}}}}\n', encoding="utf-8")
-        temporary.replace(path)
+        replace_file(path, f'{header}, "weights": {{\n{rows}\n}}}}\n')
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> ActivationQuantiles:

@@ -19,6 +19,7 @@ from safetensors.numpy import save as serialized
 from lutjax.arrays import MatrixView, is_compressed
 from lutjax.calibrate.hashing import content_hash
 from lutjax.calibrate.probe import ProbedArray
+from lutjax.files import replace_file
 from lutjax.paths import named_leaves, path_string
 from lutjax.progress import progress_bar
 from lutjax.transforms.importance import RowColumnMeans
@@ -58,7 +59,7 @@ class Fisher(Mapping[str, Any]):
         return f"Fisher({len(self)} parameters, {self.samples} samples)"
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a safetensors file, under a temporary name first."""
+        """Writes a safetensors file, at once."""
         _write(path, self.diagonals, {"samples": str(self.samples)})
 
     @classmethod
@@ -269,10 +270,8 @@ def _write(path: str | os.PathLike, values: dict[str, Any], metadata: dict[str, 
         parts = value._asdict() if isinstance(value, RowColumnMeans) else {"full": value}
         for part, array in parts.items():
             tensors[f"{name}{_SEPARATOR}{part}"] = np.ascontiguousarray(array)
-    temporary = Path(f"{path}.tmp{os.getpid()}")
-    # save_file would keep others from reading it.
-    temporary.write_bytes(serialized(tensors, metadata))
-    temporary.replace(path)
+    # safetensors' save_file would keep others from reading it.
+    replace_file(path, serialized(tensors, metadata))
 
 
 def _read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:

@@ -18,6 +18,7 @@ import numpy as np
 from lutjax.arrays import CompressedArray, GatedArray, is_compressed
 from lutjax.calibrate.activations import ActivationQuantiles, projections, row_norms
 from lutjax.calibrate.hashing import content_hash
+from lutjax.files import replace_file
 from lutjax.lift import lift
 from lutjax.models.blockwise import BlockFn, functions_by_block
 from lutjax.paths import named_leaves, path_string
@@ -82,15 +83,13 @@ class GreedySearch:
         return found
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes JSON, a line for each block, under a temporary name first."""
+        """Writes JSON, a line for each block, at once."""
         rows = ",\n".join(
             f"{json.dumps(name)}: {json.dumps(dataclasses.asdict(block))}"
             for name, block in self.blocks.items()
         )
         header = json.dumps({"format": _FORMAT, "step": self.step, "inputs": self.inputs})[:-1]
-        temporary = Path(f"{path}.tmp{os.getpid()}")
-        temporary.write_text(f'{header}, "blocks": {{\n{rows}\n}}}}\n', encoding="utf-8")
-        temporary.replace(path)
+        replace_file(path, f'{header}, "blocks": {{\n{rows}\n}}}}\n')
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> GreedySearch:

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lutjax.files import replace_file
+
 _FORMAT = "lutjax sparsity plan 1"
 
 
@@ -127,10 +129,8 @@ class SparsityPlan:
         return f'{json.dumps(header)[:-1]}, "gates": {{\n{rows}\n}}}}\n'
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes :meth:`to_json`, under a temporary name first."""
-        temporary = Path(f"{path}.tmp{os.getpid()}")
-        temporary.write_text(self.to_json(), encoding="utf-8")
-        temporary.replace(path)
+        """Writes :meth:`to_json`, at once."""
+        replace_file(path, self.to_json())
 
     @classmethod
     def from_json(cls, text: str) -> SparsityPlan:
