@@ -135,7 +135,7 @@ class Study:
                 quantiles,
                 limit=max(self.args.targets),
                 step=self.args.step,
-                save=self.args.out / "greedy_search.json",
+                cache=self.args.out / "greedy_search.json",
                 progress=True,
             )
             plan = plan_greedy(self.params, quantiles, search, target)

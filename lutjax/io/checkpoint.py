@@ -35,7 +35,7 @@ class Checkpoint:
       fmt: `"hf"`, `"gguf"` or `"lutjax"`.
       reader: the tensors by their names in the checkpoint.
       shapes: the shape of each parameter by path, e.g. `layers/0/mlp/up_proj/kernel`.
-      check_finite: whether `read` refuses NaN and Inf.
+      allow_nonfinite: whether `read` gives NaN and Inf as they are.
     """
 
     source: Path
@@ -43,7 +43,7 @@ class Checkpoint:
     fmt: CheckpointFormat
     reader: TensorReader
     shapes: Mapping[str, tuple[int, ...]]
-    check_finite: bool = True
+    allow_nonfinite: bool = False
 
     @classmethod
     def create(
@@ -53,7 +53,7 @@ class Checkpoint:
         fmt: CheckpointFormat,
         reader: TensorReader,
         *,
-        check_finite: bool = True,
+        allow_nonfinite: bool = False,
     ) -> Checkpoint:
         """Checks that the checkpoint has every parameter in the right shape, and nothing else.
 
@@ -77,7 +77,7 @@ class Checkpoint:
                 f"{source}: tensor {_label(reader, name)} has no place in a "
                 f"{config.model_type!r} decoder of {config.num_layers} layers"
             )
-        return cls(source, config, fmt, reader, shapes, check_finite)
+        return cls(source, config, fmt, reader, shapes, allow_nonfinite)
 
     def name(self, path: str) -> str:
         """The name in the checkpoint of the parameter at `path`."""
@@ -91,15 +91,15 @@ class Checkpoint:
           is not contiguous.
 
         Raises:
-          ValueError: if it holds NaN or Inf and `check_finite` is set.
+          ValueError: if it holds NaN or Inf and `allow_nonfinite` is not set.
         """
         name = self.name(path)
         tensor = self.reader.read(name)
-        if self.check_finite and not np.isfinite(tensor).all():
+        if not self.allow_nonfinite and not np.isfinite(tensor).all():
             count = tensor.size - int(np.isfinite(tensor).sum())
             raise ValueError(
                 f"{self.source}: tensor {_label(self.reader, name)} ({path}) holds {count} NaN or "
-                "infinite values; pass check_finite=False to load it all the same"
+                "infinite values; pass allow_nonfinite=True to load it all the same"
             )
         rows = self._row_order(path)
         if rows is not None:
@@ -131,11 +131,11 @@ class Checkpoint:
             )
         grid = self.reader.read_grid(name)
         for values in (grid.levels, grid.scales, grid.offsets):
-            if self.check_finite and values is not None and not np.isfinite(values).all():
+            if not self.allow_nonfinite and values is not None and not np.isfinite(values).all():
                 raise ValueError(
                     f"{self.source}: tensor {_label(self.reader, name)} ({path}) has a scale, an "
-                    "offset or a table that is not finite; pass check_finite=False to load it all "
-                    "the same"
+                    "offset or a table that is not finite; pass allow_nonfinite=True to load it "
+                    "all the same"
                 )
         rows = self._row_order(path)
         return grid if rows is None else grid.rows(rows)
@@ -159,12 +159,12 @@ class Checkpoint:
         return order.reshape(heads, self.config.head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
-def open_gguf(path: str | Path, *, check_finite: bool = True) -> Checkpoint:
+def open_gguf(path: str | Path, *, allow_nonfinite: bool = False) -> Checkpoint:
     """Opens a GGUF file; only its header (and RoPE factors) are read.
 
     Args:
       path: the file.
-      check_finite: whether reading a parameter with NaN or Inf is an error.
+      allow_nonfinite: whether a parameter may have NaN and Inf; reading it is an error otherwise.
 
     Returns:
       The checkpoint; `checkpoint.reader.metadata` has the tokenizer.
@@ -192,7 +192,7 @@ def open_gguf(path: str | Path, *, check_finite: bool = True) -> Checkpoint:
         rope_factors=factors,
         source=str(path),
     )
-    return Checkpoint.create(path, config, "gguf", reader, check_finite=check_finite)
+    return Checkpoint.create(path, config, "gguf", reader, allow_nonfinite=allow_nonfinite)
 
 
 def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:

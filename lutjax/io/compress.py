@@ -28,7 +28,7 @@ def compress_checkpoint(
     recipe: Recipe | None = None,
     *,
     keep_quantized: bool = False,
-    check_finite: bool = True,
+    allow_nonfinite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: bool = False,
 ) -> None:
@@ -44,7 +44,7 @@ def compress_checkpoint(
       recipe: what to do with which parameter; 4-bit NormalFloat in groups of 64 by default.
       keep_quantized: keep matrices that the source has quantised already exactly as they are (see
         `load`); the recipe is for the others.
-      check_finite: whether a weight with NaN or Inf is an error.
+      allow_nonfinite: whether a weight may have NaN and Inf; it is an error otherwise.
       max_shard_bytes: the size from which the arrays are spread over several files.
       progress: whether to show a progress bar on standard error.
 
@@ -55,7 +55,7 @@ def compress_checkpoint(
       OSError: if the disk is full. In all cases nothing is left at `destination`.
     """
     check_destination(destination)
-    checkpoint = open_checkpoint(source, check_finite=check_finite)
+    checkpoint = open_checkpoint(source, allow_nonfinite=allow_nonfinite)
     if keep_quantized:
         check_keeps_quantized(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
@@ -74,7 +74,7 @@ def compress_checkpoint(
         if path not in plan:
             return value
         return quantize_array(
-            jnp.asarray(value), plan[path], path=path, allow_nonfinite=not check_finite
+            jnp.asarray(value), plan[path], path=path, allow_nonfinite=allow_nonfinite
         )
 
     def spec(path: str) -> Any:

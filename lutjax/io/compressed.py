@@ -47,14 +47,14 @@ class CompressedCheckpoint:
       config: the decoder's configuration, or None if it was saved without one.
       reader: the tensors.
       descriptions: of each parameter, by path; see `lutjax.io.array_schema`.
-      check_finite: whether `read` refuses NaN and Inf.
+      allow_nonfinite: whether `read` gives NaN and Inf as they are.
     """
 
     source: Path
     config: DecoderConfig | None
     reader: SafetensorsReader
     descriptions: Mapping[str, Any]
-    check_finite: bool = True
+    allow_nonfinite: bool = False
 
     def abstract(self, path: str) -> Any:
         """One parameter with `jax.ShapeDtypeStruct` for arrays, from the headers alone."""
@@ -69,16 +69,16 @@ class CompressedCheckpoint:
         """Reads one parameter, dense or compressed.
 
         Raises:
-          ValueError: if it holds NaN or Inf and `check_finite` is set.
+          ValueError: if it holds NaN or Inf and `allow_nonfinite` is not set.
         """
 
         def tensor(name: str) -> jax.Array:
             values = self.reader.read(name)
             floating = jnp.issubdtype(values.dtype, jnp.floating)
-            if self.check_finite and floating and not np.isfinite(values).all():
+            if not self.allow_nonfinite and floating and not np.isfinite(values).all():
                 raise ValueError(
                     f"{self.source}: tensor {name!r} holds NaN or infinite values; pass "
-                    "check_finite=False to load it all the same"
+                    "allow_nonfinite=True to load it all the same"
                 )
             return jax.device_put(values)
 
@@ -196,12 +196,14 @@ def is_compressed_directory(directory: str | Path) -> bool:
     return (Path(directory) / METADATA_NAME).is_file()
 
 
-def open_compressed(directory: str | Path, *, check_finite: bool = True) -> CompressedCheckpoint:
+def open_compressed(
+    directory: str | Path, *, allow_nonfinite: bool = False
+) -> CompressedCheckpoint:
     """Opens a directory that `save` wrote; only headers are read.
 
     Args:
       directory: its path.
-      check_finite: whether reading a parameter with NaN or Inf is an error.
+      allow_nonfinite: whether a parameter may have NaN and Inf; reading it is an error otherwise.
 
     Returns:
       The checkpoint.
@@ -223,7 +225,7 @@ def open_compressed(directory: str | Path, *, check_finite: bool = True) -> Comp
         )
     reader = SafetensorsReader.open_directory(directory)
     config = _read_config(directory, metadata)
-    checkpoint = CompressedCheckpoint(directory, config, reader, parameters, check_finite)
+    checkpoint = CompressedCheckpoint(directory, config, reader, parameters, allow_nonfinite)
     specs = {}
     sound: set[Any] = set()
     for path in parameters:
@@ -240,12 +242,12 @@ def open_compressed(directory: str | Path, *, check_finite: bool = True) -> Comp
     return checkpoint
 
 
-def read_params(directory: str | Path, *, check_finite: bool = True) -> dict[str, Any]:
+def read_params(directory: str | Path, *, allow_nonfinite: bool = False) -> dict[str, Any]:
     """Reads the parameters that `save` wrote, of a decoder or of anything else.
 
     Args:
       directory: its path.
-      check_finite: whether a parameter with NaN or Inf is an error.
+      allow_nonfinite: whether a parameter may have NaN and Inf; it is an error otherwise.
 
     Returns:
       Nested dictionaries of arrays and compressed arrays.
@@ -254,7 +256,7 @@ def read_params(directory: str | Path, *, check_finite: bool = True) -> dict[str
       FileNotFoundError: if a file is missing.
       ValueError: if a file is not sound.
     """
-    return nest(dict(open_compressed(directory, check_finite=check_finite).parameters()))
+    return nest(dict(open_compressed(directory, allow_nonfinite=allow_nonfinite).parameters()))
 
 
 def _flat_leaves(params: Any) -> dict[str, Any]:

@@ -36,7 +36,7 @@ _HUB_FILES = (
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def open_directory(directory: str | Path, *, check_finite: bool = True) -> Checkpoint:
+def open_directory(directory: str | Path, *, allow_nonfinite: bool = False) -> Checkpoint:
     """Opens a directory with config.json and safetensors; only headers are read.
 
     Weights that GPTQ, AWQ, bitsandbytes (4 bits) or compressed-tensors ("pack-quantized")
@@ -46,7 +46,7 @@ def open_directory(directory: str | Path, *, check_finite: bool = True) -> Check
 
     Args:
       directory: its path.
-      check_finite: whether reading a parameter with NaN or Inf is an error.
+      allow_nonfinite: whether a parameter may have NaN and Inf; reading it is an error otherwise.
 
     Returns:
       The checkpoint.
@@ -82,7 +82,7 @@ def open_directory(directory: str | Path, *, check_finite: bool = True) -> Check
         reader = GptOssReader(tensors, str(directory))
     elif config.num_experts is not None:
         reader = ExpertsReader(reader, config.num_experts, str(directory))
-    return Checkpoint.create(directory, config, "hf", reader, check_finite=check_finite)
+    return Checkpoint.create(directory, config, "hf", reader, allow_nonfinite=allow_nonfinite)
 
 
 def refuse_pickle(path: Path) -> ValueError:

@@ -26,7 +26,7 @@ def load(
     dtype: DTypeLike | None = None,
     *,
     keep_quantized: bool = False,
-    check_finite: bool = True,
+    allow_nonfinite: bool = False,
 ) -> tuple[Decoder, dict[str, Any], Tokenizer | None]:
     """Loads a pretrained causal language model, dense or compressed.
 
@@ -41,7 +41,7 @@ def load(
       keep_quantized: load matrices that are quantised already as `LutArray`s that stand for the
         same values bit for bit, instead of dequantising them: GGUF's block types, and directories
         of GPTQ, AWQ, bitsandbytes, compressed-tensors and MXFP4 (docs/checkpoints.md).
-      check_finite: whether a weight with NaN or Inf is an error.
+      allow_nonfinite: whether a weight may have NaN and Inf; it is an error otherwise.
 
     Returns:
       The model, its parameters, and its tokenizer (None if the directory has no tokenizer.json).
@@ -58,20 +58,20 @@ def load(
                 f"keep_quantized: {path} holds lutjax's own compressed weights, which stay so "
                 "without it"
             )
-        return _load_compressed(open_compressed(directory, check_finite=check_finite), dtype)
-    checkpoint = open_checkpoint(directory or path, check_finite=check_finite)
+        return _load_compressed(open_compressed(directory, allow_nonfinite=allow_nonfinite), dtype)
+    checkpoint = open_checkpoint(directory or path, allow_nonfinite=allow_nonfinite)
     tokenizer = load_tokenizer(checkpoint)
     dtype = jnp.float32 if dtype is None else dtype
     model = Decoder(dataclasses.replace(checkpoint.config, dtype=dtype))
     return model, load_params(checkpoint, dtype, keep_quantized=keep_quantized), tokenizer
 
 
-def open_checkpoint(path: str | Path, *, check_finite: bool = True) -> Checkpoint:
+def open_checkpoint(path: str | Path, *, allow_nonfinite: bool = False) -> Checkpoint:
     """Opens a dense checkpoint of any supported kind, reading headers only.
 
     Args:
       path: a directory, a GGUF file, or a hub id.
-      check_finite: whether reading a weight with NaN or Inf is an error.
+      allow_nonfinite: whether a weight may have NaN and Inf; reading it is an error otherwise.
 
     Returns:
       The checkpoint.
@@ -82,15 +82,15 @@ def open_checkpoint(path: str | Path, *, check_finite: bool = True) -> Checkpoin
     """
     directory = _local_directory(path)
     if directory is None:
-        return open_gguf(path, check_finite=check_finite)
+        return open_gguf(path, allow_nonfinite=allow_nonfinite)
     if is_compressed_directory(directory):
-        return _open_saved(directory, check_finite)
-    return open_directory(directory, check_finite=check_finite)
+        return _open_saved(directory, allow_nonfinite)
+    return open_directory(directory, allow_nonfinite=allow_nonfinite)
 
 
-def _open_saved(directory: Path, check_finite: bool) -> Checkpoint:
+def _open_saved(directory: Path, allow_nonfinite: bool) -> Checkpoint:
     """A directory that `lutjax.save` wrote, if nothing in it is compressed."""
-    saved = open_compressed(directory, check_finite=check_finite)
+    saved = open_compressed(directory, allow_nonfinite=allow_nonfinite)
     if any(is_compressed(saved.abstract(path)) for path in saved.descriptions):
         raise ValueError(
             f"{directory} holds compressed weights already; a dense checkpoint is needed"
@@ -99,7 +99,7 @@ def _open_saved(directory: Path, check_finite: bool) -> Checkpoint:
         what = "no decoder" if saved.config is None else "stacked layers"
         raise ValueError(f"{directory} holds {what}; save an unrolled decoder with its config")
     return Checkpoint.create(
-        directory, saved.config, "lutjax", saved.reader, check_finite=check_finite
+        directory, saved.config, "lutjax", saved.reader, allow_nonfinite=allow_nonfinite
     )
 
 

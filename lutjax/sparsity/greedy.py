@@ -119,7 +119,7 @@ def greedy_search(
     *,
     limit: float,
     step: float = 0.005,
-    save: str | os.PathLike | None = None,
+    cache: str | os.PathLike | None = None,
     progress: bool = False,
 ) -> GreedySearch:
     """Raises, step by step, the projection whose raise hurts the block's output least.
@@ -142,7 +142,7 @@ def greedy_search(
       quantiles: Histograms for every projection, by full path.
       limit: The sparsity to stop at, in (0, 1).
       step: The sparsity that a step adds to a block.
-      save: A file that keeps the blocks that are done; a later call goes on from it.
+      cache: A file that keeps the blocks that are done; a later call goes on from it.
       progress: Show a progress bar.
 
     Returns:
@@ -163,13 +163,13 @@ def greedy_search(
     done: dict[str, BlockSearch] = {}
     counts = {path: quantiles[path].counts for path in sorted(quantiles)}
     inputs = content_hash((dict(blocks), x, counts))
-    if save is not None and Path(save).exists():
-        before = GreedySearch.load(save)
+    if cache is not None and Path(cache).exists():
+        before = GreedySearch.load(cache)
         if before.step != step:
-            raise ValueError(f"{save} was made with step={before.step}; delete it, or use that")
+            raise ValueError(f"{cache} was made with step={before.step}; delete it, or use that")
         if before.inputs != inputs:
             raise ValueError(
-                f"{save} was made for other parameters, inputs or histograms; use another file"
+                f"{cache} was made for other parameters, inputs or histograms; use another file"
             )
         done = dict(before.blocks)
     steps = math.ceil(limit / step - 1e-9)
@@ -179,8 +179,8 @@ def greedy_search(
         y = runs[fns[path]](params, x)
         if len(getattr(done.get(path), "raised", ())) < steps:
             done[path] = _search_block(fns[path], path, params, x, y, quantiles, step, steps)
-            if save is not None:
-                GreedySearch(step, inputs, done).save(save)
+            if cache is not None:
+                GreedySearch(step, inputs, done).save(cache)
         x = y
     return GreedySearch(step, inputs, {path: done[path] for path in blocks})
 

@@ -231,17 +231,17 @@ def test_greedy_search_goes_on_from_its_file(setting, quantiles, search, tmp_pat
     assert half == search
     first = {"layers/0": half.blocks["layers/0"]}
     dataclasses.replace(half, blocks=first).save(file)
-    again = greedy_search(fns, blocks, x, quantiles, limit=0.5, step=0.05, save=file)
+    again = greedy_search(fns, blocks, x, quantiles, limit=0.5, step=0.05, cache=file)
     assert again == search == GreedySearch.load(file)
     with pytest.raises(ValueError, match=r"made with step=0.05"):
-        greedy_search(fns, blocks, x, quantiles, limit=0.5, step=0.1, save=file)
+        greedy_search(fns, blocks, x, quantiles, limit=0.5, step=0.1, cache=file)
     for other in (
         (blocks, 2 * x, quantiles),
         (blocks, x, quantiles + quantiles),
         (jax.tree.map(lambda w: 2 * w, blocks), x, quantiles),
     ):
         with pytest.raises(ValueError, match=r"search\.json was made for other parameters"):
-            greedy_search(fns, *other, limit=0.5, step=0.05, save=file)
+            greedy_search(fns, *other, limit=0.5, step=0.05, cache=file)
     with pytest.raises(ValueError, match=r"target=0.7 is beyond the search of 'layers/0'"):
         search.sparsities(0.7)
     with pytest.raises(ValueError, match="limit=1"):
@@ -250,7 +250,7 @@ def test_greedy_search_goes_on_from_its_file(setting, quantiles, search, tmp_pat
         greedy_search(fns, {"layers/2": blocks["layers/0"]}, x, quantiles, limit=0.1)
     file.write_text("{}")
     with pytest.raises(ValueError, match=r"search\.json is no greedy search"):
-        greedy_search(fns, blocks, x, quantiles, limit=0.5, save=file)
+        greedy_search(fns, blocks, x, quantiles, limit=0.5, cache=file)
 
 
 def test_plan_saves_prints_and_plots(setting, quantiles, tmp_path):
