@@ -39,12 +39,12 @@ def run(config: PretrainConfig, corpus: Corpus, path: Path) -> dict:
     """One training run; read from `path` if it was finished there before."""
     if not path.exists():
         result = pretrain(config, corpus)
-        record = {k: result[k] for k in ("losses", "evaluations", "seconds")}
+        record = {k: getattr(result, k) for k in ("losses", "evaluations", "seconds")}
         identity = {"config": dataclasses.asdict(config), "corpus": corpus.fingerprint}
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(record | identity))
         partial.rename(path)
-        print(f"{path.stem}: {result['evaluations'][-1][1]:.4f}", flush=True)
+        print(f"{path.stem}: {result.evaluations[-1][1]:.4f}", flush=True)
     record = json.loads(path.read_text())
     if record["corpus"] != corpus.fingerprint:
         raise ValueError(f"{path} is of another text; use another output directory")

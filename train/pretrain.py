@@ -33,8 +33,8 @@ from train.cyclic_precision import (
     quantized_activations,
 )
 from train.llama_configs import LLAMA
-from train.methods import MethodOptions, make_method
-from train.metrics import keep_until
+from train.methods import Method, MethodOptions, make_method
+from train.metrics import MetricsWriter
 from train.text import Corpus, byte_tokenizer, byte_tokens, read_text
 
 _HELP = """Pretrain a Llama-style decoder from scratch.
@@ -170,98 +170,102 @@ def build(config: PretrainConfig) -> Training:
         config.schedule(), config.rank, config.refresh_every, config.scale, config.seed
     )
     method = make_method(config.method, options)
+    of_what = _of_adapters if method.adapters else _of_weights
+    init, step, weights = of_what(config, model, method)
     dummy = jnp.zeros((1, 8), jnp.int32)
-
-    def loss_of(apply: Callable[..., Any], params: Any, tokens: jax.Array, step: Any) -> jax.Array:
-        if config.cyclic_bits is None:
-            return next_token_loss(apply, params, tokens)
-        low, high = config.cyclic_bits
-        bits = cyclic_bits(step, low=low, high=high, steps=config.steps, cycles=config.cycles)
-        with quantized_activations(bits):
-            return next_token_loss(apply, quantize_kernels(params, bits), tokens)
-
-    def gradients_of(loss: Callable[..., Any], trained: Any, tokens: jax.Array) -> Any:
-        """Loss and gradient, averaged over the parts of the batch."""
-        if config.accumulate == 1:
-            return jax.value_and_grad(loss)(trained, tokens)
-        parts = tokens.reshape(config.accumulate, -1, tokens.shape[-1])
-
-        def add(total: Any, part: jax.Array) -> Any:
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(trained, part)), None
-
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
-        total, _ = jax.lax.scan(add, zero, parts)
-        return jax.tree.map(lambda x: x / config.accumulate, total)
-
-    def guarded(gradients: Any, state: Any, update: Callable[[], Any]) -> tuple[Any, jax.Array]:
-        bad = first_nonfinite(gradients)
-        if config.skip_nonfinite:
-            return jax.lax.cond(bad >= 0, lambda: state, update), bad
-        return update(), bad
-
-    def init_params(key: jax.Array) -> Any:
-        return model.init(key, dummy)["params"]
-
-    if method.adapters:
-        assert isinstance(method.optimizer, ProjectedTransformation)
-        training = dual(method.optimizer)
-
-        def init(key: jax.Array) -> Any:
-            return training.init(init_params(key))
-
-        # Cyclic precision rounds whole weights, so they are formed; else lift keeps them apart.
-        apply = model.apply if config.cyclic_bits is not None else lift(model.apply, strict=True)
-        form = training.weights if config.cyclic_bits is not None else training.adapted
-
-        def step(state: Any, number: jax.Array, tokens: jax.Array) -> Any:
-            def full_gradients(state: Any) -> Any:
-                weights = training.weights(state)
-                return jax.grad(lambda p: loss_of(model.apply, p, tokens, number))(weights)
-
-            def refresh(state: Any) -> Any:
-                from_gradient = training.config.map.depends_on == "gradient"
-                return training.refresh(state, full_gradients(state) if from_gradient else None)
-
-            state = jax.lax.cond(training.is_due(state), refresh, lambda state: state, state)
-            loss, gradients = gradients_of(
-                lambda latents, part: loss_of(apply, form(state, latents), part, number),
-                state.latents,
-                tokens,
-            )
-            state, bad = guarded(gradients, state, lambda: training.update(gradients, state))
-            return state, {"loss": loss, "nonfinite": bad}
-
-        def weights(state: Any) -> Any:
-            return training.weights(state)
-
-    else:
-
-        def init(key: jax.Array) -> Any:
-            params = init_params(key)
-            return params, method.optimizer.init(params)
-
-        def step(state: Any, number: jax.Array, tokens: jax.Array) -> Any:
-            params, optimizer_state = state
-            loss, gradients = gradients_of(
-                lambda p, part: loss_of(model.apply, p, part, number), params, tokens
-            )
-
-            def update() -> Any:
-                updates, new_state = method.optimizer.update(gradients, optimizer_state, params)
-                return optax.apply_updates(params, updates), new_state
-
-            state, bad = guarded(gradients, state, update)
-            return state, {"loss": loss, "nonfinite": bad}
-
-        def weights(state: Any) -> Any:
-            return state[0]
 
     def evaluate(state: Any, batches: jax.Array) -> jax.Array:
         params = weights(state)
         losses = jax.lax.map(lambda tokens: next_token_loss(model.apply, params, tokens), batches)
         return losses.mean()
 
-    return Training(init, step, weights, evaluate)
+    return Training(lambda key: init(model.init(key, dummy)["params"]), step, weights, evaluate)
+
+
+def _of_weights(config: PretrainConfig, model: Decoder, method: Method) -> tuple[Any, Any, Any]:
+    def init(params: Any) -> Any:
+        return params, method.optimizer.init(params)
+
+    def step(state: Any, number: jax.Array, tokens: jax.Array) -> Any:
+        params, optimizer_state = state
+        loss, gradients = _value_and_grad(
+            config, lambda p, part: _loss(config, model.apply, p, part, number), params, tokens
+        )
+
+        def update() -> Any:
+            updates, new_state = method.optimizer.update(gradients, optimizer_state, params)
+            return optax.apply_updates(params, updates), new_state
+
+        state, bad = _guarded(config, gradients, state, update)
+        return state, {"loss": loss, "nonfinite": bad}
+
+    return init, step, lambda state: state[0]
+
+
+def _of_adapters(config: PretrainConfig, model: Decoder, method: Method) -> tuple[Any, Any, Any]:
+    assert isinstance(method.optimizer, ProjectedTransformation)
+    training = dual(method.optimizer)
+    # Cyclic precision rounds whole weights, so they are formed; else lift keeps them apart.
+    apply = model.apply if config.cyclic_bits is not None else lift(model.apply, strict=True)
+    form = training.weights if config.cyclic_bits is not None else training.adapted
+
+    def step(state: Any, number: jax.Array, tokens: jax.Array) -> Any:
+        def refresh(state: Any) -> Any:
+            full = None
+            if training.config.map.depends_on == "gradient":
+                weights = training.weights(state)
+                full = jax.grad(lambda p: _loss(config, model.apply, p, tokens, number))(weights)
+            return training.refresh(state, full)
+
+        state = jax.lax.cond(training.is_due(state), refresh, lambda state: state, state)
+        loss, gradients = _value_and_grad(
+            config,
+            lambda latents, part: _loss(config, apply, form(state, latents), part, number),
+            state.latents,
+            tokens,
+        )
+        state, bad = _guarded(config, gradients, state, lambda: training.update(gradients, state))
+        return state, {"loss": loss, "nonfinite": bad}
+
+    return training.init, step, training.weights
+
+
+def _loss(
+    config: PretrainConfig, apply: Callable[..., Any], params: Any, tokens: jax.Array, step: Any
+) -> jax.Array:
+    """The loss at a step, in the precision that it has then."""
+    if config.cyclic_bits is None:
+        return next_token_loss(apply, params, tokens)
+    low, high = config.cyclic_bits
+    bits = cyclic_bits(step, low=low, high=high, steps=config.steps, cycles=config.cycles)
+    with quantized_activations(bits):
+        return next_token_loss(apply, quantize_kernels(params, bits), tokens)
+
+
+def _value_and_grad(
+    config: PretrainConfig, loss: Callable[..., Any], trained: Any, tokens: jax.Array
+) -> Any:
+    """Loss and gradient, averaged over the parts of the batch."""
+    if config.accumulate == 1:
+        return jax.value_and_grad(loss)(trained, tokens)
+    parts = tokens.reshape(config.accumulate, -1, tokens.shape[-1])
+
+    def add(total: Any, part: jax.Array) -> Any:
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(trained, part)), None
+
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
+    total, _ = jax.lax.scan(add, zero, parts)
+    return jax.tree.map(lambda x: x / config.accumulate, total)
+
+
+def _guarded(
+    config: PretrainConfig, gradients: Any, state: Any, update: Callable[[], Any]
+) -> tuple[Any, jax.Array]:
+    """The updated state, or the one before a step that is skipped; and which gradient is bad."""
+    bad = first_nonfinite(gradients)
+    if config.skip_nonfinite:
+        return jax.lax.cond(bad >= 0, lambda: state, update), bad
+    return update(), bad
 
 
 def load_tokenizer(config: PretrainConfig) -> Tokenizer:
@@ -307,12 +311,31 @@ def identity_of(config: PretrainConfig, corpus: Corpus) -> dict[str, Any]:
     return json.loads(json.dumps(values | {"text": corpus.fingerprint}))
 
 
+@dataclasses.dataclass(frozen=True)
+class PretrainResult:
+    """What a run gives back.
+
+    Attributes:
+      losses: By step, since the start or the resumption.
+      evaluations: Pairs of a step and the validation loss after it.
+      state: The last state.
+      weights: The trained weights, dense.
+      seconds: The run took.
+    """
+
+    losses: list[float]
+    evaluations: list[tuple[int, float]]
+    state: Any
+    weights: Any
+    seconds: float
+
+
 def pretrain(
     config: PretrainConfig,
     corpus: Corpus | None = None,
     stop_at: int | None = None,
     progress: bool = False,
-) -> dict[str, Any]:
+) -> PretrainResult:
     """Trains, resuming from the output directory's checkpoint if there is one.
 
     Args:
@@ -320,10 +343,6 @@ def pretrain(
       corpus: Its tokens; read from ``config.text`` by default.
       stop_at: Stop early at this step, as if interrupted (after a checkpoint).
       progress: Show a bar with the losses.
-
-    Returns:
-      ``losses`` (by step since the start or resumption), ``evaluations`` ((step, loss) pairs),
-      ``state``, ``weights`` and ``seconds``.
 
     Raises:
       FloatingPointError: At a gradient with NaN or infinity, naming the parameter, and at a loss
@@ -364,10 +383,7 @@ def pretrain(
     with contextlib.ExitStack() as stack:
         log = None
         if output is not None:
-            path = output / "log.jsonl"
-            if path.exists():
-                keep_until(path, start)
-            log = stack.enter_context(path.open("a", encoding="utf-8"))
+            log = stack.enter_context(MetricsWriter(output, start, quiet=True))
         last = config.steps if stop_at is None else stop_at
         steps = stack.enter_context(
             tqdm(range(start, last), initial=start, total=last, unit="step", disable=not progress)
@@ -391,8 +407,7 @@ def pretrain(
                 record["validation_loss"] = validate(done)
             steps.set_postfix({k: f"{v:.4f}" for k, v in record.items() if k.endswith("loss")})
             if log is not None:
-                log.write(json.dumps(record) + "\n")
-                log.flush()  # before the checkpoint: a killed run resumes after these lines
+                log.write(record)  # before the checkpoint: a killed run resumes after these lines
             if output is not None and done == config.steps:
                 discard(output / "model")  # first, as a run with its last checkpoint keeps it
             if checkpoints is not None:
@@ -405,13 +420,7 @@ def pretrain(
     model = None if output is None else output / "model"
     if model is not None and start + len(losses) == config.steps and not model.exists():
         save(model, jax.device_get(weights), LLAMA[config.model], load_tokenizer(config))
-    return {
-        "losses": losses,
-        "evaluations": evaluations,
-        "state": state,
-        "weights": weights,
-        "seconds": time.perf_counter() - began,
-    }
+    return PretrainResult(losses, evaluations, state, weights, time.perf_counter() - began)
 
 
 def lowest_precision(config: PretrainConfig, threshold: float, corpus: Corpus | None = None) -> int:
@@ -433,7 +442,7 @@ def lowest_precision(config: PretrainConfig, threshold: float, corpus: Corpus | 
 
     def gain_at(bits: int) -> float:
         short = dataclasses.replace(config, cyclic_bits=(bits, bits), eval_every=None, output=None)
-        losses = pretrain(short, corpus, stop_at=steps)["losses"]
+        losses = pretrain(short, corpus, stop_at=steps).losses
         return losses[0] - float(np.mean(losses[-max(1, steps // 4) :]))
 
     return precision_range_test(gain_at, threshold)
@@ -451,11 +460,11 @@ def run(config: PretrainConfig, range_test: float | None = None) -> None:
         print(f"lowest precision: {lowest_precision(config, range_test)} bits")
         return
     result = pretrain(config, progress=True)
-    final = result["evaluations"][-1][1] if result["evaluations"] else math.nan
-    tokens = len(result["losses"]) * config.batch_size * config.sequence_length
+    final = result.evaluations[-1][1] if result.evaluations else math.nan
+    tokens = len(result.losses) * config.batch_size * config.sequence_length
     print(
         f"{config.method} on {config.model}: validation loss {final:.4f}, "
-        f"perplexity {np.exp(final):.2f}, {tokens / result['seconds']:.0f} tokens/s"
+        f"perplexity {np.exp(final):.2f}, {tokens / result.seconds:.0f} tokens/s"
     )
     if config.output is not None:
         print(f"model: {Path(config.output) / 'model'}")

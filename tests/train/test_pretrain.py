@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import chex
 import jax
@@ -47,8 +48,8 @@ def config(text):
 def test_methods_learn(config, name):
     assert name in METHODS
     result = pretrain(dataclasses.replace(config, method=name))
-    assert result["losses"][-1] < result["losses"][0] - 0.3
-    chex.assert_tree_all_finite(result["weights"])
+    assert result.losses[-1] < result.losses[0] - 0.3
+    chex.assert_tree_all_finite(result.weights)
 
 
 def test_adapters_and_their_dual_train_alike(config):
@@ -58,8 +59,8 @@ def test_adapters_and_their_dual_train_alike(config):
         for name, a in (("relora", 1), ("one_sided_lora", 2))
     ]
     # float32, eight steps; the adapter form multiplies thin factors instead of whole weights.
-    np.testing.assert_allclose(runs[0]["losses"], runs[1]["losses"], atol=1e-4)
-    assert runs[0]["losses"][-1] < runs[0]["losses"][0] - 0.3
+    np.testing.assert_allclose(runs[0].losses, runs[1].losses, atol=1e-4)
+    assert runs[0].losses[-1] < runs[0].losses[0] - 0.3
 
 
 def test_an_interrupted_run_resumes_exactly(config, tmp_path):
@@ -67,20 +68,20 @@ def test_an_interrupted_run_resumes_exactly(config, tmp_path):
     whole = pretrain(dataclasses.replace(config, output=str(tmp_path / "whole")))
     cut = dataclasses.replace(config, output=str(tmp_path / "cut"))
     first = pretrain(cut, stop_at=4)
-    log = tmp_path / "cut" / "log.jsonl"
+    log = tmp_path / "cut" / "metrics.jsonl"
     log.write_text(log.read_text() + '{"step": 5, "loss": 0}\n{"step": 6, "lo')  # killed later on
     assert not (tmp_path / "cut" / "model").exists()  # it is not trained yet
     second = pretrain(cut)
-    assert first["losses"] + second["losses"] == whole["losses"]
-    chex.assert_trees_all_equal(second["state"], whole["state"])
+    assert first.losses + second.losses == whole.losses
+    chex.assert_trees_all_equal(second.state, whole.state)
     records = [json.loads(line) for line in log.read_text().splitlines()]
     assert [record["step"] for record in records] == list(range(1, 9))
-    assert records[4]["loss"] == whole["losses"][4]
+    assert records[4]["loss"] == whole.losses[4]
     again = pretrain(cut)  # nothing is left to do
-    assert again["evaluations"] == whole["evaluations"][-1:] and again["losses"] == []
+    assert again.evaluations == whole.evaluations[-1:] and again.losses == []
     model, params, tokenizer = lutjax.load(tmp_path / "cut" / "model")
     assert model.config == LLAMA["tiny"]
-    chex.assert_trees_all_equal(params, whole["weights"])
+    chex.assert_trees_all_equal(params, whole.weights)
     assert tokenizer.decode(tokenizer.encode("weights — 重み")) == "weights — 重み"
 
     other = dataclasses.replace(cut, rank=3, seed=1)
@@ -107,8 +108,8 @@ def test_nan_gradients_are_named_and_can_be_skipped(config, skip, monkeypatch, t
             pretrain(config)
         return
     result = pretrain(config)
-    chex.assert_tree_all_finite(result["weights"])
-    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    chex.assert_tree_all_finite(result.weights)
+    log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert {r["skipped"] for r in log if "skipped" in r} == {"norm/scale"}
 
 
@@ -133,9 +134,9 @@ def test_losses_that_are_not_finite_stop_the_run(config, monkeypatch, tmp_path):
         short = dataclasses.replace(config, method="adam", steps=1, output=str(tmp_path / field))
         with pytest.raises(FloatingPointError, match=message):
             pretrain(short)
-        assert (tmp_path / field / "log.jsonl").read_text() == ""
+        assert (tmp_path / field / "metrics.jsonl").read_text() == ""
         skipping = dataclasses.replace(short, skip_nonfinite=True, output=None)
-        assert len(pretrain(skipping)["losses"]) == 1
+        assert len(pretrain(skipping).losses) == 1
 
 
 @pytest.mark.parametrize(
@@ -218,7 +219,7 @@ def test_the_range_test_finds_the_lowest_precision_that_learns(config, monkeypat
         low, high = config.cyclic_bits
         assert low == high and config.output is None and stop_at == 2
         asked.append(low)
-        return {"losses": [5.0, 5.0 - gained[low]]}
+        return types.SimpleNamespace(losses=[5.0, 5.0 - gained[low]])
 
     monkeypatch.setattr(command, "pretrain", pretrain_at)
     config = dataclasses.replace(config, steps=20)
