@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from lutjax.linear_maps import matching
-from lutjax.models import Decoder, DecoderConfig
+from lutjax.models import DecoderConfig, abstract_params
 from lutjax.optim import galore, quantized_state
 from train.llama_configs import GALORE_RANKS, LLAMA
 from train.methods import PROJECTED
@@ -20,9 +20,7 @@ from train.methods import PROJECTED
 
 def param_shapes(config: DecoderConfig, dtype: Any = jnp.bfloat16) -> Any:
     """The parameters' shapes, layers stacked; nothing is allocated."""
-    config = dataclasses.replace(config, scan_layers=True)
-    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
+    shapes = abstract_params(dataclasses.replace(config, scan_layers=True))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
 
 

@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lutjax.io import gpt_oss
@@ -20,7 +18,8 @@ from lutjax.io.names import CheckpointFormat, checkpoint_name, is_ignored, is_tr
 from lutjax.io.readers import TensorReader
 from lutjax.io.safetensors import FLOAT_TYPES
 from lutjax.models.config import DecoderConfig
-from lutjax.models.decoder import Decoder
+from lutjax.models.decoder import abstract_params
+from lutjax.paths import named_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,13 +203,10 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     (4, 6)
     """
     # Traced with scanned layers, so that the time does not grow with their number.
-    model = Decoder(dataclasses.replace(config, scan_layers=True))
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    tree = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    tree = abstract_params(dataclasses.replace(config, scan_layers=True))
     shapes: dict[str, tuple[int, ...]] = {}
     stacked: dict[str, tuple[int, ...]] = {}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+    for path, leaf in named_leaves(tree):
         if path.startswith("layers/"):
             stacked[path.removeprefix("layers/")] = leaf.shape[1:]
         else:

@@ -30,7 +30,7 @@ from lutjax.io.safetensors import SafetensorsReader, read_json
 from lutjax.io.safetensors_writer import MAX_SHARD_BYTES, SafetensorsWriter, tensor_bytes
 from lutjax.io.tokenizer import Tokenizer
 from lutjax.models.config import DecoderConfig
-from lutjax.models.decoder import Decoder
+from lutjax.models.decoder import abstract_params
 from lutjax.models.projections import FUSED
 from lutjax.paths import named_leaves
 
@@ -328,9 +328,7 @@ def _read_config(directory: Path, metadata: Mapping[str, Any]) -> DecoderConfig 
 
 def _check_decoder(specs: Mapping[str, Any], config: DecoderConfig, source: str) -> None:
     if config.scan_layers:
-        tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-        tree = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
-        shapes = {path: leaf.shape for path, leaf in named_leaves(tree)}
+        shapes = {path: leaf.shape for path, leaf in named_leaves(abstract_params(config))}
     else:
         shapes = parameter_shapes(config)
     for path in specs:

@@ -2,7 +2,7 @@
 
 from lutjax.models.cache import KVCache, LayerCache, init_cache
 from lutjax.models.config import DecoderConfig, RopeScaling
-from lutjax.models.decoder import Decoder
+from lutjax.models.decoder import Decoder, abstract_params
 from lutjax.models.generate import decode_step, generate, prefill
 from lutjax.models.sampling import greedy, sample
 from lutjax.models.stacking import stack_layers, unstack_layers
@@ -13,6 +13,7 @@ __all__ = [
     "KVCache",
     "LayerCache",
     "RopeScaling",
+    "abstract_params",
     "decode_step",
     "generate",
     "greedy",

@@ -289,6 +289,18 @@ def _scan_layers(
     return scanned(block, x, layers, contexts)
 
 
+def abstract_params(config: DecoderConfig) -> Any:
+    """The shapes and dtypes of a decoder's parameters, as a tree; nothing is allocated.
+
+    >>> config = DecoderConfig(vocab_size=8, hidden_size=4, intermediate_size=6, num_layers=2,
+    ...                        num_heads=2, num_kv_heads=1, head_dim=2)
+    >>> abstract_params(config)["norm"]["scale"].shape
+    (4,)
+    """
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]
+
+
 def embed(config: DecoderConfig, rows: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
     """The input of the first block: the tokens' rows of the embedding table, cast and scaled."""
     x = rows.astype(config.dtype)
