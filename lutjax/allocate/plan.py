@@ -182,9 +182,9 @@ class Plan(Recipe):
       solver: How it was found.
     """
 
-    choices: tuple[Choice, ...] = ()
-    budget: Budget = dataclasses.field(default_factory=lambda: Budget(bits_per_weight=16.0))
-    solver: str = "ilp"
+    choices: tuple[Choice, ...] = dataclasses.field(kw_only=True)
+    budget: Budget = dataclasses.field(kw_only=True)
+    solver: str = dataclasses.field(kw_only=True)
 
     @classmethod
     def of(cls, choices: Iterable[Choice], budget: Budget, solver: str) -> Plan:
@@ -251,8 +251,13 @@ class Plan(Recipe):
                 if rule.config is None or fields["path"] != rule.pattern:
                     raise ValueError(f"rule {rule.pattern!r} is not for {fields['path']!r}")
                 choices.append(Choice(Matrix(**fields), rule.config, cost))
-            budget = Budget(**plan["budget"])
-            return cls(recipe.rules, recipe.dense, tuple(choices), budget, plan["solver"])
+            return cls(
+                recipe.rules,
+                recipe.dense,
+                choices=tuple(choices),
+                budget=Budget(**plan["budget"]),
+                solver=plan["solver"],
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a plan: {error}; `lutjax allocate -o` writes one") from error
 

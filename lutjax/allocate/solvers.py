@@ -20,7 +20,7 @@ from scipy.sparse import csr_array
 
 Costs = Float[np.ndarray, "m j"]
 Sizes = Int[np.ndarray, "m j"]
-Choice = Int[np.ndarray, " m"]
+Chosen = Int[np.ndarray, " m"]
 
 # HiGHS stops when it has proved its solution this close to the optimum, relative to its cost, but
 # not further from it than the second number relative to what of that cost can be avoided.
@@ -40,7 +40,7 @@ class InfeasibleBudgetError(ValueError):
         self.smallest = smallest
 
 
-def solve_ilp(costs: Costs, sizes: Sizes, budget: int) -> Choice:
+def solve_ilp(costs: Costs, sizes: Sizes, budget: int) -> Chosen:
     """The best choice, by integer linear programming with HiGHS.
 
     Args:
@@ -105,7 +105,7 @@ def solve_ilp(costs: Costs, sizes: Sizes, budget: int) -> Choice:
     return greedy
 
 
-def solve_dp(costs: Costs, sizes: Sizes, budget: int, *, resolution: int | None = None) -> Choice:
+def solve_dp(costs: Costs, sizes: Sizes, budget: int, *, resolution: int | None = None) -> Chosen:
     """The best choice, by dynamic programming over discretised sizes.
 
     Sizes beyond the smallest are rounded up to units of ``1 / resolution`` of the room they share,
@@ -161,7 +161,7 @@ def solve_dp(costs: Costs, sizes: Sizes, budget: int, *, resolution: int | None 
     return choice
 
 
-def solve_greedy(costs: Costs, sizes: Sizes, budget: int) -> Choice:
+def solve_greedy(costs: Costs, sizes: Sizes, budget: int) -> Chosen:
     """A good choice: from the smallest, the upgrades with the best gain per size that still fit.
 
     Upgrades run along each matrix's lower convex hull of cost over size, so that the result is the
@@ -202,7 +202,7 @@ def solve_greedy(costs: Costs, sizes: Sizes, budget: int) -> Choice:
     return np.array([hull[p] for hull, p in zip(hulls, position, strict=True)])
 
 
-def solve_uniform(costs: Costs, sizes: Sizes, budget: int) -> Choice:
+def solve_uniform(costs: Costs, sizes: Sizes, budget: int) -> Chosen:
     """The best choice among those that give every matrix the same configuration.
 
     Args:
@@ -235,7 +235,7 @@ def solve_uniform(costs: Costs, sizes: Sizes, budget: int) -> Choice:
     return np.full(len(costs), int(np.argmin(total_costs)))
 
 
-SOLVERS: dict[str, Callable[[Costs, Sizes, int], Choice]] = {
+SOLVERS: dict[str, Callable[[Costs, Sizes, int], Chosen]] = {
     "ilp": solve_ilp,
     "dp": solve_dp,
     "greedy": solve_greedy,
@@ -293,7 +293,7 @@ def _efficient(costs: Costs, sizes: Sizes) -> Bool[np.ndarray, "m j"]:
     return mask
 
 
-def _core(costs: Costs, sizes: Sizes, budget: int, known: Choice) -> Bool[np.ndarray, "m j"]:
+def _core(costs: Costs, sizes: Sizes, budget: int, known: Chosen) -> Bool[np.ndarray, "m j"]:
     """Which configurations an optimum can have, given a known choice.
 
     For a price per size, ``sum_i min_j (c_ij + price s_ij) - price budget`` is a lower bound of the
@@ -346,5 +346,5 @@ def _hull(cost: np.ndarray, size: np.ndarray, allowed: np.ndarray) -> list[int]:
     return hull
 
 
-def _total(numbers: Costs | Sizes, choice: Choice) -> float:
+def _total(numbers: Costs | Sizes, choice: Chosen) -> float:
     return numbers[np.arange(len(numbers)), choice].sum()

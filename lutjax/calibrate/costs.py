@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import hashlib
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +16,7 @@ from jaxtyping import PRNGKeyArray
 from lutjax.allocate import CostTable, Matrix
 from lutjax.allocate.grid import fits
 from lutjax.calibrate.hashing import content_hash
+from lutjax.calibrate.number_cache import NumberCache
 from lutjax.paths import named_leaves
 from lutjax.progress import progress_bar
 from lutjax.transforms.decompose import Method, check_calibrated, decompose_array
@@ -129,25 +127,21 @@ def measure_costs(
         "rounds": rounds,
         "key": np.asarray(jax.random.key_data(key)).tolist(),
     }
-    store = _Cache(cache)
+    store = NumberCache(cache)
     costs = np.full((len(matrices), len(candidates)), np.inf)
     tasks = []
     for i, matrix in enumerate(matrices):
-        hashes = {
+        measured = {
+            "path": matrix.path,
+            "axes": [matrix.axis, matrix.batch_ndim],
             "weight": content_hash(weights[matrix.path]) if cache else "",
             "fisher": content_hash(fisher[matrix.path]) if cache and fisher is not None else "",
         }
-        store.check(matrix.path, hashes["weight"])
+        store.check(measured)
         for j, config in enumerate(candidates):
             if not fits(matrix.k, config):
                 continue
-            entry = {
-                "path": matrix.path,
-                "axes": [matrix.axis, matrix.batch_ndim],
-                **hashes,
-                **settings,
-                "config": dataclasses.asdict(config),
-            }
+            entry = measured | settings | {"config": dataclasses.asdict(config)}
             known = store.get(entry)
             if known is None:
                 tasks.append((i, j, entry))
@@ -192,55 +186,6 @@ def measure_costs(
 
 
 _FITS_ALL = LutConfig(group_size="column")
-
-
-class _Cache:
-    """Costs on disk, one JSON line each; a line that a kill left unfinished is skipped."""
-
-    def __init__(self, path: str | os.PathLike | None):
-        self._path = None if path is None else Path(path)
-        self._costs: dict[str, float] = {}
-        self._weights: dict[str, set[str]] = {}
-        if self._path is None or not self._path.exists():
-            return
-        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                entry = json.loads(line)
-                name, parameter, weight = entry["id"], entry["path"], entry["weight"]
-                self._costs[name] = float(entry["cost"])
-            except (json.JSONDecodeError, KeyError, TypeError):
-                continue
-            self._weights.setdefault(parameter, set()).add(weight)
-
-    def check(self, path: str, weight: str) -> None:
-        """Raises if the file has costs for other weights at this path."""
-        if self._weights.get(path, {weight}) != {weight}:
-            raise ValueError(
-                f"the cache {self._path} was made from other weights: {path!r} differs; name "
-                f"another file or delete it"
-            )
-
-    def get(self, entry: dict) -> float | None:
-        return self._costs.get(_identity(entry))
-
-    def put(self, entry: dict, cost: float) -> None:
-        if self._path is None:
-            return
-        record = {
-            "id": _identity(entry),
-            "path": entry["path"],
-            "weight": entry["weight"],
-            "config": entry["config"],
-            "cost": cost,
-        }
-        # One write of a short line to a file opened for appending is not torn apart by other
-        # writers; the newline in front ends what a killed one may have left.
-        with open(self._path, "ab", buffering=0) as file:
-            file.write(("\n" + json.dumps(record) + "\n").encode())
-
-
-def _identity(entry: dict) -> str:
-    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
 
 
 def _misfits(matrices: Sequence[Matrix], candidates: Sequence[LutConfig]) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,6 +14,8 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lutjax.calibrate.costs import plannable
+from lutjax.calibrate.hashing import content_hash
+from lutjax.calibrate.number_cache import NumberCache
 from lutjax.paths import named_leaves, path_key, path_string
 from lutjax.progress import progress_bar
 from lutjax.transforms.quantize import check_finite
@@ -27,6 +30,7 @@ def noise_sensitivities(
     key: PRNGKeyArray,
     relative_error: float = 0.01,
     recipe: Recipe | None = None,
+    cache: str | os.PathLike | None = None,
     progress: bool = False,
 ) -> dict[str, float]:
     r"""Measures :math:`\alpha_l` of the linearity theorem, by adding noise to one weight at a time.
@@ -49,14 +53,16 @@ def noise_sensitivities(
         curvature.
       recipe: Which parameters; by default all matrices but embeddings, head and norms. Its
         configurations have no meaning here.
+      cache: A file of JSON lines: each result is appended as it comes, under a hash of all weights,
+        the batches and the settings, but not of ``loss_fn``; a later call goes on from it.
       progress: Show a progress bar.
 
     Returns:
       :math:`\alpha` by path, in units of the loss.
 
     Raises:
-      ValueError: If there is no data, a loss or a weight is not finite, or an argument is out of
-        range.
+      ValueError: If there is no data, a loss or a weight is not finite, an argument is out of
+        range, or the cache is of other weights.
 
     Source: HIGGS (arXiv 2411.17525, section 4), which regresses on several errors instead.
 
@@ -93,17 +99,31 @@ def noise_sensitivities(
 
         return jax.tree_util.tree_map_with_path(one, params)
 
+    store = NumberCache(cache)
+    measured: dict[str, Any] = {"weight": ""}
+    if cache is not None:
+        measured = {
+            "weight": content_hash(params),
+            "batches": content_hash(batches),
+            "key": np.asarray(jax.random.key_data(key)).tolist(),
+            "relative_error": relative_error,
+        }
+    entries = {path: {"path": path, **measured} for path in counts}
+    for entry in entries.values():
+        store.check(entry)
+    found = {path: known for path in counts if (known := store.get(entries[path])) is not None}
+    missing = [path for path in counts if path not in found]
     keys = jax.random.split(key, len(batches))
-    before = [loss(params, batch) for batch in batches]
+    before = [loss(params, batch) for batch in batches] if missing else []
     size = math.sqrt(relative_error)
-    found = {}
-    for path in progress_bar(counts, "sensitivities", "weight", show=progress):
+    for path in progress_bar(missing, "sensitivities", "weight", show=progress):
         after = [
             0.5 * sum(loss(with_noise(path, own, sign * size), batch) for sign in (1, -1))
             for batch, own in zip(batches, keys, strict=True)
         ]
         found[path] = max(0.0, float(np.mean(np.subtract(after, before))) / relative_error)
-    return found
+        store.put(entries[path], found[path])
+    return {path: found[path] for path in counts}
 
 
 @functools.partial(jax.jit, static_argnames="count")

@@ -42,20 +42,15 @@ class ProbedArray(WrapperArray):
         self, x: Float[Array, "*batch m k"], *, out_dtype: Any = None
     ) -> Float[Array, "*batch m n"]:
         """``x @ W``."""
-        return _tap(
-            False, self.base.matmul(x, out_dtype=out_dtype), jax.lax.stop_gradient(x), self.delta
-        )
+        y = self.base.matmul(x, out_dtype=out_dtype)
+        return _tap(False, y, jax.lax.stop_gradient(x), self.delta)
 
     def matmul_transposed(
         self, x: Float[Array, "*batch m n"], *, out_dtype: Any = None
     ) -> Float[Array, "*batch m k"]:
         """``x @ W.T``."""
-        return _tap(
-            True,
-            self.base.matmul_transposed(x, out_dtype=out_dtype),
-            jax.lax.stop_gradient(x),
-            self.delta,
-        )
+        y = self.base.matmul_transposed(x, out_dtype=out_dtype)
+        return _tap(True, y, jax.lax.stop_gradient(x), self.delta)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -70,8 +65,8 @@ def _tap_forward(transpose, y, x, delta):
 
 def _tap_backward(transpose, residuals, dy):
     x, delta = residuals
-    rows = widened(x, dy.dtype)
-    left, right = (dy, rows) if transpose else (rows, dy)
+    rows, ends = widened(x, dy.dtype), widened(dy, x.dtype)
+    left, right = (ends, rows) if transpose else (rows, ends)
     batch = delta.shape[:-2]
     left, right = (a.reshape(*batch, -1, a.shape[-1]) for a in (left, right))
     gradient = jnp.einsum("...mk,...mn->...kn", left, right, preferred_element_type=jnp.float32)

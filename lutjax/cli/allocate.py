@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lutjax.io import Tokenizer
     from lutjax.models import Decoder
 
-_LOW_RANK = ("rank", "rounds", "candidates", "fisher", "cache", "workers", "count_adapters")
+_LOW_RANK = ("rank", "rounds", "candidates", "fisher", "workers", "count_adapters")
 _MEASURED = ("rounds", "candidates", "fisher", "text", "samples", "window", "cache", "workers")
 
 
@@ -71,7 +71,7 @@ class Allocate:
     window: int = 256
     """Tokens in each of them."""
     cache: Path | None = None
-    """File that keeps measured costs; a stopped run goes on where it was."""
+    """File that keeps what was measured; a stopped run goes on where it was."""
     workers: int = 1
     """Decompositions at the same time."""
     seed: int = 0
@@ -220,6 +220,7 @@ class Allocate:
             params,
             list(text_windows(text, tokenizer, model.config, self.window, count)),
             key=jax.random.key(self.seed),
+            cache=self.cache,
             progress=True,
         )
 

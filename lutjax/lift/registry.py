@@ -14,9 +14,9 @@ class _NeedsDense:
 NEEDS_DENSE = _NeedsDense()
 """What a rule returns when it cannot work on the compressed form."""
 
-Rule = Callable[..., Any]
+PrimitiveRule = Callable[..., Any]
 
-RULES: dict[str, Rule] = {}
+RULES: dict[str, PrimitiveRule] = {}
 """Rules by the name of the primitive: ``rule(params, *operands) -> result``.
 
 At least one operand is compressed; the result is dense or compressed, a sequence of such for
@@ -24,10 +24,10 @@ primitives with several results, or :data:`NEEDS_DENSE`.
 """
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
+def rule(*names: str) -> Callable[[PrimitiveRule], PrimitiveRule]:
     """Registers a rule for the primitives ``names``."""
 
-    def register(fn: Rule) -> Rule:
+    def register(fn: PrimitiveRule) -> PrimitiveRule:
         for name in names:
             RULES[name] = fn
         return fn

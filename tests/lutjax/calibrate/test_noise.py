@@ -50,6 +50,31 @@ def test_of_a_quadratic_loss_they_are_exact():
     }
 
 
+def test_a_cache_goes_on_where_a_call_stopped(tmp_path):
+    params, batches = make_params(), [jnp.float32(0.5), jnp.float32(1.5)]
+    recipe = Recipe((Rule("*", LutConfig(group_size="column")),), dense=("norm",))
+    arguments = {"key": KEY, "recipe": recipe, "cache": tmp_path / "noise.jsonl"}
+    expected = noise_sensitivities(quadratic, params, batches, **arguments)
+    lines = [line for line in arguments["cache"].read_text().splitlines() if line]
+    assert len(lines) == len(expected) == 2
+    arguments["cache"].write_text(lines[0] + '\n{"id": "torn')
+    calls = []
+
+    def counting(params, batch):
+        jax.debug.callback(lambda: calls.append(1), ordered=True)
+        return quadratic(params, batch)
+
+    assert noise_sensitivities(counting, params, batches, **arguments) == expected
+    jax.effects_barrier()
+    assert len(calls) == 3 * len(batches)  # without noise, and twice for the one that is missing
+    assert noise_sensitivities(counting, params, batches, **arguments) == expected
+    jax.effects_barrier()
+    assert len(calls) == 3 * len(batches)  # nothing is measured again
+    with pytest.raises(ValueError, match="made from other weights: 'a' differs"):
+        other = params | {"norm": params["norm"] + 1}
+        noise_sensitivities(quadratic, other, batches, **arguments)
+
+
 def test_noise_of_stacked_matrices_is_relative_to_each():
     seen = []
 

@@ -28,6 +28,7 @@ os.environ["XLA_FLAGS"] = f"--xla_dump_to={DUMP} --xla_dump_emitter_re=ptx"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from hazards import Instruction, hazards  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import AbstractMesh, SingleDeviceSharding  # noqa: E402
 
@@ -170,20 +171,30 @@ class Sass:
         self.registers = int(re.findall(r"Used (\d+) registers", run.stderr)[0])
         self.spills = sum(int(s) for s in re.findall(r"(\d+) bytes spill", run.stderr))
         text = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True).stdout
-        self.instructions: list[tuple[int, str, str]] = []
+        self.code: list[Instruction] = []
         labels: dict[str, int] = {}
-        pending = None
+        pending: list[str] = []
         for line in text.splitlines():
             label = re.match(r"\s*(\.L_x?_?\w+):", line)
-            pending = label.group(1) if label else pending
-            found = re.search(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)([^;]*)", line)
+            pending += [label.group(1)] if label else []
+            found = re.search(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]+)([^;]*)", line)
             if found:
                 address = int(found.group(1), 16)
-                if pending:
-                    labels[pending] = address
-                    pending = None
-                self.instructions.append((address, found.group(2), found.group(3)))
-        self._labels = labels
+                labels |= dict.fromkeys(pending, address)
+                pending = []
+                self.code.append(
+                    Instruction(address, found.group(3), found.group(4), bool(found.group(2)))
+                )
+        self.labels = labels
+
+    @property
+    def instructions(self) -> list[tuple[int, str, str]]:
+        """Address, opcode and operands of each."""
+        return [(one.address, one.opcode, one.operands) for one in self.code]
+
+    def hazards(self) -> list[str]:
+        """Accesses to registers that a product still uses."""
+        return hazards(self.code, self.labels)
 
     def registers_asked(self, computing: int) -> int:
         """Registers of a lane slot that all warpgroups ask for, one of which moves memory."""
@@ -207,8 +218,8 @@ class Sass:
         loops = []
         for address, opcode, operands in self.instructions:
             target = re.search(r"\((\.L_x?_?\w+)\)", operands) if opcode == "BRA" else None
-            if target and self._labels.get(target.group(1), address) < address:
-                first = self._labels[target.group(1)]
+            if target and self.labels.get(target.group(1), address) < address:
+                first = self.labels[target.group(1)]
                 loops.append([(o, p) for a, o, p in self.instructions if first <= a <= address])
         multiplying = [loop for loop in loops if any(o.startswith(product) for o, _ in loop)]
         return min(multiplying, key=len)

@@ -107,5 +107,6 @@ def test_hopper_instructions_of_several_weights(shape, tiles, rows, most):
     operands = grouped_operands(shape, several, tiles, rows)
     code = compilers.sass(packed_matmul_grouped, *operands)
     assert code.spills == 0
+    assert code.hazards() == []
     loop = code.main_loop()
     assert loop.total() / (8 * loop["HGMMA"]) <= most  # of 16 rows and 64 columns a product

@@ -5,6 +5,7 @@ Nothing runs here: "compiles", never "runs" or "fast".
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 
@@ -87,6 +88,7 @@ def test_hopper_instructions_per_code(bits, p):
     assert loop["HGMMA"] == 8 * parts  # the loop is the one meant
     assert loop.total() / codes_a_thread <= INSTRUCTIONS[bits, p]
     assert code.products_in_flight() == {0, 1}  # only the last of a step is waited for
+    assert code.hazards() == []
 
 
 # Many rows: a code of a tile of 128 rows may cost 8 instructions while the tensor cores multiply.
@@ -116,6 +118,19 @@ def test_hopper_tile_instructions_per_code(bits, scale_dtype, transpose):
     codes_a_thread = 64 * config.tiles * mosaic_gpu.SLICE_K / 128
     assert loop.total() / codes_a_thread <= TILE_INSTRUCTIONS[bits, scale_dtype, transpose]
     assert code.products_in_flight() == {1}  # the next weights are looked up meanwhile
+    assert code.hazards() == []
+
+
+def test_hazards_are_found_where_a_wait_is_too_weak():
+    compilers.need_gpu()
+    code, _ = compiled_kernel(16, 4, 128)
+    code.code = [
+        dataclasses.replace(one, operands=one.operands.replace(", 0x0", ", 0x1"))
+        if one.opcode.startswith("WARPGROUP.DEPBAR")
+        else one
+        for one in code.code
+    ]
+    assert len(code.hazards()) > 10
 
 
 @pytest.mark.parametrize(
