@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -245,13 +246,15 @@ class Rows:
     def batch(self, seed: int, step: int, batch_size: int) -> Rows:
         """The rows of a step: every epoch in an order of its own, a function of the arguments."""
         index = np.arange(step * batch_size, (step + 1) * batch_size)
-        epochs = index // len(self)
-        order = {
-            epoch: np.random.default_rng((seed, int(epoch))).permutation(len(self))
-            for epoch in np.unique(epochs)
-        }
-        rows = [order[e][int(i) % len(self)] for i, e in zip(index, epochs, strict=True)]
+        count = len(self)
+        rows = [_order(seed, int(i) // count, count)[int(i) % count] for i in index]
         return self.take(np.asarray(rows))
+
+
+@functools.lru_cache(maxsize=2)  # a step has rows of one epoch, or of two
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order of the rows in an epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def cut(examples: Iterable[Example], length: int) -> list[Example]:
