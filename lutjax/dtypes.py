@@ -21,15 +21,19 @@ def at_least_float32(dtype: Any) -> Any:
     return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
-def widened(x: jax.Array, dtype: Any) -> jax.Array:
-    """``x`` in a floating-point dtype if that has more bits than its own; None for its own.
+def wider(dtype: Any, other: Any) -> Any:
+    """The floating-point dtype with more bits, the first one of equals or if the other is None.
 
-    >>> widened(jnp.ones(1, jnp.bfloat16), jnp.float32).dtype
-    dtype('float32')
+    >>> wider(jnp.bfloat16, jnp.float16), wider(jnp.bfloat16, jnp.float32)
+    (dtype(bfloat16), dtype('float32'))
     """
-    if dtype is None or jnp.finfo(dtype).bits <= jnp.finfo(x.dtype).bits:
-        return x
-    return x.astype(dtype)
+    more = other is not None and jnp.finfo(other).bits > jnp.finfo(dtype).bits
+    return jnp.dtype(other if more else dtype)
+
+
+def widened(x: jax.Array, dtype: Any) -> jax.Array:
+    """``x`` in a floating-point dtype if that is :func:`wider` than its own."""
+    return x.astype(wider(x.dtype, dtype))
 
 
 def product(x: jax.Array, matrix: jax.Array, out_dtype: Any = None) -> jax.Array:
@@ -38,7 +42,7 @@ def product(x: jax.Array, matrix: jax.Array, out_dtype: Any = None) -> jax.Array
     >>> product(jnp.ones((1, 257), jnp.bfloat16), jnp.ones((257, 1)), jnp.float32)
     Array([[257.]], dtype=float32)
     """
-    wide = widened(x[:0], out_dtype).dtype
+    wide = wider(x.dtype, out_dtype)
     y = jnp.matmul(x, matrix.astype(x.dtype), preferred_element_type=wide)
     return y if out_dtype is None else y.astype(out_dtype)
 
