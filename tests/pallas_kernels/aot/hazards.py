@@ -72,6 +72,7 @@ def _groups(code: list[Instruction]) -> list[list[int]]:
             groups[-1].append(i)
             if _ends_group(one):
                 groups.append([])
+    assert groups[0], "there are no products in it"
     assert not groups[-1], "the last product is in no group"
     return groups[:-1]
 
