@@ -20,6 +20,7 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from lutjax.files import replace_file
 from train.checkpoints import differences
 from train.pretrain import PretrainConfig, load_corpus, pretrain
 from train.text import Corpus, docstrings
@@ -41,9 +42,7 @@ def run(config: PretrainConfig, corpus: Corpus, path: Path) -> dict:
         result = pretrain(config, corpus)
         record = {k: getattr(result, k) for k in ("losses", "evaluations", "seconds")}
         identity = {"config": dataclasses.asdict(config), "corpus": corpus.fingerprint}
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(record | identity))
-        partial.rename(path)
+        replace_file(path, json.dumps(record | identity))
         print(f"{path.stem}: {result.evaluations[-1][1]:.4f}", flush=True)
     record = json.loads(path.read_text())
     if record["corpus"] != corpus.fingerprint:

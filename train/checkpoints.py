@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +22,6 @@ def differences(found: dict[str, Any], asked: dict[str, Any], where: str) -> str
         for k in sorted(found.keys() | asked.keys())
         if k not in found or k not in asked or found[k] != asked[k]
     )
-
-
-def discard(result: Path) -> None:
-    """Removes a directory of an earlier run, if it is there, at once."""
-    if result.exists():
-        aside = result.with_name(f".{result.name}-{secrets.token_hex(4)}.incomplete")
-        result.rename(aside)
-        shutil.rmtree(aside)
 
 
 class Checkpoints:

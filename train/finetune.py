@@ -20,9 +20,10 @@ from lutjax.adapters import lora
 from lutjax.arrays import LowRankArray, has_compressed
 from lutjax.files import replace_file
 from lutjax.io import save_peft
+from lutjax.io.new_directory import discard
 from lutjax.optim import first_nonfinite, leaf_name
 from train.base_model import Start, load_head, load_start, prepare, shard_base
-from train.checkpoints import Checkpoints, differences, discard
+from train.checkpoints import Checkpoints, differences
 from train.command_line import exit_code
 from train.examples import NOTHING, Rows
 from train.finetune_config import FinetuneConfig

@@ -21,10 +21,12 @@ from tqdm import tqdm
 from lutjax import lift
 from lutjax.adapters import dual
 from lutjax.io import Tokenizer, save
+from lutjax.io.new_directory import discard
+from lutjax.io.tokenizer import read_backend
 from lutjax.models import Decoder
 from lutjax.optim import first_nonfinite, leaf_name
 from lutjax.optim.project import ProjectedTransformation
-from train.checkpoints import Checkpoints, discard
+from train.checkpoints import Checkpoints
 from train.command_line import exit_code
 from train.cyclic_precision import (
     cyclic_bits,
@@ -276,15 +278,10 @@ def load_tokenizer(config: PretrainConfig) -> Tokenizer:
     """
     if config.tokenizer is None:
         return byte_tokenizer()
-    from tokenizers import Tokenizer as Backend
-
     try:
-        backend = Backend.from_file(config.tokenizer)
+        return Tokenizer(read_backend(config.tokenizer))
     except Exception as error:  # tokenizers raises nothing narrower
         raise ValueError(f"tokenizer={config.tokenizer!r} is no tokenizer: {error}") from error
-    backend.no_truncation()  # of the batches it was last used for
-    backend.no_padding()
-    return Tokenizer(backend)
 
 
 def load_corpus(config: PretrainConfig) -> Corpus:

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lutjax.arrays import CompressedArray, DenseArray, MatrixView, format_bytes
+from lutjax.arrays import CompressedArray, DenseArray, MatrixView, WrapperArray, format_bytes
 from lutjax.arrays.view import MATRIX
-from lutjax.arrays.wrapper import WrapperArray
 from lutjax.dtypes import widened
 from lutjax.linear_maps import BoundMap, Reshaped
 

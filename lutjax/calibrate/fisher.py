@@ -237,9 +237,8 @@ def _make_step(
 def _zeros(target: _Target, keep: str) -> Any:
     if keep == "full":
         return jnp.zeros(target.shape)
-    *batch, k, n = jax.eval_shape(
-        target.matrix, jax.ShapeDtypeStruct(target.shape, jnp.float32)
-    ).shape
+    batch, inner = target.shape[: target.batch_ndim], target.shape[target.batch_ndim :]
+    k, n = target.view.matrix_shape(inner)
     return RowColumnMeans(jnp.zeros((*batch, k)), jnp.zeros((*batch, n)))
 
 

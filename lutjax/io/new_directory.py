@@ -1,4 +1,4 @@
-"""Output directories that appear whole or not at all."""
+"""Output directories that appear and disappear as a whole."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def new_directory(destination: str | Path) -> Iterator[Path]:
     """
     destination = check_destination(destination)
     parent = destination.absolute().parent
+    temporary = _hidden(parent / destination.name)
     for left in parent.glob(f".{glob.escape(destination.name)}-{'?' * 8}.incomplete"):
         with contextlib.suppress(FileNotFoundError), _locked(left) as nobody_writes:
             if nobody_writes:
                 shutil.rmtree(left, ignore_errors=True)
-    temporary = parent / f".{destination.name}-{secrets.token_hex(4)}.incomplete"
     temporary.mkdir()
     try:
         with _locked(temporary):
@@ -64,6 +64,18 @@ def new_directory(destination: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync(parent)
+
+
+def discard(directory: Path) -> None:
+    """Removes a directory, if it is there; what a kill leaves of it is no longer under its name."""
+    if directory.exists():
+        aside = directory.rename(_hidden(directory))
+        shutil.rmtree(aside)
+
+
+def _hidden(directory: Path) -> Path:
+    """A new name beside a directory, for what is not, or no longer, complete."""
+    return directory.with_name(f".{directory.name}-{secrets.token_hex(4)}.incomplete")
 
 
 @contextlib.contextmanager

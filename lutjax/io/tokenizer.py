@@ -73,12 +73,9 @@ class Tokenizer:
         path = directory / "tokenizer.json"
         read_json(path)  # the library's own errors do not name the file
         try:
-            backend = _library().Tokenizer.from_file(str(path))
+            backend = read_backend(path)
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"{path} is not a tokenizer: {error}") from error
-        # Of the batches it was last used for; a text is neither cut nor padded here.
-        backend.no_truncation()
-        backend.no_padding()
         config = _optional_json(directory / "tokenizer_config.json")
         template = config.get("chat_template")
         if isinstance(template, list):  # several named templates
@@ -87,8 +84,8 @@ class Tokenizer:
             template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
         bos, eos = (_token_text(config.get(key)) for key in ("bos_token", "eos_token"))
         eos_ids = _end_ids(directory)
-        if eos is not None and backend.token_to_id(eos) is not None:
-            eos_ids.append(backend.token_to_id(eos))
+        if eos is not None and (eos_id := backend.token_to_id(eos)) is not None:
+            eos_ids.append(eos_id)
         return cls(backend, tuple(dict.fromkeys(eos_ids)), bos, eos, template)
 
     @classmethod
@@ -248,6 +245,20 @@ class Tokenizer:
         }
         _write_json(directory / "tokenizer_config.json", config)
         _write_json(directory / "generation_config.json", {"eos_token_id": list(self.eos_ids)})
+
+
+def read_backend(path: str | Path) -> tokenizers.Tokenizer:
+    """The library's tokenizer of a tokenizer.json, without a truncation or padding that it holds.
+
+    Those are of the batches it was last used for; a text is neither cut nor padded here.
+
+    Raises:
+      Exception: if the file is none; the library raises nothing narrower.
+    """
+    backend = _library().Tokenizer.from_file(str(path))
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 class TextStream:
