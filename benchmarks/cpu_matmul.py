@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lutjax.codebooks import symmetric_int
 from pallas_kernels.layout import packed_shape
 from pallas_kernels.lut_matmul import lut_matmul
 
@@ -28,10 +29,12 @@ ROTATED_BYTES = 96 << 20
 """Of weights, dense or packed, that one program multiplies by."""
 
 VARIANTS = [
-    *((m, bits, "cpu_native") for m in (1, 2, 4, 8, 32, 128, 512) for bits in (4,)),
-    *((1, bits, "cpu_native") for bits in (2, 3, 8)),
-    *((m, 4, "xla") for m in (1, 32, 512)),
+    *((m, 4, "any", "cpu_native") for m in (1, 2, 4, 8, 32, 128, 512)),
+    *((1, bits, "any", "cpu_native") for bits in (2, 3, 8)),
+    (1, 8, "int", "cpu_native"),
+    *((m, 4, "any", "xla") for m in (1, 32, 512)),
 ]
+"""Rows, bits, table and implementation. ``int`` is equally spaced, ``any`` is not."""
 
 
 def chain(product: Callable) -> Callable:
@@ -52,13 +55,14 @@ def dense_program(rng, m: int, k: int, n: int) -> tuple[Callable, int]:
 
 
 def packed_program(
-    rng, m: int, k: int, n: int, bits: int, group: int, implementation: str
+    rng, m: int, k: int, n: int, group: int, bits: int, table: str, implementation: str
 ) -> tuple[Callable, int]:
     shape = packed_shape((k, n), bits)
     copies = max(1, ROTATED_BYTES // int(np.prod(shape))) if m < 32 else 1
     x = jnp.asarray(rng.standard_normal((m, k), np.float32))
     scales = jnp.asarray(rng.random((-(-k // group), n), np.float32), jnp.bfloat16)
-    lut = jnp.asarray(rng.standard_normal((1, 2**bits, 1), np.float32))
+    values = symmetric_int(bits) if table == "int" else rng.standard_normal(2**bits, np.float32)
+    lut = jnp.asarray(values).reshape(1, -1, 1)
     weights = [jnp.asarray(rng.integers(0, 256, shape, np.uint8)) for _ in range(copies)]
 
     def product(x, words, scales, lut):
@@ -88,15 +92,13 @@ def main() -> None:
     print(
         f"jax {jax.__version__}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, [{k}, {n}]"
     )
-    print(
-        f"{'M':>4} {'bits':>4} {'implementation':16}{'wall':>7}{'CPU':>7}{'dense ms':>10}{'ms':>8}"
-    )
-    for m in sorted({m for m, _, _ in VARIANTS}):
+    print(f"{'M':>4} {'bits':>4} {'table':6}{'implementation':16}", end="")
+    print(f"{'wall':>7}{'CPU':>7}{'dense ms':>10}{'ms':>8}")
+    for m in sorted({m for m, *_ in VARIANTS}):
         programs = {None: dense_program(rng, m, k, n)}
-        for rows, bits, implementation in VARIANTS:
+        for rows, *key in VARIANTS:
             if rows == m:
-                key = bits, implementation
-                programs[key] = packed_program(rng, m, k, n, bits, group, implementation)
+                programs[tuple(key)] = packed_program(rng, m, k, n, group, *key)
         for program in programs.values():
             seconds(*program)
         rounds = arguments.rounds if m < 128 else max(3, arguments.rounds // 3)
@@ -105,7 +107,9 @@ def main() -> None:
             wall = statistics.median(t[key][0] / t[None][0] for t in times)
             cpu = min(t[key][1] for t in times) / min(t[None][1] for t in times)
             dense_ms, ms = (1e3 * min(t[name][0] for t in times) for name in (None, key))
-            print(f"{m:4} {key[0]:4} {key[1]:16}{wall:7.2f}{cpu:7.2f}{dense_ms:10.2f}{ms:8.2f}")
+            bits, table, implementation = key
+            print(f"{m:4} {bits:4} {table:6}{implementation:16}", end="")
+            print(f"{wall:7.2f}{cpu:7.2f}{dense_ms:10.2f}{ms:8.2f}")
 
 
 if __name__ == "__main__":

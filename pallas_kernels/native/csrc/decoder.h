@@ -73,16 +73,53 @@ void PrefetchScales(const Problem& p, int64_t at, int64_t count) {
 // One table, one a column, or one whose entries are equally spaced and so need no looking up.
 enum Tables { kShared, kPerColumn, kLinear };
 
-float Spacing(const float* lut) { return lut[1] - lut[0]; }
+// What computes equally spaced entries, rounded once as they are: (code - zero) * step, the step in
+// two parts, because that of 127 entries a unit, say, is none of float32.
+struct Line {
+  float zero, step, rest;
 
-// Whether start + code * spacing, rounded once, is every entry.
-bool IsLinear(const float* lut, int entries) {
-  for (int i = 0; i < entries; ++i)
-    if (__builtin_fmaf(static_cast<float>(i), Spacing(lut), lut[0]) != lut[i]) return false;
-  return true;
+  // code - zero of the lowest bits of a word.
+  template <int kBits>
+  inline __attribute__((always_inline)) Float Distance(Word word) const {
+    return Simd::Sub(Simd::template LowBits<kBits>(word), Simd::Set(Simd::kLowBitsOf0 + zero));
+  }
+
+  // The entry at a distance; and a sum of entries, of that of distances.
+  inline __attribute__((always_inline)) Float Entry(Float distance) const {
+    return Simd::MulAdd(distance, Simd::Set(step),
+                        Simd::MulAdd(distance, Simd::Set(rest), Simd::Zero()));
+  }
+
+  // Whether every entry of a table is that of its code, computed as the kernels do.
+  template <int kBits>
+  bool Fits(const float* lut) const {
+    for (int i = 0; i < 1 << kBits; i += kLanes) {
+      uint32_t codes[kLanes];
+      float entries[kLanes];
+      for (int j = 0; j < kLanes; ++j) codes[j] = static_cast<uint32_t>(i + j);
+      const Word word = Simd::LoadBytes(reinterpret_cast<const uint8_t*>(codes));
+      Simd::Store(entries, Entry(Distance<kBits>(word)));
+      for (int j = 0; j < kLanes; ++j)
+        if (entries[j] != lut[i + j]) return false;
+    }
+    return true;
+  }
+};
+
+// Finds the line of a table of equally spaced entries, zero among them, if it is one.
+template <int kBits>
+bool FindLine(const float* lut, Line* line) {
+  constexpr int kLast = (1 << kBits) - 1;
+  int zero = 0;
+  while (zero < kLast && lut[zero] != 0.0f) ++zero;
+  if (zero == kLast) return false;
+  const double step = static_cast<double>(lut[kLast]) / (kLast - zero);
+  const float rounded = static_cast<float>(step);
+  *line = {static_cast<float>(zero), rounded, static_cast<float>(step - rounded)};
+  return line->Fits<kBits>(lut);
 }
 
-// Looks up the codes of kBits bits.
+// Looks up the codes of kBits bits; if kLinear, `lut` of the problem is the three numbers of a Line.
 template <int kBits, Tables kTables>
 class Decoder {
  public:
@@ -93,8 +130,9 @@ class Decoder {
       for (int i = 0; i < 16; ++i) entries[i] = p.lut[i & ((1 << kBits) - 1)];
     table_ = Simd::LoadTable(entries);
     if (kBytes) byte_table_ = Simd::template LoadByteTable<kByteBits>(p.lut);
-    lut_ = p.lut + (kTables == kPerColumn ? columns.first << kBits : 0);
+    if (kTables == kLinear) std::memcpy(&line_, p.lut, sizeof(line_));
     if (kTables != kPerColumn) return;
+    lut_ = p.lut + (columns.first << kBits);
     for (int j = 0; j < 4; ++j) {
       uint32_t starts[kLanes];
       for (int i = 0; i < kLanes; ++i)
@@ -103,8 +141,8 @@ class Decoder {
     }
   }
 
-  // Calls use(row, j, value) for the 8 rows of a block and j < 4: element i of value is the table
-  // entry of column 4 i + j of the tile, counted from the first one.
+  // Calls use(row, j, value) for the 8 rows of a block and j < 4: Entry of element i of value is the
+  // table entry of column 4 i + j of the tile, counted from the first one.
   template <class Use>
   inline __attribute__((always_inline)) void Block(int64_t block, int tile, Use use) const {
     const uint8_t* words = p_.words + block * kBits * p_.stride + columns_.first + tile * kTile;
@@ -139,6 +177,11 @@ class Decoder {
     }
   }
 
+  // What a value, or a sum of values, is in units of the table.
+  inline __attribute__((always_inline)) Float Entry(Float value) const {
+    return kTables == kLinear ? line_.Entry(value) : value;
+  }
+
   // Calls use(j, value) for one row of a tile, whose codes lie `shift` bits into the bytes; those
   // that cross into the next bytes go on there.
   template <bool kCrosses, class Use>
@@ -161,15 +204,14 @@ class Decoder {
   inline __attribute__((always_inline)) Float Lookup(Word index, int j) const {
     if (kInRegisters) return Simd::template Lookup<(kBits <= 3 ? 8 : 16)>(table_, index);
     if (kBytes) return Simd::template LookupByte<kByteBits>(byte_table_, index);
-    index = Simd::And(index, (1u << kBits) - 1);
-    if (kTables == kLinear)
-      return Simd::MulAdd(Simd::Convert(index), Simd::Set(Spacing(lut_)), Simd::Set(lut_[0]));
-    return Simd::Gather(lut_, Simd::Add(index, tables_[j]));
+    if (kTables == kLinear) return line_.template Distance<kBits>(index);
+    return Simd::Gather(lut_, Simd::Add(Simd::And(index, (1u << kBits) - 1), tables_[j]));
   }
 
   const Problem& p_;
   const Columns columns_;
   const float* lut_;
+  Line line_;
   Simd::Table table_;
   Simd::ByteTable byte_table_;
   Word tables_[4];
@@ -186,8 +228,14 @@ template <class Product, int kBits, class... Rest>
 void DispatchTables(const Problem& p, Rest... rest) {
   if (p.tables > 1) return Product::template Run<kBits, kPerColumn>(p, rest...);
   // Where the table fits a register or two, looking up is as fast as computing.
-  if (kBits == 8 && IsLinear(p.lut, 1 << kBits))
-    return Product::template Run<8, kLinear>(p, rest...);
+  if constexpr (kBits > 5) {
+    Line line;
+    if (FindLine<kBits>(p.lut, &line)) {
+      Problem computed = p;
+      computed.lut = &line.zero;
+      return Product::template Run<kBits, kLinear>(computed, rest...);
+    }
+  }
   Product::template Run<kBits, kShared>(p, rest...);
 }
 

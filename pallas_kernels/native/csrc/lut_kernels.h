@@ -9,7 +9,7 @@ namespace {
 constexpr int kPanelRows = 128;    // of the dequantised panel; 32 KB with AVX-512
 constexpr int kRowsOfX = 512;      // that share a panel
 constexpr int kPanelTiles = 64;    // of the transposed panel
-constexpr int kAhead = 12;         // blocks between a prefetch and its use
+constexpr int kAhead = 24;         // rows of words between a prefetch and its use
 
 float Sum(Float a) {
   float values[kLanes];
@@ -30,9 +30,10 @@ void FewRows(const Problem& p, int64_t m0, int64_t tile) {
   const float* x = p.x + m0 * p.k;
   Float total[kM][kTiles][4];
   for (int i = 0; i < kM * kTiles * 4; ++i) (&total[0][0][0])[i] = Simd::Zero();
-  const int64_t ahead = kAhead / group_blocks + 1;
+  const int64_t ahead = Min(kAhead / kBits, blocks), ahead_groups = ahead / group_blocks + 1;
   for (int64_t g = 0; g < groups; ++g) {
-    if (g + ahead < groups) PrefetchScales(p, (g + ahead) * p.stride + columns.first, kTiles * kTile);
+    if (g + ahead_groups < groups)
+      PrefetchScales(p, (g + ahead_groups) * p.stride + columns.first, kTiles * kTile);
     Float sum[kM][kTiles][4];
     LUT_UNROLL
     for (int m = 0; m < kM; ++m)
@@ -41,10 +42,14 @@ void FewRows(const Problem& p, int64_t m0, int64_t tile) {
         LUT_UNROLL
         for (int j = 0; j < 4; ++j) sum[m][t][j] = Simd::Zero();
     for (int64_t b = g * group_blocks; b < Min(blocks, (g + 1) * group_blocks); ++b) {
-      if (b + kAhead < blocks)
+      // Behind the last rows come the first ones of the next columns.
+      const bool here = b + ahead < blocks;
+      const uint8_t* words = p.words + (here ? b + ahead : b + ahead - blocks) * kBits * p.stride +
+                             columns.first + (here ? 0 : kTiles * kTile);
+      if (here || columns.first + 2 * kTiles * kTile <= p.n)
         for (int i = 0; i < kBits; ++i)
           for (int byte = 0; byte < kTiles * kTile; byte += 64)
-            __builtin_prefetch(p.words + ((b + kAhead) * kBits + i) * p.stride + columns.first + byte);
+            __builtin_prefetch(words + i * p.stride + byte);
       LUT_UNROLL
       for (int t = 0; t < kTiles; ++t)
         decoder.Block(b, t, [&](int row, int j, Float value) __attribute__((always_inline)) {
@@ -65,7 +70,7 @@ void FewRows(const Problem& p, int64_t m0, int64_t tile) {
         LUT_UNROLL
         for (int j = 0; j < 4; ++j) {
           Float& a = total[m][t][j];
-          a = Simd::MulAdd(sum[m][t][j], scale[j], a);
+          a = Simd::MulAdd(decoder.Entry(sum[m][t][j]), scale[j], a);
           if (p.offsets)
             a = Simd::MulAdd(Simd::Set(p.sums[(m0 + m) * groups + g]), offset[j], a);
         }
@@ -86,7 +91,8 @@ void Dequantize(const Problem& p, const Decoder<kBits, kTables>& decoder, int64_
   LoadScales(p.scales, p.scale_type, at, columns, scale);
   if (p.offsets) LoadScales(p.offsets, p.scale_type, at, columns, offset);
   decoder.Block(block, 0, [&](int row, int j, Float value) __attribute__((always_inline)) {
-    Simd::Store(out + row * stride + j * kLanes, Simd::MulAdd(value, scale[j], offset[j]));
+    Simd::Store(out + row * stride + j * kLanes,
+                Simd::MulAdd(decoder.Entry(value), scale[j], offset[j]));
   });
 }
 

@@ -35,6 +35,7 @@ struct Simd {
   static Float Set(float a) { return _mm512_set1_ps(a); }
   static Float Load(const float* p) { return _mm512_loadu_ps(p); }
   static void Store(float* p, Float a) { _mm512_storeu_ps(p, a); }
+  static Float Sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
   static Float MulAdd(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   static Word LoadBytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static Word Right(Word a, int bits) { return _mm512_srli_epi32(a, bits); }
@@ -44,7 +45,12 @@ struct Simd {
   static Word LeftBy(Word a, int bits) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(bits)); }
   static Word And(Word a, uint32_t b) { return _mm512_and_si512(a, _mm512_set1_epi32(b)); }
   static Word Add(Word a, Word b) { return _mm512_add_epi32(a, b); }
-  static Float Convert(Word a) { return _mm512_cvtepi32_ps(a); }
+  // The lowest bits b as the number 2**23 + b, of which they are the last ones.
+  static constexpr float kLowBitsOf0 = 0x1p23f;
+  template <int kBits>
+  static Float LowBits(Word a) {
+    return _mm512_castsi512_ps(Select((1u << kBits) - 1, a, _mm512_set1_epi32(0x4B000000)));
+  }
   // Bits of a where the mask is set, of b elsewhere.
   static Word Select(uint32_t mask, Word a, Word b) {
     return _mm512_ternarylogic_epi32(_mm512_set1_epi32(mask), a, b, 0xCA);
@@ -117,6 +123,7 @@ struct Simd {
   static Float Set(float a) { return _mm256_set1_ps(a); }
   static Float Load(const float* p) { return _mm256_loadu_ps(p); }
   static void Store(float* p, Float a) { _mm256_storeu_ps(p, a); }
+  static Float Sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
   static Float MulAdd(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   static Word LoadBytes(const uint8_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -127,7 +134,12 @@ struct Simd {
   static Word LeftBy(Word a, int bits) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128(bits)); }
   static Word And(Word a, uint32_t b) { return _mm256_and_si256(a, _mm256_set1_epi32(b)); }
   static Word Add(Word a, Word b) { return _mm256_add_epi32(a, b); }
-  static Float Convert(Word a) { return _mm256_cvtepi32_ps(a); }
+  static constexpr float kLowBitsOf0 = 0x1p23f;
+  template <int kBits>
+  static Float LowBits(Word a) {
+    const Word bits = _mm256_or_si256(And(a, (1u << kBits) - 1), _mm256_set1_epi32(0x4B000000));
+    return _mm256_castsi256_ps(bits);
+  }
   static Word Select(uint32_t mask, Word a, Word b) {
     const Word m = _mm256_set1_epi32(mask);
     return _mm256_or_si256(_mm256_and_si256(m, a), _mm256_andnot_si256(m, b));
@@ -176,6 +188,7 @@ struct Simd {
   static Float Set(float a) { return vdupq_n_f32(a); }
   static Float Load(const float* p) { return vld1q_f32(p); }
   static void Store(float* p, Float a) { vst1q_f32(p, a); }
+  static Float Sub(Float a, Float b) { return vsubq_f32(a, b); }
   static Float MulAdd(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
   static Word LoadBytes(const uint8_t* p) { return vreinterpretq_u32_u8(vld1q_u8(p)); }
   static Word Right(Word a, int bits) { return vshlq_u32(a, vdupq_n_s32(-bits)); }
@@ -190,7 +203,11 @@ struct Simd {
   }
   static Word And(Word a, uint32_t b) { return vandq_u32(a, vdupq_n_u32(b)); }
   static Word Add(Word a, Word b) { return vaddq_u32(a, b); }
-  static Float Convert(Word a) { return vcvtq_f32_u32(a); }
+  static constexpr float kLowBitsOf0 = 0x1p23f;
+  template <int kBits>
+  static Float LowBits(Word a) {
+    return vreinterpretq_f32_u32(Select((1u << kBits) - 1, a, vdupq_n_u32(0x4B000000)));
+  }
   static Word Select(uint32_t mask, Word a, Word b) { return vbslq_u32(vdupq_n_u32(mask), a, b); }
   static Table LoadTable(const float* sixteen) {
     return {vld1q_u8_x4(reinterpret_cast<const uint8_t*>(sixteen))};
@@ -239,6 +256,7 @@ struct Simd {
     return a;
   }
   static void Store(float* p, Float a) { std::memcpy(p, &a, sizeof(a)); }
+  static Float Sub(Float a, Float b) { return a - b; }
   static Float MulAdd(Float a, Float b, Float c) { return a * b + c; }
   static Word LoadBytes(const uint8_t* p) {
     Word a;
@@ -269,7 +287,9 @@ struct Simd {
   }
   static Word And(Word a, uint32_t b) { return a & b; }
   static Word Add(Word a, Word b) { return a + b; }
-  static Float Convert(Word a) { return __builtin_convertvector(a, Float); }
+  static constexpr float kLowBitsOf0 = 0;
+  template <int kBits>
+  static Float LowBits(Word a) { return __builtin_convertvector(a & ((1u << kBits) - 1), Float); }
   static Word Select(uint32_t mask, Word a, Word b) { return (a & mask) | (b & ~mask); }
   static Table LoadTable(const float* sixteen) {
     Table t;

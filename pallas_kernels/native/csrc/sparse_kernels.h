@@ -81,6 +81,7 @@ template <int kBits, Tables kTables, int kM>
 void SparsePacked(const Problem& p, const Live& live, int64_t m0, int64_t first, int64_t last) {
   constexpr int64_t kColumns = kChunk / kM;
   const int64_t groups = (p.k + p.group - 1) / p.group, end = Min(last * kTile, p.n);
+  const Decoder<kBits, kTables> decoder(p, {0, kTile});
   alignas(64) float sums[kChunk], totals[kChunk];
   for (int64_t column = first * kTile; column < end; column += kColumns) {
     const int64_t count = Min(kColumns, end - column), tiles = (count + kTile - 1) / kTile;
@@ -103,7 +104,8 @@ void SparsePacked(const Problem& p, const Live& live, int64_t m0, int64_t first,
         for (int m = 0; m < kM; ++m)
           for (int j = 0; j < 4; ++j) {
             const int64_t place = (t * kM + m) * kTile + j * kLanes;
-            Float a = Simd::MulAdd(Simd::Load(sums + place), scale[j], Simd::Load(totals + place));
+            const Float sum = decoder.Entry(Simd::Load(sums + place));
+            Float a = Simd::MulAdd(sum, scale[j], Simd::Load(totals + place));
             if (p.offsets) a = Simd::MulAdd(Simd::Set(p.sums[(m0 + m) * groups + g]), offset[j], a);
             Simd::Store(totals + place, a);
           }

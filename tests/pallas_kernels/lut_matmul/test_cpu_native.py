@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -87,14 +88,35 @@ def test_every_scale_is_taken_exactly(dtype, instructions):
     np.testing.assert_array_equal(np.where(tiny, 0, y), np.where(tiny, 0, expected))
 
 
+TABLES = {
+    "integers": lambda n: np.arange(n) - n // 2,
+    "int": lambda n: (np.arange(n) - n // 2) / (n // 2 - 1),
+    "affine": lambda n: np.arange(n) / (n - 1),
+    "without zero": lambda n: np.arange(n) + 1,
+}
+
+
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
-@pytest.mark.parametrize("m,transpose", [(1, False), (6, False), (1, True)])
-def test_equally_spaced_tables_are_computed(m, transpose, instructions):
-    case = Case(m=m, bits=8, n=300, dtype="float32", transpose=transpose, offsets=True)
-    data = make(case)
-    data["lut"] = jnp.arange(-128.0, 128.0).reshape(1, 256, 1)
-    y = cpu_native.lut_matmul(*operands(data), **case.static, instructions=instructions)
-    assert relative_error(y, oracle(case, data)) < TOLERANCE["float32"]
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("bits", [6, 7, 8])
+def test_equally_spaced_tables_are_computed(bits, name, instructions):
+    case = Case(m=1, bits=bits, n=300, dtype="float32", offsets=True)
+    lut = jnp.asarray(TABLES[name](2**bits), jnp.float32).reshape(1, -1, 1)
+    x, words, scales, _, offsets = operands(make(case))
+
+    def product(x, lut, **static):
+        static = case.static | static | {"instructions": instructions}
+        return cpu_native.lut_matmul(x, words, scales, lut, offsets, **static)
+
+    tables = jnp.tile(lut, (case.n, 1, 1))  # one a column is always looked up
+    for rows in (x, jnp.tile(x, (6, 1))):
+        assert relative_error(product(rows, lut), product(rows, tables)) < TOLERANCE["float32"]
+    # Each entry is the one of the table to the last bit.
+    for rows in (1, 6):
+        eye = jnp.eye(case.k)[:rows]
+        assert jnp.array_equal(product(eye, lut), product(eye, tables))
+    eye = jnp.eye(case.n)[:1]
+    assert jnp.array_equal(product(eye, lut, transpose=True), product(eye, tables, transpose=True))
 
 
 def test_a_column_does_not_depend_on_its_neighbours_or_on_threads():
