@@ -4,6 +4,7 @@
 
 Batch 1, 64 tokens a round after a short prompt; the variants take turns, so that whatever else the
 machine does hits all of them; the median over rounds counts. Prints JSON with the ratio to dense.
+``-embed8`` has the embedding, which is the output head too, in 8-bit integers, else it is dense.
 ``-fused`` joins the projections that multiply the same activations (`lutjax.fuse_projections`).
 ``llama.cpp`` runs the same GGUF file with a thread a core, if `xllamacpp` is installed; ``qwix``
 the same model with Qwix's 4-bit NormalFloat weights in tiles of 64, if `qwix` is.
@@ -38,6 +39,8 @@ def variants(dense: Any) -> dict[str, Callable[[], Any]]:
         "nf8": lambda: lutjax.quantize(dense, bits=8),
         "nf4": lambda: lutjax.quantize(dense, bits=4),
         "nf3": lambda: lutjax.quantize(dense, bits=3),
+        "nf4-embed8": lambda: lutjax.quantize(dense, bits=4, embedding_bits=8),
+        "nf3-embed8": lambda: lutjax.quantize(dense, bits=3, embedding_bits=8),
         "higgs4": lambda: lutjax.quantize(dense, lutjax.Recipe.higgs(4)),
         "higgs3": lambda: lutjax.quantize(dense, lutjax.Recipe.higgs(3)),
         "gguf": lambda: lutjax.load(demo_model_path(), keep_quantized=True)[1],

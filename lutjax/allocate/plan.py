@@ -198,7 +198,7 @@ class Plan(Recipe):
     @property
     def recipe(self) -> Recipe:
         """The bare recipe."""
-        return Recipe(self.rules, self.dense)
+        return Recipe(self.rules, self.dense, self.embeddings)
 
     @property
     def size(self) -> int:
@@ -254,6 +254,7 @@ class Plan(Recipe):
             return cls(
                 recipe.rules,
                 recipe.dense,
+                recipe.embeddings,
                 choices=tuple(choices),
                 budget=Budget(**plan["budget"]),
                 solver=plan["solver"],

@@ -22,14 +22,14 @@ _CODES = ("codebook", "scale_dtype", "double_quant")
 class Quantize:
     """Compress a checkpoint to lookup-table weights, tensor by tensor.
 
-    Weight matrices become packed codes of a small table with a scale for each group; embeddings,
-    norms and the output head stay as they are.
+    Weight matrices become packed codes of a small table with a scale for each group; norms stay as
+    they are, and so do embeddings and the output head without --embedding-bits.
 
     For example:
 
     lutjax quantize HuggingFaceTB/SmolLM2-135M -o smol-4bit
 
-    lutjax quantize ./model -o model-3bit --bits 3 --group-size 128
+    lutjax quantize ./model -o model-3bit --bits 3 --group-size 128 --embedding-bits 8
 
     lutjax quantize ./model -o model-3bit --higgs --bits 3 --text book.txt
 
@@ -58,6 +58,9 @@ class Quantize:
     """Quantise the scales too, to 8 bits."""
     recipe: Path | None = None
     """JSON file with a rule for each kind of parameter, instead of the six options above."""
+    embedding_bits: int | None = None
+    """Bits of embeddings and output head, which stay dense by default; 8 cost next to nothing in
+    quality."""
     keep_quantized: bool = False
     """Keep matrices that are quantised already exactly (GGUF, GPTQ, AWQ, bitsandbytes,
     compressed-tensors, MXFP4); compress only the others."""
@@ -116,6 +119,12 @@ class Quantize:
         )
 
     def _recipe(self) -> Recipe:
+        recipe = self._recipe_of_matrices()
+        if self.embedding_bits is None:
+            return recipe
+        return recipe.with_embeddings(self.embedding_bits, self.group_size or 64)
+
+    def _recipe_of_matrices(self) -> Recipe:
         from lutjax import DoubleQuant, Recipe
 
         if self.recipe is not None:

@@ -73,6 +73,22 @@ def test_quantize_with_a_text(capsys, tmp_path, source, text):
     assert (weights[0] != weights[1]).any()
 
 
+def test_quantize_embeddings(capsys, tmp_path, source, text):
+    _, dense, _ = lutjax.load(source)
+    recipe = lutjax.Recipe.uniform(3, 16)
+    file = tmp_path / "recipe.json"
+    file.write_text(dataclasses.replace(recipe, embeddings=lutjax.LutConfig(8, 16)).to_json())
+    nearest = ("--bits", 3, "--group-size", 16, "--embedding-bits", 8)
+    on_a_text = (*nearest, "--text", text, "--samples", 2, "--window", 16)
+    for out, options in {"a": nearest, "b": on_a_text, "c": ("--recipe", file)}.items():
+        ok(capsys, "quantize", source, "-o", tmp_path / out, *options)
+        _, params, _ = lutjax.load(tmp_path / out)
+        expected = lutjax.quantize(dense, recipe.with_embeddings(8, 16))
+        assert lutjax.summarize(params) == lutjax.summarize(expected)
+        assert params["embed_tokens"]["embedding"].bits == 8
+        ok(capsys, "generate", tmp_path / out, "--prompt", "a", "--max-new-tokens", 2)
+
+
 def test_quantize_with_scales_that_learn(capsys, tmp_path, source, text):
     out, options = tmp_path / "out", ("--group-size", 16, "--bits", 2, "--text", text)
     few = ("--samples", 4, "--window", 16, "--learn-scales", 2)
@@ -230,6 +246,7 @@ def test_double_quantisation_and_dtype(capsys, tmp_path, source):
         (("--scale-dtype", "int8"), "int8"),
         (("--codebook", "affine", "--double-quant"), "double_quant"),
         (("--recipe", "nothing.json"), "nothing.json"),
+        (("--embedding-bits", 9), "bits=9"),
         (("--keep-quantized",), "keep_quantized"),
         (("--samples", 3), "--samples needs --text"),
         (("--learn-scales", 1), "--learn-scales needs --text"),

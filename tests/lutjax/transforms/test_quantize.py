@@ -9,6 +9,7 @@ import pytest
 
 import lutjax
 from lutjax import LutConfig, Recipe, Rule, codebooks
+from lutjax.paths import named_leaves
 from lutjax.transforms import quantize_array
 from lutjax.transforms.quantize import weight_view
 
@@ -230,8 +231,33 @@ def test_recipes_survive_json():
         Rule("pairs", LutConfig.higgs(2.5, 64)),
         Rule("head", None),
     )
-    recipe = Recipe(rules, dense=("x",))
+    recipe = Recipe(rules, dense=("x",), embeddings=LutConfig(6, double_quant=double))
     assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+def test_embeddings_and_the_head_have_a_configuration_of_their_own():
+    params = {
+        "embed": {"embedding": WEIGHT.T, "norm": {"scale": np.ones(16, np.float32)}},
+        "up": {"kernel": WEIGHT},
+        "lm_head": {"kernel": WEIGHT, "bias": np.ones((2, 16), np.float32)},
+        "special_embed": {"kernel": WEIGHT},
+    }
+    rules = (Rule("*", LutConfig(3, 16)), Rule("special_embed/kernel", None))
+    recipe = Recipe(rules, embeddings=LutConfig(6, 16))
+    bits = {
+        path: getattr(leaf, "bits", None)
+        for path, leaf in named_leaves(lutjax.quantize(params, recipe))
+    }
+    assert bits == {
+        "embed/embedding": 6,
+        "embed/norm/scale": None,
+        "up/kernel": 3,
+        "lm_head/kernel": 6,
+        "lm_head/bias": None,
+        "special_embed/kernel": None,
+    }
+    assert Recipe.uniform(bits=3, embedding_bits=6).embeddings == LutConfig(6)
+    assert Recipe.higgs(3).with_embeddings().embeddings == LutConfig(8, codebook="int")
 
 
 NAN = {"mlp": {"kernel": jnp.full((32, 16), jnp.nan)}}
@@ -360,6 +386,12 @@ NAN = {"mlp": {"kernel": jnp.full((32, 16), jnp.nan)}}
             r"group_size=64 is larger than K=8 of 'kernel'.* dense with Rule\('kernel', None",
         ),
         (lambda: Recipe((("*", C),)), TypeError, r"is no rule; give Rule\(pattern, config\)"),
+        (lambda: Recipe((), embeddings=8), TypeError, "embeddings=8; give a LutConfig or None"),
+        (
+            lambda: lutjax.quantize({"kernel": jnp.ones((64, 8))}, embedding_bits=8),
+            ValueError,
+            "embeddings are to have 8 bits, but no parameter matches",
+        ),
         (lambda: Recipe.from_json('{"rules": []}'), ValueError, "it has no rules"),
         (lambda: Recipe.from_json("{}"), ValueError, "not a recipe: 'rules'"),
         (lambda: Recipe.from_json('{"rule": []}'), ValueError, "unknown key 'rule'"),
