@@ -28,18 +28,18 @@ def write_plot(results: Sequence[DemoResult], path: Path) -> None:
     quality, speed = figure.subplots(1, 2, width_ratios=(1.25, 1))
     colors = [_COLORS[i % len(_COLORS)] for i in range(len(results))]
 
-    sizes = [r.matrix_megabytes for r in results]
+    sizes = [r.megabytes for r in results]
     values = [r.perplexity for r in results]
     quality.axhline(results[0].perplexity, color="#c0c5ce", linewidth=1, linestyle="--", zorder=1)
     quality.scatter(sizes, values, s=90, c=colors, zorder=3, edgecolors="white", linewidths=1)
     for result, color in zip(results, colors, strict=True):
         quality.annotate(
             f"{result.name}\n{result.perplexity:.2f}",
-            (result.matrix_megabytes, result.perplexity),
+            (result.megabytes, result.perplexity),
             xytext=(0, 10),
             textcoords="offset points",
             ha="center",
-            fontsize=9,
+            fontsize=8,
             color=color,
             fontweight="bold",
         )
@@ -52,7 +52,7 @@ def write_plot(results: Sequence[DemoResult], path: Path) -> None:
     marks = [t for t in (10, 15, 20, 30, 40, 60, 80) if min(values) / 1.12 < t < max(values) * 1.45]
     quality.set_yticks(marks, [str(t) for t in marks])
     quality.minorticks_off()
-    quality.set_xlabel("weight matrices, MB")
+    quality.set_xlabel("the whole model, MB")
     quality.set_ylabel("perplexity (lower is better)")
     quality.set_title("Size and quality", loc="left", fontweight="bold")
 
