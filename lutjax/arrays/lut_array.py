@@ -17,7 +17,7 @@ from lutjax.arrays.split import Split, is_partitioned_automatically, typed_entri
 from lutjax.arrays.view import MATRIX, MatrixView
 from lutjax.dtypes import widened
 from lutjax.packing import BLOCK, unpack
-from pallas_kernels.lut_matmul import dequantize, lut_matmul
+from pallas_kernels.lut_matmul import dequantize, lut_matmul, take_columns
 from pallas_kernels.sparse_matmul import BlockCodes
 
 
@@ -137,14 +137,14 @@ class LutArray(CompressedArray):
 
     def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array:
         """Dense rows or columns; only those are dequantised."""
-        columns = functools.partial(jnp.take, indices=indices, mode="clip")
         if axis == "n":
+            tables = jnp.take(self.lut, indices, axis=-3) if self._tables_per_column else self.lut
             part = dataclasses.replace(
                 self,
-                words=columns(self.words, axis=-1),
-                scales=columns(self.expanded_scales(), axis=-1),
-                lut=columns(self.lut, axis=-3) if self._tables_per_column else self.lut,
-                offsets=None if self.offsets is None else columns(self.offsets, axis=-1),
+                words=take_columns(self.words, indices),
+                scales=take_columns(self.expanded_scales(), indices),
+                lut=tables,
+                offsets=None if self.offsets is None else take_columns(self.offsets, indices),
             )
             return part.materialize_matrix().T
         place, within = indices // self.vector_size, indices % self.vector_size

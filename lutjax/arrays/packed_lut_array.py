@@ -17,7 +17,12 @@ from lutjax.arrays.base import CompressedArray, format_bytes
 from lutjax.arrays.lut_array import LutArray
 from lutjax.arrays.split import Split, is_partitioned_automatically, typed_entries
 from lutjax.arrays.view import MATRIX, MatrixView
-from pallas_kernels.lut_matmul import PackedWeight, packed_matmul, packed_matmul_grouped
+from pallas_kernels.lut_matmul import (
+    PackedWeight,
+    packed_columns,
+    packed_matmul,
+    packed_matmul_grouped,
+)
 from pallas_kernels.lut_matmul import prepack as prepack_words
 
 
@@ -204,7 +209,9 @@ class PackedLutArray(CompressedArray):
                 "over several; go inside jax.shard_map, or run the canonical parameters"
             )
 
-    def _product(self, x: jax.Array, out_dtype: Any, *, transpose: bool) -> jax.Array:
+    def _product(
+        self, x: jax.Array, out_dtype: Any = None, *, transpose: bool = False
+    ) -> jax.Array:
         self._check(x)
         if self.sharded:
             return self._whole()._product(x, out_dtype, transpose=transpose)
@@ -216,10 +223,13 @@ class PackedLutArray(CompressedArray):
             raise NotImplementedError(f"{self!r}: {error}") from error
 
     def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array:
-        """Dense rows or columns, by a product with rows of the identity."""
-        k, n = self.matrix_shape
-        picks = jax.nn.one_hot(indices, k if axis == "k" else n, dtype=self.dtype)
-        return self._product(picks, None, transpose=axis == "n")
+        """Dense columns, of which only these are looked up; rows by a product with the identity's.
+
+        Columns are rounded once, from the table as it was.
+        """
+        if axis == "n":
+            return packed_columns(self._whole().packed, indices).T
+        return self._product(jax.nn.one_hot(indices, self.matrix_shape[0], dtype=self.dtype))
 
     def split_specs(self, split: Split) -> Any:
         """Batch axes are split, and the shards that were packed.

@@ -31,8 +31,8 @@ def prepack(
 
     TPUs and Hopper GPUs read another order than the canonical words, and reorder them in every call
     unless this is done at load time. The result is for :func:`lutjax.lift` and cannot be saved,
-    resharded or trained: keep the canonical parameters for that. Embeddings stay as they are:
-    lookups need single rows, which only the canonical words give.
+    resharded or trained: keep the canonical parameters for that. Embeddings are looked up in either
+    order.
 
     Weights behind a gate (:func:`lutjax.sparsity.sparsify`) are laid out row by row, so that
     decoding reads live rows only: the canonical words keep eight rows together, and so do the tiles
@@ -75,7 +75,7 @@ def prepack(
     def one(path: tuple, leaf: Any) -> Any:
         if isinstance(leaf, GatedArray) and lanes is not None:
             return dataclasses.replace(leaf, base=_by_rows(leaf.base, lanes))
-        if chosen is None or not isinstance(leaf, LutArray) or "embed" in path_string(path):
+        if chosen is None or not isinstance(leaf, LutArray):
             return leaf
         try:
             return PackedLutArray.of(leaf, chosen, device_kind)

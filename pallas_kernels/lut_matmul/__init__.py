@@ -4,9 +4,11 @@ from pallas_kernels.lut_matmul.api import IMPLEMENTATIONS, lut_matmul
 from pallas_kernels.lut_matmul.dispatch import interpret_kernels
 from pallas_kernels.lut_matmul.packed import (
     PackedWeight,
+    packed_columns,
     packed_matmul,
     packed_matmul_grouped,
     prepack,
+    take_columns,
 )
 from pallas_kernels.lut_matmul.reference import dequantize
 
@@ -16,7 +18,9 @@ __all__ = [
     "dequantize",
     "interpret_kernels",
     "lut_matmul",
+    "packed_columns",
     "packed_matmul",
     "packed_matmul_grouped",
     "prepack",
+    "take_columns",
 ]

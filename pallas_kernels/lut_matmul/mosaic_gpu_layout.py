@@ -94,6 +94,43 @@ def pack_fragments(words: jax.Array, rows: int, columns: int, p: int = 1) -> tup
     )
 
 
+def unpack_columns(
+    planes: tuple[jax.Array, ...], bits: int, columns: jax.Array, p: int = 1
+) -> jax.Array:
+    """The codes of some columns of :func:`pack_fragments`, ``uint8[rows / p, len(columns)]``.
+
+    ``bits`` are those of a row.
+    """
+    step, c, v = np.unravel_index(np.arange(32), (8, 2, 2))
+    # Of each plane its bits, the word of a thread, and the place of a code of register r there.
+    found = {
+        2: [(2, step // 2, 16 * (step % 2) + 8 * c + 4 * v, 2)],
+        3: [
+            (2, step // 2, 16 * c + 4 * v + 2 * (step % 2), 8),
+            (1, step // 4, 16 * c + 4 * v + step % 4, 8),
+        ],
+        4: [(4, step, 16 * c + 4 * v, 8)],
+        8: [(8, 2 * step + c, 8 * v, 16)],
+    }[bits]
+    tile, warp = columns // TILE_N, columns // 16 % 4
+    r, g = columns // 8 % 2, columns % 8
+    codes, low = jnp.uint8(0), 0
+    for plane, length, (b, word, place, of_r) in zip(
+        planes, vector_lengths(bits), found, strict=True
+    ):
+        tiles, slices, count, _ = plane.shape
+        threads = plane.reshape(tiles, slices, count // length, 4, 8, 4, length)
+        threads = threads[tile, :, :, warp, g]  # [columns, slices, vectors, t, length]
+        words = threads.swapaxes(2, 3).reshape(len(columns), slices, 4, count)[..., word]
+        shifts = (place[None] + of_r * r[:, None]).astype(_U32)[:, None, None]
+        part = ((words >> shifts) & _U32(2**b - 1)).astype(jnp.uint8) << jnp.uint8(low)
+        codes, low = codes | part, low + b
+    # [columns, slices, t, (step, c, v)] to rows: slice, step, c, t, v
+    codes = codes.reshape(*codes.shape[:3], 16, 2).swapaxes(2, 3).reshape(len(columns), -1, p)
+    joined = sum((codes[..., i] << jnp.uint8(bits * i) for i in range(1, p)), start=codes[..., 0])
+    return joined.T
+
+
 def _join(codes: jax.Array, bits: int, axes: tuple[int, ...]) -> jax.Array:
     """Joins the codes of the trailing ``axes`` into words, the last axis in the lowest bits."""
     count = len(axes)

@@ -195,6 +195,13 @@ def _tiled(scales: jax.Array, problem: _Problem) -> jax.Array:
     return scales if rows == 1 else jnp.pad(scales, ((0, 0), (0, -rows % 8), (0, 0)))
 
 
+def untiled(scales: jax.Array, problem: _Problem) -> jax.Array:
+    """The scales of :func:`prepack` as ``[groups, padded N]``, groups of padding at the end."""
+    if problem.group <= problem.config.block_k:
+        scales = scales[:, : problem.config.block_k // problem.segment]
+    return scales.reshape(-1, problem.padded_n)
+
+
 def lut_matmul(
     x: jax.Array,
     words: jax.Array,

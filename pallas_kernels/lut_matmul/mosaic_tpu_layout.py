@@ -95,6 +95,21 @@ def _pack_step(words: jax.Array, lookup: Lookup) -> tuple[jax.Array, ...]:
     return tuple(planes)
 
 
+def unpack_planes(planes: tuple[jax.Array, ...], bits: int, lookup: Lookup) -> jax.Array:
+    """The codes of :func:`pack_planes`, or of some columns of it: ``uint8[rows, columns]``."""
+    place = np.argsort(byte_order(lookup))  # the byte row of each of 32 codes
+    codes, low = jnp.uint8(0), 0
+    for plane, b in zip(planes, PLANES[bits], strict=True):
+        n = plane.shape[1]
+        shifts = 8 * jnp.arange(4, dtype=jnp.int32).reshape(1, 1, 4, 1)
+        rows = jax.lax.shift_right_logical(plane.reshape(-1, 8, 1, n), shifts) & 255
+        rows = rows.astype(jnp.uint8).reshape(-1, 1, ROWS, n)[:, :, place]
+        fields = rows >> jnp.arange(0, 8, b, dtype=jnp.uint8).reshape(1, -1, 1, 1)
+        codes = codes | (fields & jnp.uint8(2**b - 1)).reshape(-1, n) << jnp.uint8(low)
+        low += b
+    return codes
+
+
 def tables(lut: jax.Array, columns: int, lookup: Lookup) -> jax.Array:
     """The tables in the form of the lookup, with one column a lane.
 

@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.layout import pack
 from pallas_kernels.lut_matmul import dispatch
 from pallas_kernels.lut_matmul.api import lut_matmul
 from pallas_kernels.lut_matmul.epilogue import add_offsets
+from pallas_kernels.lut_matmul.reference import dequantize
 from pallas_kernels.manual_axes import vary_over, varying_axes
 
 
@@ -29,6 +31,7 @@ class PackedWeight:
       planes: Packed codes in the implementation's layout (canonical words for those without one).
       scales: ``[ceil(K / G), N]``, or the implementation's form of them.
       table: ``float32[T, 2**bits, p]``, or the implementation's form of it.
+      lut: ``[T, 2**bits, p]`` as it was, for :func:`packed_columns`.
       offsets: ``[ceil(K / G), N]``, or None.
       implementation: Whose layout it is.
       dtype: Of the activations; a table may be stored in it.
@@ -43,6 +46,7 @@ class PackedWeight:
     planes: tuple
     scales: jax.Array
     table: jax.Array
+    lut: jax.Array
     offsets: jax.Array | None
     implementation: str = dataclasses.field(metadata={"static": True})
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
@@ -128,6 +132,7 @@ def prepack(
         planes=planes,
         scales=scales,
         table=table,
+        lut=lut,
         offsets=offsets,
         implementation=implementation,
         dtype=np.dtype(dtype),
@@ -221,6 +226,74 @@ def packed_matmul_grouped(
     return _apply_grouped(*operands, out_dtype, interpret or dispatch.interpreting())
 
 
+@jax.jit
+def packed_columns(weight: PackedWeight, columns: jax.Array) -> jax.Array:
+    """``W[:, columns]``, of which no other column is looked up: tokens of a tied embedding.
+
+    Args:
+      weight: From :func:`prepack`.
+      columns: ``int[C]``, in range.
+
+    Returns:
+      ``[K, C]`` in the dtype of the weight, rounded once.
+
+    >>> from pallas_kernels.layout import pack
+    >>> words = pack(jnp.arange(8).reshape(1, 8), bits=4)
+    >>> scales, lut = jnp.ones((1, 8)), jnp.arange(16.0).reshape(1, 16, 1)
+    >>> packed = prepack(words, scales, lut, k=1, group_size=1, implementation="xla")
+    >>> packed_columns(packed, jnp.array([5, 3])).tolist()
+    [[5.0, 3.0]]
+    """
+    planes, scales = weight.planes, weight.scales
+    if not weight.padded:
+        words = take_columns(planes[0], columns)
+    elif weight.implementation == "mosaic_tpu":
+        from pallas_kernels.lut_matmul import mosaic_tpu, mosaic_tpu_layout
+
+        problem = _tpu_problem(jax.ShapeDtypeStruct((16, weight.k), weight.dtype), weight, False)
+        planes = tuple(take_columns(plane, columns) for plane in planes)
+        codes = mosaic_tpu_layout.unpack_planes(planes, weight.bits, problem.config.lookup)
+        words = pack(codes, weight.bits)
+        scales = mosaic_tpu.untiled(scales, problem)
+    else:
+        from pallas_kernels.lut_matmul import mosaic_gpu_layout
+
+        bits_of_row = weight.bits // weight.p
+        codes = mosaic_gpu_layout.unpack_columns(planes, bits_of_row, columns, weight.p)
+        words = pack(codes, weight.bits)
+    one_table = weight.lut.shape[0] == 1
+    return dequantize(
+        words,
+        take_columns(scales[: -(-weight.k // weight.group_size)], columns),
+        weight.lut if one_table else jnp.take(weight.lut, columns, axis=0),
+        None if weight.offsets is None else take_columns(weight.offsets, columns),
+        k=weight.k,
+        group_size=weight.group_size,
+        dtype=weight.dtype,
+    )
+
+
+def take_columns(array: jax.Array, columns: jax.Array) -> jax.Array:
+    """``array[..., columns]``, for columns in range, which moves nothing else on a TPU either."""
+    if dispatch.compiling_for("tpu"):
+        return _columns_by_tiles(array, columns)
+    return jnp.take(array, columns, axis=-1, mode="clip")
+
+
+def _columns_by_tiles(array: jax.Array, columns: jax.Array) -> jax.Array:
+    """One lane of one tile after the other: for a gather, XLA would transpose all of the array."""
+    n = array.shape[-1]
+    width = min(128, n)
+
+    def one(column: jax.Array) -> jax.Array:
+        start = jnp.minimum(column // width * width, n - width)
+        tile = jax.lax.dynamic_slice_in_dim(array, start, width, axis=-1)
+        lane = jax.lax.broadcasted_iota(columns.dtype, tile.shape, tile.ndim - 1)
+        return jnp.sum(jnp.where(lane == column - start, tile, 0), axis=-1, dtype=tile.dtype)
+
+    return jnp.moveaxis(jax.lax.map(one, columns), 0, -1)
+
+
 def _vary_alike(*operands: Any) -> tuple:
     """The operands varying over the same axes of a mesh, as those of a kernel have to."""
     axes = varying_axes(*jax.tree.leaves(operands))
@@ -296,7 +369,7 @@ def _words_like(weight: PackedWeight) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((blocks, weight.bits, weight.n), jnp.uint8)
 
 
-def _tpu_problem(x: jax.Array, weight: PackedWeight, transpose: bool) -> Any:
+def _tpu_problem(x: jax.Array | jax.ShapeDtypeStruct, weight: PackedWeight, transpose: bool) -> Any:
     from pallas_kernels.lut_matmul import mosaic_tpu
 
     config = _for_rows(weight.padded[2], x.shape[0], transpose)

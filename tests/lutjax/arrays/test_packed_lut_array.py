@@ -142,11 +142,26 @@ def test_what_it_cannot_do_is_refused(tmp_path):
         )
 
 
-def test_embeddings_keep_words_that_can_be_looked_up():
-    params = {"embed_tokens": {"embedding": weight()}, "kernel": weight()}
-    packed = lutjax.prepack(params, implementation="xla")
-    assert packed["embed_tokens"]["embedding"] is params["embed_tokens"]["embedding"]
-    assert isinstance(packed["kernel"], PackedLutArray)
+@pytest.mark.parametrize("implementation", ["mosaic_tpu", "xla"])
+def test_an_embedding_is_looked_up_and_is_the_head(implementation):
+    kind = "TPU v6 lite" if implementation == "mosaic_tpu" else None
+    table = jax.random.normal(jax.random.key(0), (200, 128), jnp.bfloat16)
+    params = lutjax.quantize({"embedding": table}, bits=4, group_size=32, embedding_bits=4)
+    tokens = jnp.array([[3, 199], [0, 3]])
+
+    def model(params, tokens):
+        x = jnp.take(params["embedding"], tokens, axis=0)
+        return x, x @ params["embedding"].T
+
+    run = lutjax.lift(model, strict=True)
+    with interpret_kernels():
+        packed = lutjax.prepack(params, implementation=implementation, device_kind=kind)
+        assert isinstance(packed["embedding"], PackedLutArray)
+        x, logits = run(packed, tokens)
+    np.testing.assert_array_equal(x, params["embedding"].materialize()[tokens])
+    expected = np.asarray(run(params, tokens)[1], np.float64)
+    error = np.linalg.norm(np.asarray(logits, np.float64) - expected)
+    assert error < 1.1e-2 * np.linalg.norm(expected)  # sums and entries are rounded to bfloat16
 
 
 def test_a_device_by_name():

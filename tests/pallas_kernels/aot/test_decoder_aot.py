@@ -1,5 +1,7 @@
 """A decoder as `lutjax generate` runs it: four kernels a block and the head; no weight moves."""
 
+import dataclasses
+import math
 import re
 
 import compilers
@@ -14,7 +16,7 @@ from lutjax.models import Decoder, DecoderConfig, init_cache
 S = jax.ShapeDtypeStruct
 BATCH = 16
 FOUR_BITS = LutConfig(bits=4, group_size=128)
-RECIPE = Recipe((Rule("lm_head/kernel", FOUR_BITS), Rule("*", FOUR_BITS)))
+RECIPE = Recipe((Rule("*", FOUR_BITS),))
 SHAPE_OF_LLAMA_3_8B = DecoderConfig(
     vocab_size=128256,
     hidden_size=4096,
@@ -32,7 +34,10 @@ SHAPE_OF_LLAMA_3_8B = DecoderConfig(
 def parameters(model, tokens, implementation, kind):
     dense = model.init(jax.random.key(0), tokens)["params"]
     dense = jax.tree.map(lambda a: a.astype(jnp.bfloat16), dense)
-    params = lutjax.quantize(lutjax.fuse_projections(dense), RECIPE)
+    # A tied embedding is looked up too.
+    head = LutConfig(8, 128, "int") if model.config.tie_embeddings else FOUR_BITS
+    recipe = dataclasses.replace(RECIPE, embeddings=head)
+    params = lutjax.quantize(lutjax.fuse_projections(dense), recipe)
     return lutjax.prepack(params, implementation=implementation, device_kind=kind)
 
 
@@ -40,9 +45,10 @@ def parameters(model, tokens, implementation, kind):
     ("target", "implementation", "call"),
     [("v6e", "mosaic_tpu", "tpu_custom_call"), ("h200", "mosaic_gpu", "mosaic_gpu")],
 )
-def test_one_token_takes_four_kernels_a_block(target, implementation, call):
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_token_takes_four_kernels_a_block(target, implementation, call, tied):
     (compilers.need_tpu if target == "v6e" else compilers.need_gpu)()
-    config = SHAPE_OF_LLAMA_3_8B
+    config = dataclasses.replace(SHAPE_OF_LLAMA_3_8B, tie_embeddings=tied)
     model = Decoder(config)
     tokens = S((BATCH, 1), jnp.int32)
     cache = jax.eval_shape(lambda: init_cache(config, BATCH, 256, jnp.bfloat16))
@@ -58,8 +64,16 @@ def test_one_token_takes_four_kernels_a_block(target, implementation, call):
     compiled, _ = compilers.compile_for(target, step, params, tokens, cache)
     program = compiled.as_text()
     assert program.count(f'custom_call_target="{call}') == 4 * config.num_layers + 1
-    words = r"= [us]32\[\d+,\d+,\d+[\d,]*\]\S* ([\w-]+)\("
-    assert set(re.findall(words, program)) <= {"parameter", "bitcast", "copy-done"}
+    # Lookups in the embedding read the words of BATCH columns; what is large stays where it is, or
+    # is brought near whole (by copies and slices that are done later, then a bitcast).
+    arrays = re.findall(r"= [us]32\[([\d,]+)\]\S* ([\w-]+)\((.*)", program)
+    large = {
+        "bitcast" if "ConcatBitcast" in rest else op
+        for dims, op, rest in arrays
+        if math.prod(map(int, dims.split(","))) > 2**21
+    }
+    assert "parameter" in large
+    assert large <= {"parameter", "get-tuple-element", "bitcast", "copy-done", "slice-done"}
     # No dense matrix either: the temporary memory is that of the logits, once or twice.
     temporary = compiled.memory_analysis().temp_size_in_bytes
     assert temporary < 2.1 * BATCH * config.vocab_size * 4

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu
-from lut_cases import Case, make, operands, oracle, relative_error
+from lut_cases import CASES, Case, make, operands, oracle, relative_error
 
+from pallas_kernels.layout import unpack
 from pallas_kernels.lut_matmul import (
+    dequantize,
     interpret_kernels,
+    mosaic_gpu_layout,
+    packed,
+    packed_columns,
     packed_matmul,
     packed_matmul_grouped,
     prepack,
+    take_columns,
 )
 
 
@@ -154,7 +162,7 @@ def test_without_a_layout_of_its_own_the_words_stay_canonical():
     packed = prepack(words, scales, lut, k=256, group_size=64, implementation="reference")
     np.testing.assert_array_equal(packed.planes[0], words)
     leaves = jax.tree.leaves(packed)
-    assert len(leaves) == 3  # no offsets
+    assert len(leaves) == 4  # no offsets
     with pytest.raises(ValueError, match=r"x of shape \(4, 255\) must end in K=256"):
         packed_matmul(x[:, :-1], packed)
     with pytest.raises(ValueError, match=r"x of shape \(4, 256\) must end in N=128 .*transposed"):
@@ -188,3 +196,45 @@ def test_a_weight_that_the_kernel_does_not_take_is_refused():
     _, words, scales, lut, _ = operands(make(case))
     with pytest.raises(NotImplementedError, match=r"mosaic_tpu.*a table for each of 128 columns"):
         prepack(words, scales, lut, k=256, group_size=64, implementation="mosaic_tpu")
+
+
+LAYOUTS = [
+    ("mosaic_tpu", "TPU v5 lite"),
+    ("mosaic_tpu", "TPU v6 lite"),
+    ("mosaic_gpu", None),
+    ("reference", None),
+]
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if not c.transpose and c.m > 0], ids=str)
+@pytest.mark.parametrize(("implementation", "kind"), LAYOUTS)
+def test_columns_are_those_of_the_weight_to_the_last_bit(implementation, kind, case):
+    _, *weight = operands(make(case))
+    static = {"k": case.k, "group_size": case.group_size}
+    layout = {"implementation": implementation, "device_kind": kind, "dtype": case.dtype}
+    try:
+        with interpret_kernels():
+            packed = prepack(*weight, **static, **layout)
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+    columns = jnp.array([case.n - 1, 0, case.n // 2, 5, 5])
+    dense = jax.jit(functools.partial(dequantize, **static, dtype=case.dtype))(*weight)
+    np.testing.assert_array_equal(packed_columns(packed, columns), dense[:, columns])
+
+
+@pytest.mark.parametrize(("bits", "p"), [(2, 1), (3, 1), (4, 1), (8, 1), (2, 2), (3, 2), (4, 2)])
+def test_codes_of_hopper_columns_come_back(bits, p):
+    words = jnp.asarray(np.random.default_rng(0).integers(0, 256, (12, bits * p, 130), np.uint8))
+    planes = mosaic_gpu_layout.pack_fragments(words, 256, 192, p)
+    codes = mosaic_gpu_layout.unpack_columns(planes, bits, jnp.arange(130), p)
+    assert codes.shape == (256 // p, 130)
+    np.testing.assert_array_equal(codes[:96], unpack(words)[: 256 // p])
+
+
+@pytest.mark.parametrize("shape", [(5, 300), (3, 2, 128), (4, 40)])
+def test_single_lanes_of_tiles_are_columns(shape):
+    array = jax.random.randint(jax.random.key(0), shape, 0, 255, jnp.uint8)
+    columns = jnp.array([0, shape[-1] - 1, shape[-1] // 2, 7, 7])
+    tiles = packed._columns_by_tiles(array, columns)
+    np.testing.assert_array_equal(tiles, take_columns(array, columns))
+    np.testing.assert_array_equal(tiles, array[..., columns])
