@@ -3,6 +3,9 @@
 import ast
 import importlib
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,3 +48,12 @@ def test_the_tour_shows_what_it_printed():
     assert len(outputs) > 5
     assert all(outputs)
     assert all(output["output_type"] != "error" for cell in outputs for output in cell)
+
+
+def test_the_trajectories_of_duality_lie_on_each_other(tmp_path):
+    command = [sys.executable, EXAMPLES / "duality.py", "--output", tmp_path / "plot.png"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    gaps = re.findall(r"largest difference of a weight, (\w+): (\S+)", printed)
+    assert [name for name, _ in gaps] == ["adapters", "switched"]
+    assert all(float(gap) < 1e-12 for _, gap in gaps)  # float64
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
