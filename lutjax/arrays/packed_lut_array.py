@@ -22,6 +22,7 @@ from pallas_kernels.lut_matmul import (
     packed_columns,
     packed_matmul,
     packed_matmul_grouped,
+    zero_of_bytes,
 )
 from pallas_kernels.lut_matmul import prepack as prepack_words
 
@@ -67,23 +68,27 @@ class PackedLutArray(CompressedArray):
           ValueError: If it is on several devices but not over one mesh, or the shards of K are not
             whole groups.
         """
+        static = {
+            "implementation": implementation,
+            "device_kind": device_kind,
+            "zero": zero_of_bytes(array.lut),
+        }
         if len(_devices(array.words)) > 1:
-            return cls._of_shards(array, implementation, device_kind)
-        pack = functools.partial(
-            prepack_words,
-            k=array.matrix_shape[0],
-            group_size=array.group_size,
-            implementation=implementation,
-            dtype=array.dtype,
-            device_kind=device_kind,
-        )
+            return cls._of_shards(array, static)
+        return cls._packed(array, static)
+
+    @classmethod
+    def _packed(cls, array: LutArray, static: dict[str, Any]) -> Self:
+        """Repacks a weight that is whole here."""
+        k, group_size, dtype = array.matrix_shape[0], array.group_size, array.dtype
+        pack = functools.partial(prepack_words, k=k, group_size=group_size, dtype=dtype, **static)
         for _ in array.batch_shape:
             pack = jax.vmap(pack)
         operands = (array.words, array.expanded_scales(), array.lut, array.offsets)
         return cls(jax.jit(pack)(*operands), array.view)
 
     @classmethod
-    def _of_shards(cls, array: LutArray, implementation: str, device_kind: str | None) -> Self:
+    def _of_shards(cls, array: LutArray, static: dict[str, Any]) -> Self:
         """Every device repacks what it has."""
         shardings: Any = jax.tree.map(lambda a: a.sharding, array)
         meshes = {getattr(sharding, "mesh", None) for sharding in jax.tree.leaves(shardings)}
@@ -117,7 +122,7 @@ class PackedLutArray(CompressedArray):
             )
 
         def one(shard: LutArray) -> PackedLutArray:
-            whole = cls.of(shard, implementation, device_kind)
+            whole = cls._packed(shard, static)
             axes = (count, count + 1)
             packed = jax.tree.map(lambda a: jnp.expand_dims(a, axes), whole.packed)
             return dataclasses.replace(whole, packed=packed, sharded=True)

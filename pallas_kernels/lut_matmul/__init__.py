@@ -9,6 +9,7 @@ from pallas_kernels.lut_matmul.packed import (
     packed_matmul_grouped,
     prepack,
     take_columns,
+    zero_of_bytes,
 )
 from pallas_kernels.lut_matmul.reference import dequantize
 
@@ -23,4 +24,5 @@ __all__ = [
     "packed_matmul_grouped",
     "prepack",
     "take_columns",
+    "zero_of_bytes",
 ]

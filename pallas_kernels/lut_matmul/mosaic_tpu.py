@@ -112,9 +112,10 @@ def default_config(
     per_channel: bool,
     transpose: bool,
     device_kind: str | None,
+    computed: bool = False,
 ) -> Config:
     """A sane configuration for any shape and device."""
-    lookup = _lookup(bits, dtype, per_channel, device_kind)
+    lookup = _lookup(bits, dtype, per_channel, device_kind, computed)
     few = m <= 64 and not transpose
     block_n = min(512, -(-n // LANES) * LANES)
     target = (2048 if lookup in ("wide", "lane") else 4096) if few else 512
@@ -123,10 +124,12 @@ def default_config(
     return Config(min(512, -(-m // rows) * rows), block_k, block_n, lookup, not few)
 
 
-def _lookup(bits: int, dtype: Any, per_channel: bool, kind: str | None) -> Lookup:
+def _lookup(bits: int, dtype: Any, per_channel: bool, kind: str | None, computed: bool) -> Lookup:
+    known = kind or ""
+    if computed:
+        return "int8" if known.startswith(_BYTE_GATHER) and dtype == jnp.bfloat16 else "int32"
     if bits > 4:
         return "lane"
-    known = kind or ""
     if known.startswith("TPU v4") and not per_channel:
         return "lane"
     if dtype != jnp.bfloat16:
@@ -236,8 +239,12 @@ def make_problem(
     transpose: bool,
     config: Config | None = None,
     device_kind: str | None = None,
+    computed: bool = False,
 ) -> _Problem:
-    """Pads the sizes of a product to the tiles of ``config`` (None: a heuristic one)."""
+    """Pads the sizes of a product to the tiles of ``config`` (None: a heuristic one).
+
+    ``computed`` says that the table is -128 .. 127, and so needs no looking up.
+    """
     _, bits, n = words.shape
     p = lut.shape[-1]
     codes, group = -(-k // p), _group_codes(k, group_size, p)
@@ -252,6 +259,7 @@ def make_problem(
         per_channel=lut.shape[0] > 1,
         transpose=transpose,
         device_kind=kind,
+        computed=computed,
     )
     padded_k = -(-codes // config.block_k) * config.block_k
     padded_n = -(-n // config.block_n) * config.block_n

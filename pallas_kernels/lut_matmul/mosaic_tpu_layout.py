@@ -23,11 +23,16 @@ import numpy as np
 
 from pallas_kernels.layout import BLOCK, block_code
 
-Lookup = Literal["byte", "pair", "mixed", "wide", "lane"]
+Lookup = Literal["byte", "pair", "mixed", "wide", "lane", "int8", "int32"]
 """``byte``: 8-bit sublane gathers (v6e, tpu7x). ``pair``: 32-bit sublane gathers of two bf16
 entries, of which the highest bit of the code takes one by a shift. ``mixed``: the same, but an
 eighth are lane gathers, which run in another unit. ``wide``: 32-bit sublane gathers to float32.
-``lane``: 32-bit lane gathers to float32."""
+``lane``: 32-bit lane gathers to float32. ``int8`` and ``int32``: none, because the entries are
+equally spaced; bytes are converted to bf16 as they are (v6e, tpu7x), or shifted and converted to
+float32."""
+
+COMPUTED = ("int8", "int32")
+"""Of tables of equally spaced entries for bytes; the codes are stored less 128."""
 
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 """Bits of the planes that a code is split into, low bits first."""
@@ -45,7 +50,7 @@ def byte_order(lookup: Lookup) -> np.ndarray:
     """``order[q]``: the code, within 32, that byte row ``q`` holds."""
     q = np.arange(ROWS)
     r, j = q // 4, q % 4
-    if lookup == "byte":
+    if lookup in ("byte", "int8"):
         return q
     if lookup in ("pair", "mixed"):
         return 16 * (j // 2) + 2 * r + j % 2
@@ -70,7 +75,12 @@ def pack_planes(words: jax.Array, rows: int, columns: int, lookup: Lookup) -> tu
     step = math.gcd(rows, max(unit(bits), _ROWS_A_STEP))
     steps = words.reshape(rows // step, step // BLOCK, bits, columns)
     planes = jax.lax.map(functools.partial(_pack_step, lookup=lookup), steps)
-    return tuple(plane.reshape(-1, columns) for plane in planes)
+    return tuple(plane.reshape(-1, columns) ^ _flipped(lookup) for plane in planes)
+
+
+def _flipped(lookup: Lookup) -> np.int32:
+    """The highest bit of every byte where codes are stored less 128, as signed bytes."""
+    return np.int32(-0x7F7F7F80 if lookup in COMPUTED else 0)
 
 
 def _pack_step(words: jax.Array, lookup: Lookup) -> tuple[jax.Array, ...]:
@@ -100,7 +110,7 @@ def unpack_planes(planes: tuple[jax.Array, ...], bits: int, lookup: Lookup) -> j
     place = np.argsort(byte_order(lookup))  # the byte row of each of 32 codes
     codes, low = jnp.uint8(0), 0
     for plane, b in zip(planes, PLANES[bits], strict=True):
-        n = plane.shape[1]
+        plane, n = plane ^ _flipped(lookup), plane.shape[1]
         shifts = 8 * jnp.arange(4, dtype=jnp.int32).reshape(1, 1, 4, 1)
         rows = jax.lax.shift_right_logical(plane.reshape(-1, 8, 1, n), shifts) & 255
         rows = rows.astype(jnp.uint8).reshape(-1, 1, ROWS, n)[:, :, place]
@@ -124,8 +134,10 @@ def tables(lut: jax.Array, columns: int, lookup: Lookup) -> jax.Array:
       lower half of the bf16 entries in the low 16 bits and, from 3 bits on, the upper half in the
       high ones; for ``mixed`` then eight rows with entry i in lane i. ``wide``: float32, 16 rows.
       ``lane``: float32, entry ``128 i + lane`` in row ``8 i``. Fewer entries than places repeat, so
-      that bits above a code may stay.
+      that bits above a code may stay. Zeros where nothing is looked up.
     """
+    if lookup in COMPUTED:
+        return jnp.zeros((1, 8, 128), jnp.float32)
     shared = lut.shape[0] == 1
     values = jnp.transpose(lut, (2, 1, 0)).astype(jnp.float32)  # [p, entries, T]
     p, entries, _ = values.shape

@@ -99,7 +99,8 @@ def lookup_rows(
       interpret: Whether the kernel is interpreted, which lacks two things that Mosaic has.
 
     Returns:
-      Two ``bf16[16, 128]``, or four ``float32[8, 128]`` for ``wide`` and ``lane``.
+      One ``bf16[32, 128]`` for ``int8``, two ``bf16[16, 128]``, or four ``float32[8, 128]`` for
+      ``wide``, ``lane`` and ``int32``.
     """
     units = [row // (ROWS * 8 // b) for b in PLANES[bits]]
     words = tuple(ref[8 * u : 8 * u + 8, lanes] for ref, u in zip(plane_refs, units, strict=True))
@@ -127,6 +128,10 @@ def _lookup(
     interpret: bool,
 ) -> list[jax.Array]:
     """:func:`lookup_rows` on registers; jitted so that a large kernel is traced once a pattern."""
+    if lookup == "int8":
+        return [pltpu.bitcast(words[0], jnp.int8).astype(jnp.bfloat16)]
+    if lookup == "int32":
+        return [((words[0] << (24 - 8 * j)) >> 24).astype(jnp.float32) for j in range(4)]
     take = functools.partial(gather, interpret=interpret)
     if lookup == "byte":
         packed = pltpu.bitcast(_codes(words, bits, row, None), jnp.int8)

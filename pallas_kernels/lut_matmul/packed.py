@@ -75,6 +75,7 @@ def prepack(
     implementation: str,
     dtype: Any = jnp.bfloat16,
     device_kind: str | None = None,
+    zero: int | None = None,
 ) -> PackedWeight:
     """Reorders a weight for an implementation and the dtype of its activations.
 
@@ -88,6 +89,8 @@ def prepack(
       implementation: ``"mosaic_tpu"`` and ``"mosaic_gpu"`` have their own layouts.
       dtype: Of the activations.
       device_kind: Of the device, e.g. ``"TPU v6 lite"``; None: the one that is compiled for.
+      zero: Of :func:`zero_of_bytes`, which does not know a table that is traced. A TPU converts
+        the codes of such a table instead of looking them up.
 
     Returns:
       A pytree for :func:`packed_matmul`.
@@ -104,7 +107,7 @@ def prepack(
     """
     _, bits, n = words.shape
     x = jax.ShapeDtypeStruct((16, k), dtype)
-    static = {"k": k, "group_size": group_size, "transpose": False}
+    static: dict[str, Any] = {"k": k, "group_size": group_size, "transpose": False}
     reason = dispatch.reason_against(implementation, (x, words, scales, lut, offsets), static)
     if reason is not None:
         raise NotImplementedError(f"implementation {implementation!r} cannot run this: {reason}")
@@ -115,9 +118,11 @@ def prepack(
         from pallas_kernels.lut_matmul import mosaic_tpu
 
         kind = device_kind or dispatch.device_kind("tpu")
-        problem = mosaic_tpu.make_problem(
-            x, words, lut, k=k, group_size=group_size, transpose=False, device_kind=kind
-        )
+        static["device_kind"] = kind
+        if zero is not None:
+            scales, lut, offsets = _with_integers(scales, lut, offsets, zero)
+            static["computed"] = True
+        problem = mosaic_tpu.make_problem(x, words, lut, **static)
         planes, scales, table, _ = mosaic_tpu.prepack(words, scales, lut, problem=problem)
         padded = (problem.padded_k, problem.padded_n, problem.config)
     elif implementation == "mosaic_gpu":
@@ -143,6 +148,43 @@ def prepack(
         p=lut.shape[-1],
         padded=padded,
     )
+
+
+def zero_of_bytes(lut: jax.Array) -> int | None:
+    """The code of zero in a table for bytes whose entries are equally spaced; None for others.
+
+    None as well if that cannot be known, because the table is traced or on other hosts, and where
+    there are several tables that are not the same.
+
+    >>> zero_of_bytes(jnp.arange(-128.0, 128.0).reshape(1, 256, 1))
+    128
+    """
+    traced = isinstance(lut, jax.core.Tracer) or not isinstance(lut, jax.Array)
+    if traced or not (lut.is_fully_addressable or lut.is_fully_replicated):
+        return None
+    tables = np.asarray(lut, np.float64).reshape(-1, *lut.shape[-3:])
+    if tables.shape[1:] != (1, 256, 1) or (tables != tables[:1]).any():
+        return None
+    entries = tables[0, 0, :, 0]
+    zeros = np.flatnonzero(entries == 0)
+    if len(zeros) != 1:
+        return None
+    zero = int(zeros[0])
+    line = (np.arange(256) - zero) * (entries[-1] - entries[0]) / 255
+    # As near as the rounding of entries and ends to float32 lets them be.
+    return zero if (np.abs(entries - line) <= 2**-22 * np.abs(line)).all() else None
+
+
+def _with_integers(
+    scales: jax.Array, lut: jax.Array, offsets: jax.Array | None, zero: int
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The same weight with the table -128 .. 127: scales, table and offsets."""
+    step = (lut[0, -1, 0] - lut[0, 0, 0]).astype(jnp.float32) / 255
+    scales = scales.astype(jnp.float32) * step
+    if zero != 128:
+        moved = (128 - zero) * scales
+        offsets = moved if offsets is None else offsets.astype(jnp.float32) + moved
+    return scales, jnp.arange(-128, 128, dtype=jnp.float32).reshape(1, 256, 1), offsets
 
 
 def packed_matmul(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu
-from lut_cases import CASES, Case, make, operands, oracle, relative_error
+from lut_cases import CASES, TOLERANCE, Case, make, operands, oracle, relative_error
 
 from pallas_kernels.layout import unpack
 from pallas_kernels.lut_matmul import (
@@ -22,6 +22,7 @@ from pallas_kernels.lut_matmul import (
     packed_matmul_grouped,
     prepack,
     take_columns,
+    zero_of_bytes,
 )
 
 
@@ -238,3 +239,44 @@ def test_single_lanes_of_tiles_are_columns(shape):
     tiles = packed._columns_by_tiles(array, columns)
     np.testing.assert_array_equal(tiles, take_columns(array, columns))
     np.testing.assert_array_equal(tiles, array[..., columns])
+
+
+LINES = {
+    128: np.arange(-128, 128) / 127,
+    0: np.arange(256) / 255,
+    77: (np.arange(256) - 77) * 0.3,
+}
+
+
+@pytest.mark.parametrize("zero", LINES)
+def test_codes_on_a_line_are_known(zero):
+    lut = jnp.asarray(LINES[zero], jnp.float32).reshape(1, 256, 1)
+    assert zero_of_bytes(lut) == zero == zero_of_bytes(jnp.stack([lut, lut]))
+    for other in (lut.at[0, 9, 0].multiply(1 + 1e-5), lut + 0.01, jnp.stack([lut, 2 * lut])):
+        assert zero_of_bytes(other) is None
+    assert zero_of_bytes(lut[:, :16]) is None
+    assert jax.eval_shape(lambda lut: jnp.zeros(3 if zero_of_bytes(lut) else 2), lut).shape == (2,)
+
+
+@pytest.mark.parametrize("zero", LINES)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("TPU v6 lite", "bfloat16"), ("TPU v5 lite", "bfloat16"), ("TPU v6 lite", "float32")],
+)
+def test_codes_on_a_line_are_converted(kind, dtype, zero):
+    case = Case(bits=8, dtype=dtype, offsets=True)
+    data = make(case) | {"lut": jnp.asarray(LINES[zero], jnp.float32).reshape(1, 256, 1)}
+    x, *weight = operands(data)
+    static = {"k": case.k, "group_size": case.group_size}
+    layout = {"implementation": "mosaic_tpu", "device_kind": kind, "dtype": dtype}
+    looked_up, converted = (prepack(*weight, **static, **layout, zero=z) for z in (None, zero))
+    for w, computed in ((looked_up, False), (converted, True)):
+        assert (w.padded[2].lookup in ("int8", "int32")) == computed
+        y = packed_matmul(x, w, interpret=True)
+        assert relative_error(y, oracle(case, data)) < TOLERANCE[dtype]
+        back = packed_matmul(x[:, : case.n], w, transpose=True, interpret=True)
+        expected = oracle(case, data | {"x": x[:, : case.n]}, transpose=True)
+        assert relative_error(back, expected) < TOLERANCE[dtype]
+    dense = np.asarray(dequantize(*weight, **static), np.float64)
+    columns = packed_columns(converted, jnp.arange(case.n))
+    assert relative_error(columns, dense) < TOLERANCE[dtype] / 4  # one rounding
