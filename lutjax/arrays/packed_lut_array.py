@@ -22,7 +22,7 @@ from pallas_kernels.lut_matmul import (
     packed_columns,
     packed_matmul,
     packed_matmul_grouped,
-    zero_of_bytes,
+    zero_of_line,
 )
 from pallas_kernels.lut_matmul import prepack as prepack_words
 
@@ -71,7 +71,7 @@ class PackedLutArray(CompressedArray):
         static = {
             "implementation": implementation,
             "device_kind": device_kind,
-            "zero": zero_of_bytes(array.lut),
+            "zero": zero_of_line(array.lut),
         }
         if len(_devices(array.words)) > 1:
             return cls._of_shards(array, static)

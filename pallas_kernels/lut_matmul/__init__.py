@@ -9,7 +9,7 @@ from pallas_kernels.lut_matmul.packed import (
     packed_matmul_grouped,
     prepack,
     take_columns,
-    zero_of_bytes,
+    zero_of_line,
 )
 from pallas_kernels.lut_matmul.reference import dequantize
 
@@ -24,5 +24,5 @@ __all__ = [
     "packed_matmul_grouped",
     "prepack",
     "take_columns",
-    "zero_of_bytes",
+    "zero_of_line",
 ]

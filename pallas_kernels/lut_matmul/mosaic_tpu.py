@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -126,8 +127,10 @@ def default_config(
 
 def _lookup(bits: int, dtype: Any, per_channel: bool, kind: str | None, computed: bool) -> Lookup:
     known = kind or ""
-    if computed:
-        return "int8" if known.startswith(_BYTE_GATHER) and dtype == jnp.bfloat16 else "int32"
+    if computed and known.startswith(_BYTE_GATHER) and dtype == jnp.bfloat16:
+        return "int8"
+    if computed and bits >= 4:  # fewer bits are shifted and masked more often than looked up
+        return "int32"
     if bits > 4:
         return "lane"
     if known.startswith("TPU v4") and not per_channel:
@@ -198,6 +201,13 @@ def _tiled(scales: jax.Array, problem: _Problem) -> jax.Array:
     return scales if rows == 1 else jnp.pad(scales, ((0, 0), (0, -rows % 8), (0, 0)))
 
 
+def integers(problem: _Problem) -> np.ndarray:
+    """The entries that the kernel computes for the codes of a weight, ``float32[2**bits]``."""
+    half = 2 ** (problem.bits - 1)
+    unit = 2 ** (8 - problem.bits) if problem.config.lookup == "int8" else 1
+    return np.arange(-half, half, dtype=np.float32) * unit
+
+
 def untiled(scales: jax.Array, problem: _Problem) -> jax.Array:
     """The scales of :func:`prepack` as ``[groups, padded N]``, groups of padding at the end."""
     if problem.group <= problem.config.block_k:
@@ -243,7 +253,8 @@ def make_problem(
 ) -> _Problem:
     """Pads the sizes of a product to the tiles of ``config`` (None: a heuristic one).
 
-    ``computed`` says that the table is -128 .. 127, and so needs no looking up.
+    ``computed`` says that the entries are equally spaced; if the lookup is one of ``COMPUTED``
+    then, :func:`prepack` wants a weight whose entries are :func:`integers`.
     """
     _, bits, n = words.shape
     p = lut.shape[-1]

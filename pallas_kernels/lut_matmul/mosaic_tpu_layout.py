@@ -28,11 +28,11 @@ Lookup = Literal["byte", "pair", "mixed", "wide", "lane", "int8", "int32"]
 entries, of which the highest bit of the code takes one by a shift. ``mixed``: the same, but an
 eighth are lane gathers, which run in another unit. ``wide``: 32-bit sublane gathers to float32.
 ``lane``: 32-bit lane gathers to float32. ``int8`` and ``int32``: none, because the entries are
-equally spaced; bytes are converted to bf16 as they are (v6e, tpu7x), or shifted and converted to
-float32."""
+equally spaced; codes in the highest bits of bytes are converted to bf16 (v6e, tpu7x), or of words
+to float32."""
 
 COMPUTED = ("int8", "int32")
-"""Of tables of equally spaced entries for bytes; the codes are stored less 128."""
+"""Of tables of equally spaced entries; codes are stored less half of their number, as signed."""
 
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 """Bits of the planes that a code is split into, low bits first."""
@@ -75,12 +75,15 @@ def pack_planes(words: jax.Array, rows: int, columns: int, lookup: Lookup) -> tu
     step = math.gcd(rows, max(unit(bits), _ROWS_A_STEP))
     steps = words.reshape(rows // step, step // BLOCK, bits, columns)
     planes = jax.lax.map(functools.partial(_pack_step, lookup=lookup), steps)
-    return tuple(plane.reshape(-1, columns) ^ _flipped(lookup) for plane in planes)
+    return _flip_signs(tuple(plane.reshape(-1, columns) for plane in planes), bits, lookup)
 
 
-def _flipped(lookup: Lookup) -> np.int32:
-    """The highest bit of every byte where codes are stored less 128, as signed bytes."""
-    return np.int32(-0x7F7F7F80 if lookup in COMPUTED else 0)
+def _flip_signs(planes: tuple[jax.Array, ...], bits: int, lookup: Lookup) -> tuple[jax.Array, ...]:
+    """Flips the highest bit of every code where codes are stored as signed numbers."""
+    if lookup not in COMPUTED:
+        return planes
+    byte = {1: 0xFF, 2: 0xAA, 4: 0x88, 8: 0x80}[PLANES[bits][-1]]
+    return (*planes[:-1], planes[-1] ^ np.uint32(0x01010101 * byte).astype(np.int32))
 
 
 def _pack_step(words: jax.Array, lookup: Lookup) -> tuple[jax.Array, ...]:
@@ -109,8 +112,8 @@ def unpack_planes(planes: tuple[jax.Array, ...], bits: int, lookup: Lookup) -> j
     """The codes of :func:`pack_planes`, or of some columns of it: ``uint8[rows, columns]``."""
     place = np.argsort(byte_order(lookup))  # the byte row of each of 32 codes
     codes, low = jnp.uint8(0), 0
-    for plane, b in zip(planes, PLANES[bits], strict=True):
-        plane, n = plane ^ _flipped(lookup), plane.shape[1]
+    for plane, b in zip(_flip_signs(planes, bits, lookup), PLANES[bits], strict=True):
+        n = plane.shape[1]
         shifts = 8 * jnp.arange(4, dtype=jnp.int32).reshape(1, 1, 4, 1)
         rows = jax.lax.shift_right_logical(plane.reshape(-1, 8, 1, n), shifts) & 255
         rows = rows.astype(jnp.uint8).reshape(-1, 1, ROWS, n)[:, :, place]

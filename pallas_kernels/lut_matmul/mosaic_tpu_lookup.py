@@ -75,6 +75,23 @@ def _codes(words: tuple, bits: int, row: int, byte: int | None) -> jax.Array:
     return total
 
 
+def _highest(words: tuple, bits: int, row: int, byte: int, width: int) -> jax.Array:
+    """Codes ``row .. row + 31`` in the highest bits of bytes (width 8), or of words (32).
+
+    Below them are zeros, but in words whose codes are of one plane.
+    """
+    total, low = None, width - bits
+    for b, plane in zip(PLANES[bits], words, strict=True):
+        part = _shifted(plane, b, row, byte, low)
+        mask = ((2**b - 1) << low) * (0x01010101 if width == 8 else 1)
+        if b < (8 if width == 8 else bits):
+            part &= mask - (2**32 if mask >= 2**31 else 0)
+        total = part if total is None else total | part
+        low += b
+    assert total is not None
+    return total
+
+
 def lookup_rows(
     plane_refs: tuple,
     table: jax.Array,
@@ -129,9 +146,10 @@ def _lookup(
 ) -> list[jax.Array]:
     """:func:`lookup_rows` on registers; jitted so that a large kernel is traced once a pattern."""
     if lookup == "int8":
-        return [pltpu.bitcast(words[0], jnp.int8).astype(jnp.bfloat16)]
+        return [pltpu.bitcast(_highest(words, bits, row, 0, 8), jnp.int8).astype(jnp.bfloat16)]
     if lookup == "int32":
-        return [((words[0] << (24 - 8 * j)) >> 24).astype(jnp.float32) for j in range(4)]
+        codes = [_highest(words, bits, row, byte, 32) >> (32 - bits) for byte in range(4)]
+        return [code.astype(jnp.float32) for code in codes]
     take = functools.partial(gather, interpret=interpret)
     if lookup == "byte":
         packed = pltpu.bitcast(_codes(words, bits, row, None), jnp.int8)

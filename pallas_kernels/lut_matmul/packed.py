@@ -89,8 +89,8 @@ def prepack(
       implementation: ``"mosaic_tpu"`` and ``"mosaic_gpu"`` have their own layouts.
       dtype: Of the activations.
       device_kind: Of the device, e.g. ``"TPU v6 lite"``; None: the one that is compiled for.
-      zero: Of :func:`zero_of_bytes`, which does not know a table that is traced. A TPU converts
-        the codes of such a table instead of looking them up.
+      zero: Of :func:`zero_of_line`, which does not know a table that is traced. A TPU converts the
+        codes of such a table instead of looking them up.
 
     Returns:
       A pytree for :func:`packed_matmul`.
@@ -116,13 +116,15 @@ def prepack(
     table = lut
     if implementation == "mosaic_tpu":
         from pallas_kernels.lut_matmul import mosaic_tpu
+        from pallas_kernels.lut_matmul.mosaic_tpu_layout import COMPUTED
 
         kind = device_kind or dispatch.device_kind("tpu")
         static["device_kind"] = kind
-        if zero is not None:
-            scales, lut, offsets = _with_integers(scales, lut, offsets, zero)
-            static["computed"] = True
+        static["computed"] = zero is not None
         problem = mosaic_tpu.make_problem(x, words, lut, **static)
+        if zero is not None and problem.config.lookup in COMPUTED:
+            entries = mosaic_tpu.integers(problem)
+            scales, lut, offsets = _with_entries(entries, scales, lut, offsets, zero)
         planes, scales, table, _ = mosaic_tpu.prepack(words, scales, lut, problem=problem)
         padded = (problem.padded_k, problem.padded_n, problem.config)
     elif implementation == "mosaic_gpu":
@@ -150,41 +152,43 @@ def prepack(
     )
 
 
-def zero_of_bytes(lut: jax.Array) -> int | None:
-    """The code of zero in a table for bytes whose entries are equally spaced; None for others.
+def zero_of_line(lut: jax.Array) -> int | None:
+    """The code of zero in a table whose entries are equally spaced; None for other tables.
 
     None as well if that cannot be known, because the table is traced or on other hosts, and where
     there are several tables that are not the same.
 
-    >>> zero_of_bytes(jnp.arange(-128.0, 128.0).reshape(1, 256, 1))
-    128
+    >>> zero_of_line(jnp.arange(-8.0, 8.0).reshape(1, 16, 1))
+    8
     """
-    traced = isinstance(lut, jax.core.Tracer) or not isinstance(lut, jax.Array)
-    if traced or not (lut.is_fully_addressable or lut.is_fully_replicated):
+    if isinstance(lut, jax.core.Tracer) or not isinstance(lut, jax.Array):
+        return None
+    if not (lut.is_fully_addressable or lut.is_fully_replicated):
         return None
     tables = np.asarray(lut, np.float64).reshape(-1, *lut.shape[-3:])
-    if tables.shape[1:] != (1, 256, 1) or (tables != tables[:1]).any():
+    if tables.shape[1] != 1 or tables.shape[3] != 1 or (tables != tables[:1]).any():
         return None
     entries = tables[0, 0, :, 0]
     zeros = np.flatnonzero(entries == 0)
     if len(zeros) != 1:
         return None
-    zero = int(zeros[0])
-    line = (np.arange(256) - zero) * (entries[-1] - entries[0]) / 255
+    zero, last = int(zeros[0]), len(entries) - 1
+    line = (np.arange(last + 1) - zero) * (entries[-1] - entries[0]) / last
     # As near as the rounding of entries and ends to float32 lets them be.
     return zero if (np.abs(entries - line) <= 2**-22 * np.abs(line)).all() else None
 
 
-def _with_integers(
-    scales: jax.Array, lut: jax.Array, offsets: jax.Array | None, zero: int
+def _with_entries(
+    entries: np.ndarray, scales: jax.Array, lut: jax.Array, offsets: jax.Array | None, zero: int
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """The same weight with the table -128 .. 127: scales, table and offsets."""
-    step = (lut[0, -1, 0] - lut[0, 0, 0]).astype(jnp.float32) / 255
+    """The same weight with other equally spaced entries: scales, table and offsets."""
+    last = len(entries) - 1
+    step = (lut[0, -1, 0] - lut[0, 0, 0]).astype(jnp.float32) / (entries[-1] - entries[0])
     scales = scales.astype(jnp.float32) * step
-    if zero != 128:
-        moved = (128 - zero) * scales
+    if entries[zero]:  # that of the code of zero
+        moved = scales * -entries[zero]
         offsets = moved if offsets is None else offsets.astype(jnp.float32) + moved
-    return scales, jnp.arange(-128, 128, dtype=jnp.float32).reshape(1, 256, 1), offsets
+    return scales, jnp.asarray(entries).reshape(1, last + 1, 1), offsets
 
 
 def packed_matmul(

@@ -22,7 +22,7 @@ from pallas_kernels.lut_matmul import (
     packed_matmul_grouped,
     prepack,
     take_columns,
-    zero_of_bytes,
+    zero_of_line,
 )
 
 
@@ -241,42 +241,52 @@ def test_single_lanes_of_tiles_are_columns(shape):
     np.testing.assert_array_equal(tiles, array[..., columns])
 
 
-LINES = {
-    128: np.arange(-128, 128) / 127,
-    0: np.arange(256) / 255,
-    77: (np.arange(256) - 77) * 0.3,
-}
+def line(bits, zero):
+    """Equally spaced entries, rounded to float32."""
+    entries = (np.arange(2**bits) - zero) / (2 ** (bits - 1) - 1)
+    return jnp.asarray(entries, jnp.float32).reshape(1, -1, 1)
 
 
-@pytest.mark.parametrize("zero", LINES)
-def test_codes_on_a_line_are_known(zero):
-    lut = jnp.asarray(LINES[zero], jnp.float32).reshape(1, 256, 1)
-    assert zero_of_bytes(lut) == zero == zero_of_bytes(jnp.stack([lut, lut]))
-    for other in (lut.at[0, 9, 0].multiply(1 + 1e-5), lut + 0.01, jnp.stack([lut, 2 * lut])):
-        assert zero_of_bytes(other) is None
-    assert zero_of_bytes(lut[:, :16]) is None
-    assert jax.eval_shape(lambda lut: jnp.zeros(3 if zero_of_bytes(lut) else 2), lut).shape == (2,)
+@pytest.mark.parametrize(("bits", "zero"), [(8, 128), (8, 0), (8, 77), (4, 8), (3, 0), (2, 2)])
+def test_tables_on_a_line_are_known(bits, zero):
+    lut = line(bits, zero)
+    assert zero_of_line(lut) == zero == zero_of_line(jnp.stack([lut, lut]))
+    last = lut.shape[1] - 1
+    for other in (lut.at[0, 1, 0].multiply(1 + 1e-5), lut + 0.01, jnp.stack([lut, 2 * lut])):
+        assert zero_of_line(other) is None
+    assert zero_of_line(jnp.tile(lut, (2, 1, 1))) is None
+    assert zero_of_line(lut.at[0, last, 0].set(0)) is None
+    traced = []
+    jax.eval_shape(lambda lut: traced.append(zero_of_line(lut)), lut)
+    assert traced == [None]
 
 
-@pytest.mark.parametrize("zero", LINES)
+@pytest.mark.parametrize(
+    ("bits", "zero"), [(8, 128), (8, 0), (8, 77), (4, 8), (4, 0), (3, 4), (2, 2)]
+)
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [("TPU v6 lite", "bfloat16"), ("TPU v5 lite", "bfloat16"), ("TPU v6 lite", "float32")],
+    [
+        ("TPU v6 lite", "bfloat16"),
+        ("TPU v5 lite", "bfloat16"),
+        ("TPU v6 lite", "float32"),
+        ("TPU v5 lite", "float16"),
+    ],
 )
-def test_codes_on_a_line_are_converted(kind, dtype, zero):
-    case = Case(bits=8, dtype=dtype, offsets=True)
-    data = make(case) | {"lut": jnp.asarray(LINES[zero], jnp.float32).reshape(1, 256, 1)}
+def test_codes_on_a_line_are_converted(kind, dtype, bits, zero):
+    case = Case(bits=bits, dtype=dtype, offsets=zero != 77)
+    data = make(case) | {"lut": line(bits, zero)}
     x, *weight = operands(data)
     static = {"k": case.k, "group_size": case.group_size}
     layout = {"implementation": "mosaic_tpu", "device_kind": kind, "dtype": dtype}
-    looked_up, converted = (prepack(*weight, **static, **layout, zero=z) for z in (None, zero))
-    for w, computed in ((looked_up, False), (converted, True)):
-        assert (w.padded[2].lookup in ("int8", "int32")) == computed
-        y = packed_matmul(x, w, interpret=True)
-        assert relative_error(y, oracle(case, data)) < TOLERANCE[dtype]
-        back = packed_matmul(x[:, : case.n], w, transpose=True, interpret=True)
-        expected = oracle(case, data | {"x": x[:, : case.n]}, transpose=True)
-        assert relative_error(back, expected) < TOLERANCE[dtype]
+    w = prepack(*weight, **static, **layout, zero=zero)
+    converts = bits >= 4 or (kind, dtype) == ("TPU v6 lite", "bfloat16")
+    assert (w.padded[2].lookup in ("int8", "int32")) == converts
+    y = packed_matmul(x, w, interpret=True)
+    assert relative_error(y, oracle(case, data)) < TOLERANCE[dtype]
+    back = packed_matmul(x[:, : case.n], w, transpose=True, interpret=True)
+    expected = oracle(case, data | {"x": x[:, : case.n]}, transpose=True)
+    assert relative_error(back, expected) < TOLERANCE[dtype]
     dense = np.asarray(dequantize(*weight, **static), np.float64)
-    columns = packed_columns(converted, jnp.arange(case.n))
+    columns = packed_columns(w, jnp.arange(case.n))
     assert relative_error(columns, dense) < TOLERANCE[dtype] / 4  # one rounding
