@@ -71,7 +71,7 @@ class PackedLutArray(CompressedArray):
         static = {
             "implementation": implementation,
             "device_kind": device_kind,
-            "zero": zero_of_line(array.lut),
+            "zero": zero_of_line(array.lut) if implementation == "mosaic_tpu" else None,
         }
         if len(_devices(array.words)) > 1:
             return cls._of_shards(array, static)
@@ -214,9 +214,7 @@ class PackedLutArray(CompressedArray):
                 "over several; go inside jax.shard_map, or run the canonical parameters"
             )
 
-    def _product(
-        self, x: jax.Array, out_dtype: Any = None, *, transpose: bool = False
-    ) -> jax.Array:
+    def _product(self, x: jax.Array, out_dtype: Any, *, transpose: bool) -> jax.Array:
         self._check(x)
         if self.sharded:
             return self._whole()._product(x, out_dtype, transpose=transpose)
@@ -228,13 +226,10 @@ class PackedLutArray(CompressedArray):
             raise NotImplementedError(f"{self!r}: {error}") from error
 
     def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array:
-        """Dense columns, of which only these are looked up; rows by a product with the identity's.
-
-        Columns are rounded once, from the table as it was.
-        """
+        """Dense columns, of which only these are looked up, or rows, by a product with picks."""
         if axis == "n":
             return packed_columns(self._whole().packed, indices).T
-        return self._product(jax.nn.one_hot(indices, self.matrix_shape[0], dtype=self.dtype))
+        return self.matmul(jax.nn.one_hot(indices, self.matrix_shape[0], dtype=self.dtype))
 
     def split_specs(self, split: Split) -> Any:
         """Batch axes are split, and the shards that were packed.

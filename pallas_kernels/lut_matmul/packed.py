@@ -31,7 +31,7 @@ class PackedWeight:
       planes: Packed codes in the implementation's layout (canonical words for those without one).
       scales: ``[ceil(K / G), N]``, or the implementation's form of them.
       table: ``float32[T, 2**bits, p]``, or the implementation's form of it.
-      lut: ``[T, 2**bits, p]`` as it was, for :func:`packed_columns`.
+      lut: ``[T, 2**bits, p]`` that ``scales`` are for; :func:`packed_columns` reads it.
       offsets: ``[ceil(K / G), N]``, or None.
       implementation: Whose layout it is.
       dtype: Of the activations; a table may be stored in it.
@@ -182,13 +182,12 @@ def _with_entries(
     entries: np.ndarray, scales: jax.Array, lut: jax.Array, offsets: jax.Array | None, zero: int
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The same weight with other equally spaced entries: scales, table and offsets."""
-    last = len(entries) - 1
     step = (lut[0, -1, 0] - lut[0, 0, 0]).astype(jnp.float32) / (entries[-1] - entries[0])
     scales = scales.astype(jnp.float32) * step
-    if entries[zero]:  # that of the code of zero
+    if entries[zero]:  # what stands for zero is not zero
         moved = scales * -entries[zero]
         offsets = moved if offsets is None else offsets.astype(jnp.float32) + moved
-    return scales, jnp.asarray(entries).reshape(1, last + 1, 1), offsets
+    return scales, jnp.asarray(entries).reshape(1, -1, 1), offsets
 
 
 def packed_matmul(
