@@ -245,7 +245,7 @@ class Recipe:
         """The same recipe, and embeddings and the output head at so many bits.
 
         Eight bits are integers: they cost next to nothing in quality, and on a CPU a product with
-        them takes a quarter of that with other tables. Fewer bits are NormalFloat.
+        them takes a third of that with other tables. Fewer bits are NormalFloat.
 
         >>> recipe = Recipe.uniform(bits=4).with_embeddings(8)
         >>> recipe.rule_for("embed_tokens/embedding").config.bits
@@ -260,7 +260,7 @@ class Recipe:
         for rule in self.rules:
             if rule.pattern == path:
                 return rule
-            if not stays_dense and _matches(path, (rule.pattern,)):
+            if not stays_dense and fnmatch.fnmatchcase(path, rule.pattern):
                 return rule
         others = (pattern for pattern in self.dense if pattern not in EMBEDDINGS)
         if self.embeddings and _matches(path, EMBEDDINGS) and not _matches(path, others):
@@ -282,7 +282,7 @@ class Recipe:
         for rule in self.rules:
             if rule.pattern in paths:
                 continue
-            if not fnmatch.filter(paths, rule.pattern):
+            if not any(fnmatch.fnmatchcase(path, rule.pattern) for path in paths):
                 similar = ", ".join(near_misses(rule.pattern, paths)) or "there are no weights"
                 raise ValueError(
                     f"the rule {rule.pattern!r} matches no parameter; similar paths: {similar}"

@@ -161,11 +161,12 @@ def zero_of_line(lut: jax.Array) -> int | None:
     >>> zero_of_line(jnp.arange(-8.0, 8.0).reshape(1, 16, 1))
     8
     """
-    if isinstance(lut, jax.core.Tracer) or not isinstance(lut, jax.Array):
+    try:
+        if not (lut.is_fully_addressable or lut.is_fully_replicated):
+            return None
+        tables = np.asarray(lut, np.float64).reshape(-1, *lut.shape[-3:])
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
         return None
-    if not (lut.is_fully_addressable or lut.is_fully_replicated):
-        return None
-    tables = np.asarray(lut, np.float64).reshape(-1, *lut.shape[-3:])
     if tables.shape[1] != 1 or tables.shape[3] != 1 or (tables != tables[:1]).any():
         return None
     entries = tables[0, 0, :, 0]
