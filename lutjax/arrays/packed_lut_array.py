@@ -197,7 +197,7 @@ class PackedLutArray(CompressedArray):
         out_dtype: Any = None,
     ) -> Float[Array, "t m n"]:
         """Reads the entries where they lie if the layout is a kernel's own."""
-        if not self.packed.padded:
+        if self.packed.layout is None:
             return super().matmul_grouped(x, groups, sizes, out_dtype=out_dtype)
         self._check(x)
         return packed_matmul_grouped(x, self._whole().packed, groups, sizes, out_dtype=out_dtype)

@@ -16,7 +16,6 @@ from pallas_kernels.lut_matmul import (
     dequantize,
     interpret_kernels,
     mosaic_gpu_layout,
-    packed,
     packed_columns,
     packed_matmul,
     packed_matmul_grouped,
@@ -24,6 +23,7 @@ from pallas_kernels.lut_matmul import (
     take_columns,
     zero_of_line,
 )
+from pallas_kernels.lut_matmul.columns import columns_by_tiles
 
 
 @pytest.mark.parametrize("m", [1, 40])
@@ -236,7 +236,7 @@ def test_codes_of_hopper_columns_come_back(bits, p):
 def test_single_lanes_of_tiles_are_columns(shape):
     array = jax.random.randint(jax.random.key(0), shape, 0, 255, jnp.uint8)
     columns = jnp.array([0, shape[-1] - 1, shape[-1] // 2, 7, 7])
-    tiles = packed._columns_by_tiles(array, columns)
+    tiles = columns_by_tiles(array, columns)
     np.testing.assert_array_equal(tiles, take_columns(array, columns))
     np.testing.assert_array_equal(tiles, array[..., columns])
 
@@ -281,7 +281,7 @@ def test_codes_on_a_line_are_converted(kind, dtype, bits, zero):
     layout = {"implementation": "mosaic_tpu", "device_kind": kind, "dtype": dtype}
     w = prepack(*weight, **static, **layout, zero=zero)
     converts = bits >= 4 or (kind, dtype) == ("TPU v6 lite", "bfloat16")
-    assert (w.padded[2].lookup in ("int8", "int32")) == converts
+    assert (w.layout.lookup in ("int8", "int32")) == converts
     y = packed_matmul(x, w, interpret=True)
     assert relative_error(y, oracle(case, data)) < TOLERANCE[dtype]
     back = packed_matmul(x[:, : case.n], w, transpose=True, interpret=True)
