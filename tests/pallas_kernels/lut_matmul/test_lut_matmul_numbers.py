@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import lut_cases
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 from lut_cases import CASES, TOLERANCE, Case, make, operands, oracle, relative_error
 
 from pallas_kernels.lut_matmul import lut_matmul, mosaic_gpu, mosaic_tpu, reference
@@ -16,7 +17,10 @@ from pallas_kernels.lut_matmul.dispatch import interpret_kernels, reason_against
 
 
 def small_tpu(case: Case, lookup: str | None = None):
-    """The TPU kernel with small tiles (an interpreted tile costs the time to compile it)."""
+    """The TPU kernel with small tiles (an interpreted tile costs the time to compile it).
+
+    The TPU interpreter fills memory with NaN first, and refuses reads beyond it.
+    """
     x, words, scales, lut, offsets = operands(make(case))
     group = 0 if case.group_size >= case.k else case.group_size // case.p
     config = mosaic_tpu.default_config(
@@ -36,7 +40,14 @@ def small_tpu(case: Case, lookup: str | None = None):
         config, block_k=block_k or config.block_k, lookup=lookup or config.lookup
     )
     return mosaic_tpu.lut_matmul(
-        x, words, scales, lut, offsets, **case.static, config=config, interpret=True
+        x,
+        words,
+        scales,
+        lut,
+        offsets,
+        **case.static,
+        config=config,
+        interpret=pltpu.InterpretParams(),
     )
 
 
