@@ -20,7 +20,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +30,12 @@ import numpy as np
 import other_libraries
 
 from pallas_kernels.device_time import busy_seconds, copies_beyond_cache
-from pallas_kernels.layout import packed_shape
-from pallas_kernels.lut_matmul import (
-    IMPLEMENTATIONS,
-    lut_matmul,
-    packed_matmul,
-    packed_matmul_grouped,
-    prepack,
-)
-from pallas_kernels.lut_matmul.reference import dequantize
+from pallas_kernels.lut_matmul import IMPLEMENTATIONS, packed_matmul, prepack
+from pallas_kernels.self_check import CHECKS, GROUP, Check, random_weight
 
 LLAMA_8B = ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096))
 LLAMA_70B = ((8192, 10240), (8192, 8192), (8192, 57344), (28672, 8192))
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 4096)
-GROUP = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,128 +127,14 @@ def product_flops() -> float:
     return 2 * n**3 / median_seconds(jax.jit(jnp.matmul), a, a)
 
 
-def random_weight(key: jax.Array, k: int, n: int, bits: int, p: int = 1) -> tuple:
-    """Random words, scales and a table; a code of ``bits`` for ``p`` rows."""
-    words_key, scale_key, table_key = jax.random.split(key, 3)
-    words = jax.random.bits(words_key, packed_shape((k // p, n), bits), jnp.uint8)
-    scales = jax.random.uniform(scale_key, (-(-k // GROUP), n), jnp.float32, 0.5, 1.5)
-    lut = jax.random.normal(table_key, (1, 2**bits, p)).astype(jnp.bfloat16).astype(jnp.float32)
-    return words, scales.astype(jnp.bfloat16), lut
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-    """A small product; ``identity`` asks for the bits of the rounded dense weight.
-
-    ``bits`` are those of a code for ``p`` rows. Several ``weights`` are multiplied at once, each by
-    a tile of ``m`` rows of its own, of which one is empty.
-    """
-
-    bits: int
-    m: int
-    dtype: str = "bfloat16"
-    transpose: bool = False
-    identity: bool = False
-    k: int = 576
-    p: int = 1
-    weights: int = 1
-
-
-CHECKS = (  # the simplest first: a kernel that hangs takes the rest with it
-    Check(4, 64, identity=True),
-    Check(4, 16),
-    Check(2, 1),
-    Check(3, 16),
-    Check(4, 5, "float16"),
-    Check(3, 13),
-    Check(4, 3, "float32"),
-    Check(4, 16, transpose=True),
-    Check(8, 130),
-    Check(4, 600, "float16"),
-    Check(3, 130, transpose=True),
-    Check(2, 192, identity=True),
-    Check(8, 16, p=2),
-    Check(6, 130, "float16", p=2),
-    Check(4, 64, identity=True, p=2),
-    Check(4, 1, weights=5),
-    Check(3, 16, "float16", weights=40),
-    Check(4, 130, weights=3),
-)
-LIMITS = {"bfloat16": 1.1e-2, "float16": 2e-3, "float32": 1e-5}
-
-
-def check(implementation: str, case: Check) -> float | str:
-    """Relative Frobenius error (of an identity: 0 or 1), or why it cannot run."""
-    if case.weights > 1:
-        return check_several(implementation, case)
-    k, n = (case.m if case.identity else case.k), 320
-    words, scales, lut = random_weight(jax.random.key(case.bits), k, n, case.bits, case.p)
-    shape = (case.m, n if case.transpose else k)
-    x = jax.random.normal(jax.random.key(case.m), shape, jnp.float32).astype(case.dtype)
-    if case.identity:
-        x = jnp.eye(k, dtype=case.dtype)
-    product = functools.partial(
-        lut_matmul,
-        k=k,
-        group_size=min(GROUP, k),
-        transpose=case.transpose,
-        implementation=implementation,
-    )
-    y = repeated(lambda: product(x, words, scales, lut))
-    if isinstance(y, str):
-        return y
-    weight = dequantize(words, scales, lut, k=k, group_size=min(GROUP, k))
-    if case.identity:
-        return float(not np.array_equal(y, np.asarray(weight.astype(case.dtype))))
-    dense = np.asarray(weight, np.float64)
-    return relative_error(y, np.asarray(x, np.float64) @ (dense.T if case.transpose else dense))
-
-
-def check_several(implementation: str, case: Check) -> float | str:
-    """The same for several weights in one launch."""
-    static = {"k": case.k, "group_size": GROUP}
-    keys = jax.random.split(jax.random.key(case.bits), case.weights)
-    stack = jax.vmap(lambda key: random_weight(key, case.k, 320, case.bits, case.p))(keys)
-    places = jnp.arange(case.weights)
-    sizes = jnp.where(places == 1, 0, case.m)
-    x = jax.random.normal(jax.random.key(case.m), (case.weights, case.m, case.k))
-    x = jnp.where((sizes > 0)[:, None, None], x, 0).astype(case.dtype)
-    pack = functools.partial(prepack, **static, implementation=implementation, dtype=case.dtype)
-    y = repeated(lambda: packed_matmul_grouped(x, jax.vmap(pack)(*stack), places[::-1], sizes))
-    if isinstance(y, str):
-        return y
-    dense = jax.vmap(functools.partial(dequantize, **static))(*stack)[::-1]
-    return relative_error(y, np.asarray(x, np.float64) @ np.asarray(dense, np.float64))
-
-
-def repeated(product: Callable[[], jax.Array]) -> np.ndarray | str:
-    """The result of two equal runs, or why there is none."""
-    try:
-        y, again = np.asarray(product()), np.asarray(product())
-    except NotImplementedError as error:
-        return str(error)
-    except Exception as error:
-        return f"FAILED {type(error).__name__}: {str(error)[:300]}"
-    return y if np.array_equal(y, again) else "FAILED two runs differ"
-
-
-def relative_error(y: np.ndarray, expected: np.ndarray) -> float:
-    """Frobenius norm of the difference over that of the expected result."""
-    return float(np.linalg.norm(y.astype(np.float64) - expected) / np.linalg.norm(expected))
-
-
 def check_all(name: str, cases: tuple[Check, ...]) -> list[dict]:
     """One implementation over a few shapes; prints what fails."""
     rows = []
     for case in cases:
-        result = check(name, case)
-        limit = 0 if case.identity else LIMITS[case.dtype]
-        passed = isinstance(result, float) and result <= limit
-        refused = isinstance(result, str) and not result.startswith("FAILED")
-        status = "ok" if passed else "refused" if refused else "FAILED"
+        outcome = case.run(name)
         line = {"implementation": name, **dataclasses.asdict(case)}
-        rows.append({**line, "status": status, "result": result})
-        print(f"check {name:14s} {case} {status} {result}", flush=True)
+        rows.append({**line, **dataclasses.asdict(outcome)})
+        print(f"check {name:14s} {case}: {outcome.status} {outcome.result}", flush=True)
     return rows
 
 
@@ -264,10 +142,12 @@ def best_implementation(names: list[str]) -> str:
     """The first kernel for this platform that is right at the size of a model."""
     kernels = {"gpu": ("mosaic_gpu", "triton", "pallas_triton"), "tpu": ("mosaic_tpu",)}
     for name in kernels.get(jax.default_backend(), ()):
-        error = check(name, Check(4, 16, k=4096)) if name in names else "not asked for"
-        if isinstance(error, float) and error <= LIMITS["bfloat16"]:
+        if name not in names:
+            continue
+        outcome = Check(4, 16, k=4096).run(name)
+        if outcome.status == "ok":
             return name
-        print(f"{name} is not timed: {error}", flush=True)
+        print(f"{name} is not timed: {outcome.result}", flush=True)
     return "xla"
 
 
@@ -361,17 +241,11 @@ def markdown(report: dict) -> str:
             f"{t['wall_us']:.1f} | {'' if t['busy_us'] is None else format(t['busy_us'], '.1f')} | "
             f"{t['copy_fraction']:.2f} | {t['speedup']:.2f} |"
         )
-    lines += ["", "| implementation | bits | M | dtype | product | status | error or reason |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    lines += ["", "| implementation | product | status | error or reason |", "|---|---|---|---|"]
     for c in report["checks"]:
         result = c["result"] if isinstance(c["result"], str) else f"{c['result']:.1e}"
-        kind = "identity" if c["identity"] else "transposed" if c["transpose"] else "plain"
-        kind += ", pairs" if c["p"] > 1 else ""
-        kind += f", {c['weights']} weights" if c["weights"] > 1 else ""
-        lines.append(
-            f"| {c['implementation']} | {c['bits']} | {c['m']} | {c['dtype']} | {kind} | "
-            f"{c['status']} | {result} |"
-        )
+        check = Check(**{f.name: c[f.name] for f in dataclasses.fields(Check)})
+        lines.append(f"| {c['implementation']} | {check} | {c['status']} | {result} |")
     return "\n".join(lines) + "\n"
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -10,16 +13,24 @@ from typing import Any
 class Doctor:
     """Print versions, devices, and which kernels run here or why not.
 
-    The first thing to look at, and to send along, when something is slower than expected.
+    The first thing to look at, and to send along, when something is slower than expected or wrong.
 
     For example:
 
     lutjax doctor
+
+    lutjax doctor --check
     """
+
+    check: bool = False
+    """Run the kernels on small products, too, and compare them with float64: a minute or two. The
+    exit code is 1 if one is wrong; PALLAS_KERNELS_DISABLE=NAME,NAME then goes on without it."""
 
     def run(self) -> None:
         """Prints the report."""
-        print("\n".join(report()))
+        print("\n".join(report()), flush=True)
+        if self.check and not _all_are_right():
+            raise SystemExit(1)
 
 
 def report() -> list[str]:
@@ -79,22 +90,70 @@ def _lut_matmul() -> dict[str, str]:
     default, other = dispatch.best_per_platform(arrays, static)
     best = default.get(_platform(jax.default_backend()), other)
     reasons = {n: dispatch.reason_against_here(n, arrays, static) for n in IMPLEMENTATIONS}
+    reasons |= _disabled(reasons)
     return {name: _said(reason, name == best) for name, reason in reasons.items()}
 
 
 def _sparse_matmul() -> dict[str, str]:
+    """The same for the layout of codes whose rows this platform skips."""
+    import functools
+
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels.sparse_matmul import IMPLEMENTATIONS, BlockCodes, dispatch
+    from pallas_kernels.sparse_matmul import (
+        IMPLEMENTATIONS,
+        KERNEL_LANES,
+        BlockCodes,
+        RowCodes,
+        dispatch,
+        pack_rows,
+    )
 
     x, words, scales, lut = _product()
-    weight = BlockCodes(words, scales, lut, None, 4096, 128)
+    lanes = KERNEL_LANES.get(jax.default_backend())
+    weight: BlockCodes | RowCodes = BlockCodes(words, scales, lut, None, 4096, 128)
+    if lanes is not None:
+        codes = jax.ShapeDtypeStruct((4096, 4096), jnp.uint8)
+        rows = jax.eval_shape(functools.partial(pack_rows, bits=4, lanes=lanes), codes)
+        weight = RowCodes(rows, scales, lut, None, 128)
     arrays, splits = (x, weight, jax.ShapeDtypeStruct((1, 1), jnp.float32)), (4096,)
     default, other = dispatch.best_per_platform(arrays, splits)
     best = default.get(_platform(jax.default_backend()), other)
     reasons = {n: dispatch.reason_against_here(n, arrays, splits) for n in IMPLEMENTATIONS}
+    reasons |= _disabled(reasons)
     return {name: _said(reason, name == best) for name, reason in reasons.items()}
+
+
+def _disabled(names: Iterable[str]) -> dict[str, str]:
+    from pallas_kernels.lut_matmul import dispatch
+
+    return dict.fromkeys(dispatch.disabled().intersection(names), f"{dispatch.DISABLED} names it")
+
+
+def _all_are_right() -> bool:
+    """Prints what became of the checks of all kernels that run here."""
+    from lutjax.progress import progress_bar
+    from pallas_kernels.self_check import CHECKS, SPARSE_CHECKS
+
+    failed = 0
+    print("\nproducts compared with float64:", flush=True)
+    operations: tuple[tuple[str, dict[str, str], tuple[Any, ...]], ...] = (
+        ("lut_matmul", _lut_matmul(), CHECKS),
+        ("sparse_matmul", _sparse_matmul(), SPARSE_CHECKS),
+    )
+    for operation, reasons, checks in operations:
+        for name in [name for name, said in reasons.items() if not said.startswith("no:")]:
+            bar = progress_bar(checks, name, "check", show=sys.stderr.isatty())
+            outcomes = {check: check.run(name) for check in bar}
+            counts = collections.Counter(outcome.status for outcome in outcomes.values())
+            taken = len(outcomes) - counts["refused"]
+            print(f"  {operation} {name}: {counts['ok']} of {taken} right", flush=True)
+            failed += counts["FAILED"]
+            for check, outcome in outcomes.items():
+                if outcome.status == "FAILED":
+                    print(f"    {check}: {outcome.describe(check.limit)}", flush=True)
+    return not failed
 
 
 def _platform(backend: str) -> str:
@@ -112,8 +171,9 @@ def _product() -> tuple[Any, Any, Any, Any]:
     import jax
     import jax.numpy as jnp
 
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     return (
-        jax.ShapeDtypeStruct((1, 4096), jnp.float32),
+        jax.ShapeDtypeStruct((1, 4096), dtype),
         jax.ShapeDtypeStruct((512, 4, 4096), jnp.uint8),
         jax.ShapeDtypeStruct((32, 4096), jnp.bfloat16),
         jax.ShapeDtypeStruct((1, 16, 1), jnp.float32),

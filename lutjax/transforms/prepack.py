@@ -19,8 +19,9 @@ from lutjax.arrays import (
 )
 from lutjax.paths import path_string
 from pallas_kernels.lut_matmul import dispatch, hopper
+from pallas_kernels.sparse_matmul import KERNEL_LANES
 
-_GPU_LANES, _TPU_LANES = 32, 128
+_GPU_LANES, _TPU_LANES = KERNEL_LANES["gpu"], KERNEL_LANES["tpu"]
 _MAX_BITS_BY_ROWS = 4  # of the kernels that read single rows
 
 
@@ -45,8 +46,9 @@ def prepack(
     Args:
       params: Parameters; weights that stand inside other compressed arrays are found too.
       implementation: Whose layout; None: that of the device that programs are compiled for, and
-        unchanged parameters where the kernels read canonical words (CPUs, other GPUs). None leaves
-        weights that the kernel does not take as they are.
+        unchanged parameters where the kernels read canonical words (CPUs, other GPUs) or the
+        environment variable ``PALLAS_KERNELS_DISABLE`` names the kernel. None leaves weights that
+        the kernel does not take as they are.
       device_kind: Of a TPU that is not there, e.g. ``"TPU v6 lite"``; None: the device that is
         compiled for.
 
@@ -91,12 +93,15 @@ def prepack(
 
 
 def _of_this_device() -> str | None:
+    disabled = dispatch.disabled()
     if dispatch.compiling_for("tpu"):
-        return "mosaic_tpu"
+        return None if "mosaic_tpu" in disabled else "mosaic_tpu"
     kind = dispatch.device_kind("cuda")
-    if kind is None or isinstance(dispatch.backend("mosaic_gpu"), str):
+    if kind is None or "mosaic_gpu" in disabled:
         return None
-    return "mosaic_gpu" if hopper.is_hopper(kind) else None
+    if not hopper.is_hopper(kind) or isinstance(dispatch.backend("mosaic_gpu"), str):
+        return None
+    return "mosaic_gpu"
 
 
 def _lanes(implementation: str | None) -> int | None:

@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import importlib
 import math
+import os
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -47,6 +48,13 @@ KERNEL_PLATFORM = {
     "pallas_triton": "cuda",
     "triton": "cuda",
 }
+
+DISABLED = "PALLAS_KERNELS_DISABLE"
+"""The environment variable with names of kernels, and commas between them, that None never takes.
+
+For a kernel that fails or is slow on some device. Read while a program is traced.
+"""
+
 _interpreted = contextvars.ContextVar("interpreted", default=False)
 
 
@@ -90,6 +98,23 @@ def backend(name: str) -> Backend | str:
         return f"{type(error).__name__}: {error}"
 
 
+def disabled() -> frozenset[str]:
+    """The kernels that :data:`DISABLED` names.
+
+    Raises:
+      ValueError: If it names something else; what every product can fall back to is no kernel.
+
+    >>> "xla" in disabled()
+    False
+    """
+    names = frozenset(filter(None, os.environ.get(DISABLED, "").replace(" ", "").split(",")))
+    kernels = ("cpu_native", *sorted(KERNEL_PLATFORM))
+    unknown = sorted(names.difference(kernels))
+    if unknown:
+        raise ValueError(f"{DISABLED} names {', '.join(unknown)}; it takes {', '.join(kernels)}")
+    return names
+
+
 def reason_against(name: str, arrays: tuple, static: dict) -> str | None:
     """Why the named implementation cannot compute this product, or None if it can."""
     module = backend(name)
@@ -123,10 +148,12 @@ def best_per_platform(arrays: tuple, static: dict) -> tuple[dict[str, str], str]
     Tracing a kernel takes seconds, so only the platform that programs are compiled for here gets
     its kernels; a program lowered for another one without an abstract device falls back to XLA.
     """
+    without = disabled()
 
     def best(names: tuple[str, ...]) -> str:
         check = reason_against_here
-        return next(name for name in names if check(name, arrays, static) is None)
+        left = (name for name in names if name not in without)
+        return next(name for name in left if check(name, arrays, static) is None)
 
     preference = dict(_PREFERENCE)
     if not compiling_for("cpu"):  # do not build the native library for a fall back nobody runs

@@ -3,10 +3,17 @@
 from pallas_kernels.sparse_matmul.api import IMPLEMENTATIONS, sparse_matmul
 from pallas_kernels.sparse_matmul.blocks import BlockCodes
 from pallas_kernels.sparse_matmul.masked import row_matmul
-from pallas_kernels.sparse_matmul.rows import RowCodes, dequantize_rows, pack_rows, unpack_rows
+from pallas_kernels.sparse_matmul.rows import (
+    KERNEL_LANES,
+    RowCodes,
+    dequantize_rows,
+    pack_rows,
+    unpack_rows,
+)
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "KERNEL_LANES",
     "BlockCodes",
     "RowCodes",
     "dequantize_rows",

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.lut_matmul.dispatch import compiling_for
+from pallas_kernels.lut_matmul.dispatch import compiling_for, disabled
 
 IMPLEMENTATIONS = ("reference", "masked", "xla", "cpu_native", "pallas_triton", "mosaic_tpu")
 
@@ -48,10 +48,15 @@ def reason_against_here(name: str, arrays: tuple, splits: tuple[int, ...]) -> st
 
 
 def best_per_platform(arrays: tuple, splits: tuple[int, ...]) -> tuple[dict[str, str], str]:
-    """The preferred implementation of every known platform, and the one for all others."""
+    """The preferred implementation of every known platform, and the one for all others.
+
+    Kernels that ``PALLAS_KERNELS_DISABLE`` names are left out, as in ``lut_matmul``.
+    """
+    without = disabled()
 
     def best(names: tuple[str, ...]) -> str:
-        return next(name for name in names if reason_against(name, arrays, splits) is None)
+        left = (name for name in names if name not in without)
+        return next(name for name in left if reason_against(name, arrays, splits) is None)
 
     preference: dict[str, tuple[str, ...]] = dict(_PREFERENCE)
     if not compiling_for("cpu"):  # do not build the native library for a fall back nobody runs

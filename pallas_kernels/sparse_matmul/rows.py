@@ -19,6 +19,9 @@ import numpy as np
 
 from pallas_kernels.lut_matmul.reference import expand_groups
 
+KERNEL_LANES = {"gpu": 32, "tpu": 128}
+"""Words of a block that a platform's kernel reads; CPUs skip rows of the canonical layout."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
