@@ -1,10 +1,11 @@
-"""Arrays inside ``shard_map``: over which mesh axes their values vary, and making them agree."""
+"""Arrays on meshes: over which manual axes they vary, and whether the compiler splits them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import jax
+from jax.sharding import AxisType
 
 
 def in_manual_axes() -> bool:
@@ -27,3 +28,15 @@ def vary_over(array: jax.Array, axes: frozenset) -> jax.Array:
 def shape_struct(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.ShapeDtypeStruct:
     """The type of a kernel's output that varies over the same axes as the operand ``like``."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
+
+
+def is_partitioned_automatically(array: Any) -> bool:
+    """Whether the compiler splits the work on ``array`` over several devices.
+
+    It can split XLA's own operations, but would gather the operands of a kernel.
+    """
+    mesh: Any = getattr(getattr(jax.typeof(array), "sharding", None), "mesh", None)
+    if mesh is None:
+        return False
+    axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return any(size > 1 and kind != AxisType.Manual for size, kind in axes)

@@ -15,10 +15,11 @@ from lutjax.arrays.dense_array import DenseArray
 from lutjax.arrays.lut_array import LutArray
 from lutjax.arrays.row_dense_array import RowDenseArray
 from lutjax.arrays.row_lut_array import RowLutArray
-from lutjax.arrays.split import Split, is_partitioned_automatically
+from lutjax.arrays.split import Split
 from lutjax.arrays.sum_array import SumArray
 from lutjax.arrays.wrapper import WrapperArray
 from lutjax.dtypes import add_wide, widened
+from pallas_kernels.manual_axes import is_partitioned_automatically
 from pallas_kernels.sparse_matmul import sparse_matmul
 
 

@@ -13,11 +13,12 @@ from jaxtyping import Array, Float, UInt8
 
 from lutjax.arrays.base import CompressedArray, cut, format_bytes
 from lutjax.arrays.scales import QuantizedScales
-from lutjax.arrays.split import Split, is_partitioned_automatically, typed_entries
+from lutjax.arrays.split import Split, typed_entries
 from lutjax.arrays.view import MATRIX, MatrixView
 from lutjax.dtypes import widened
 from lutjax.packing import BLOCK, unpack
 from pallas_kernels.lut_matmul import dequantize, lut_matmul, take_columns
+from pallas_kernels.manual_axes import is_partitioned_automatically
 from pallas_kernels.sparse_matmul import BlockCodes
 
 

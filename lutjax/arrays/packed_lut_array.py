@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from lutjax.arrays.base import CompressedArray, format_bytes
 from lutjax.arrays.lut_array import LutArray
-from lutjax.arrays.split import Split, is_partitioned_automatically, typed_entries
+from lutjax.arrays.split import Split, typed_entries
 from lutjax.arrays.view import MATRIX, MatrixView
 from pallas_kernels.lut_matmul import (
     PackedWeight,
@@ -25,6 +25,7 @@ from pallas_kernels.lut_matmul import (
     zero_of_line,
 )
 from pallas_kernels.lut_matmul import prepack as prepack_words
+from pallas_kernels.manual_axes import is_partitioned_automatically
 
 
 @jax.tree_util.register_dataclass
@@ -228,8 +229,12 @@ class PackedLutArray(CompressedArray):
     def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array:
         """Dense columns, of which only these are looked up, or rows, by a product with picks."""
         if axis == "n":
-            return packed_columns(self._whole().packed, indices).T
+            return self.take_columns(indices, self.dtype)
         return self.matmul(jax.nn.one_hot(indices, self.matrix_shape[0], dtype=self.dtype))
+
+    def take_columns(self, indices: jax.Array, dtype: Any) -> jax.Array:
+        """Dense columns ``dtype[indices, K]`` of the stored matrix, rounded once."""
+        return packed_columns(self._whole().packed, indices, dtype=dtype).T
 
     def split_specs(self, split: Split) -> Any:
         """Batch axes are split, and the shards that were packed.

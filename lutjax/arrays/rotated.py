@@ -77,7 +77,11 @@ class RotatedArray(WrapperArray):
         """Columns; a row depends on its whole block."""
         if axis == "k":
             return None
-        columns = self._wide_base.take_matrix(axis, indices)
+        columns: jax.Array | None
+        if isinstance(self.base, PackedLutArray):
+            columns = self.base.take_columns(indices, at_least_float32(self.dtype))
+        else:
+            columns = self._wide_base.take_matrix(axis, indices)
         return None if columns is None else rotate_back(columns, self.block).astype(self.dtype)
 
     def slice_matrix(self, axis: str, start: Any, size: int) -> Self | None:

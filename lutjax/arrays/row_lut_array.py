@@ -12,9 +12,10 @@ from jaxtyping import Array, Float, UInt32
 
 from lutjax.arrays.base import CompressedArray, format_bytes
 from lutjax.arrays.lut_array import LutArray
-from lutjax.arrays.split import Split, is_partitioned_automatically, typed_entries
+from lutjax.arrays.split import Split, typed_entries
 from lutjax.arrays.view import MATRIX, MatrixView
 from lutjax.dtypes import product, widened
+from pallas_kernels.manual_axes import is_partitioned_automatically
 from pallas_kernels.sparse_matmul import RowCodes, dequantize_rows, pack_rows, row_matmul
 
 

@@ -54,15 +54,3 @@ def explicit_mesh(tree: Any) -> Any:
         if mesh is not None and AxisType.Explicit in getattr(mesh, "axis_types", ()):
             return mesh
     return None
-
-
-def is_partitioned_automatically(array: Any) -> bool:
-    """Whether the compiler splits the work on ``array`` over several devices.
-
-    It can split XLA's own operations, but would gather the operands of a kernel.
-    """
-    mesh: Any = getattr(getattr(jax.typeof(array), "sharding", None), "mesh", None)
-    if mesh is None:
-        return False
-    axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-    return any(size > 1 and kind != AxisType.Manual for size, kind in axes)

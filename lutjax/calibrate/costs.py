@@ -94,7 +94,7 @@ def measure_costs(
       fisher: As in :func:`lutjax.decompose`.
       rounds: As in :func:`lutjax.decompose`; a few tell the candidates apart.
       recipe: Which parameters; by default all matrices but embeddings, head and norms. Its
-        configurations have no meaning here.
+        configurations and ``embeddings`` have no meaning here.
       cache: A file of JSON lines.
       workers: Threads that decompose at the same time.
       progress: Show a progress bar.

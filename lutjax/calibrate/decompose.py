@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -125,7 +126,9 @@ def decompose_blocks(
     >>> decompose_blocks(fn, blocks, x, recipe, rank=1, key=key)["1"]["kernel"].parts[1].rank
     1
     """
-    plan = match_rules(recipe, dict(blocks))
+    plan = match_rules(
+        dataclasses.replace(recipe, embeddings=None), dict(blocks)
+    )  # blocks have none
     convert = _decomposed(plan, dict(blocks), rank, method, key, rounds, svd)
     return convert_blocks(fn, blocks, x, plan, convert, batch_size=batch_size, progress=progress)
 

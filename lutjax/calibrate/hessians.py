@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -35,7 +36,8 @@ def hessians(
       fn: ``fn(params, batch)``; it is lifted, see :func:`lutjax.calibrate.observe`.
       params: Dense or compressed parameters.
       batches: What ``fn`` takes as its second argument; of one shape, or it compiles again.
-      recipe: Which parameters; by default all matrices but embeddings, head and norms.
+      recipe: Which parameters; by default all matrices but embeddings, head and norms. Its
+        ``embeddings`` have no meaning here.
       progress: Show a progress bar.
 
     Returns:
@@ -50,6 +52,8 @@ def hessians(
     >>> found["kernel"].tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
+    if recipe is not None:  # what is looked up is not multiplied
+        recipe = dataclasses.replace(recipe, embeddings=None)
     wraps = projections(params, recipe)
     leaves = {path: leaf for path, leaf in named_leaves(params) if path in wraps}
     sizes = {

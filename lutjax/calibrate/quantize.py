@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -104,7 +105,8 @@ def quantize_blocks(
     >>> quantize_blocks(lambda p, x: x @ p["kernel"], blocks, x, Recipe.uniform(3, 32))["1"]
     {'kernel': LutArray(shape=(32, 32), float32, 3 bits, group_size=column, 480 B)}
     """
-    plan = match_rules(recipe or Recipe.uniform(), dict(blocks))
+    recipe = dataclasses.replace(recipe or Recipe.uniform(), embeddings=None)  # blocks have none
+    plan = match_rules(recipe, dict(blocks))
     return convert_blocks(fn, blocks, x, plan, _rounded, batch_size=batch_size, progress=progress)
 
 

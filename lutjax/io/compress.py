@@ -65,7 +65,7 @@ def compress_checkpoint(
         for path, shape in checkpoint.shapes.items()
         if path not in kept
     }
-    plan = match_rules(recipe or Recipe.uniform(), nest(dense))
+    plan = match_rules(recipe or Recipe.uniform(), nest(dense), kept)
 
     def convert(path: str) -> Any:
         if path in kept:

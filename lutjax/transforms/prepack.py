@@ -33,7 +33,8 @@ def prepack(
     TPUs and Hopper GPUs read another order than the canonical words, and reorder them in every call
     unless this is done at load time. The result is for :func:`lutjax.lift` and cannot be saved,
     resharded or trained: keep the canonical parameters for that. Embeddings are looked up in either
-    order.
+    order. Call it outside ``jit`` and ``eval_shape``: equally spaced tables are computed on TPUs
+    instead of looked up, in an order of their own, and whether one is that must be known.
 
     Weights behind a gate (:func:`lutjax.sparsity.sparsify`) are laid out row by row, so that
     decoding reads live rows only: the canonical words keep eight rows together, and so do the tiles

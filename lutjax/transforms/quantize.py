@@ -81,6 +81,8 @@ def quantize(
     if is_compressed(params) or jax.tree_util.all_leaves([params]):
         _check_hessian_paths(hessians, ["array"])
         rule = recipe.rule_for("array")
+        if recipe.embeddings is not None:
+            raise ValueError("a single array is no embedding; leave out embedding_bits")
         if rule is None:
             raise ValueError("the recipe has no rule for a single array; use the pattern '*'")
         return quantize_array(
@@ -100,10 +102,11 @@ def quantize(
     return jax.tree_util.tree_map_with_path(convert, params, is_leaf=is_compressed)
 
 
-def match_rules(recipe: Recipe, params: Any) -> dict[str, Rule]:
+def match_rules(recipe: Recipe, params: Any, kept: Iterable[str] = ()) -> dict[str, Rule]:
     """Which rule applies to which path of ``params``, checked before anything is computed.
 
-    Paths that stay dense are left out. Of the paths that a glob matches, those that are no
+    Paths that stay dense are left out, and no rule is about those that are ``kept``, but it may be
+    for them only. Of the paths that a glob matches, those that are no
     floating-point matrix stay dense; one that is named in full must be a matrix.
 
     Raises:
@@ -113,7 +116,7 @@ def match_rules(recipe: Recipe, params: Any) -> dict[str, Rule]:
     """
     _check_recipe(recipe)
     leaves = named_leaves(params)
-    recipe.check_matches(path for path, _ in leaves)
+    recipe.check_matches([*(path for path, _ in leaves), *kept])
     plan = {}
     for path, leaf in leaves:
         rule = recipe.rule_for(path)

@@ -231,17 +231,25 @@ class Recipe:
         Unless ``embedding_bits`` says otherwise, see :meth:`with_embeddings`.
         """
         book = codebook if isinstance(codebook, str) else tuple(codebook)
-        recipe = cls((Rule("*", LutConfig(bits, group_size, book, scale_dtype, double_quant)),))
-        return (
-            recipe if embedding_bits is None else recipe.with_embeddings(embedding_bits, group_size)
-        )
+        scales: dict[str, Any] = {"scale_dtype": scale_dtype, "double_quant": double_quant}
+        recipe = cls((Rule("*", LutConfig(bits, group_size, book, **scales)),))
+        if embedding_bits is None:
+            return recipe
+        return recipe.with_embeddings(embedding_bits, group_size, **scales)
 
     @classmethod
     def higgs(cls, bits: float = 4, group_size: int = 512) -> Recipe:
         """:meth:`LutConfig.higgs` for every weight matrix; embeddings, head, norms stay dense."""
         return cls((Rule("*", LutConfig.higgs(bits, group_size)),))
 
-    def with_embeddings(self, bits: int = 8, group_size: int | Literal["column"] = 64) -> Recipe:
+    def with_embeddings(
+        self,
+        bits: int = 8,
+        group_size: int | Literal["column"] = 64,
+        *,
+        scale_dtype: str = "bfloat16",
+        double_quant: DoubleQuant | None = None,
+    ) -> Recipe:
         """The same recipe, and embeddings and the output head at so many bits.
 
         Eight bits are integers: they cost next to nothing in quality, and on a CPU a product with
@@ -251,7 +259,8 @@ class Recipe:
         >>> recipe.rule_for("embed_tokens/embedding").config.bits
         8
         """
-        config = LutConfig(bits, group_size, "int" if bits == 8 else "nf")
+        codebook = "int" if bits == 8 else "nf"
+        config = LutConfig(bits, group_size, codebook, scale_dtype, double_quant)
         return dataclasses.replace(self, embeddings=config)
 
     def rule_for(self, path: str) -> Rule | None:
@@ -262,19 +271,20 @@ class Recipe:
                 return rule
             if not stays_dense and fnmatch.fnmatchcase(path, rule.pattern):
                 return rule
+        return Rule("*", self.embeddings) if self.embeddings and self._is_embedding(path) else None
+
+    def _is_embedding(self, path: str) -> bool:
         others = (pattern for pattern in self.dense if pattern not in EMBEDDINGS)
-        if self.embeddings and _matches(path, EMBEDDINGS) and not _matches(path, others):
-            return Rule("*", self.embeddings)
-        return None
+        return _matches(path, EMBEDDINGS) and not _matches(path, others)
 
     def check_matches(self, paths: Iterable[str]) -> None:
-        """Raises if a rule or ``embeddings`` matches none of the paths.
+        """Raises if a rule or ``embeddings`` decides about none of the paths.
 
         Raises:
           ValueError: Names the rule's pattern and the paths most like it.
         """
         paths = list(paths)
-        if self.embeddings is not None and not any(_matches(path, EMBEDDINGS) for path in paths):
+        if self.embeddings is not None and not any(map(self._is_embedding, paths)):
             raise ValueError(
                 f"embeddings are to have {self.embeddings.bits} bits, but no parameter matches "
                 f"{' or '.join(EMBEDDINGS)}; add a Rule with the full path of each"
@@ -282,7 +292,14 @@ class Recipe:
         for rule in self.rules:
             if rule.pattern in paths:
                 continue
-            if not any(fnmatch.fnmatchcase(path, rule.pattern) for path in paths):
+            reached = [path for path in paths if fnmatch.fnmatchcase(path, rule.pattern)]
+            says_so = rule.pattern == "*" or (rule.config is None and self.embeddings is None)
+            if reached and not says_so and all(_matches(path, self.dense) for path in reached):
+                raise ValueError(
+                    f"the rule {rule.pattern!r} reaches only what stays dense unless it is named "
+                    f"in full, such as {reached[0]!r}; give a rule its full path"
+                )
+            if not reached:
                 similar = ", ".join(near_misses(rule.pattern, paths)) or "there are no weights"
                 raise ValueError(
                     f"the rule {rule.pattern!r} matches no parameter; similar paths: {similar}"
@@ -347,7 +364,9 @@ def _rule(data: dict) -> Rule:
     return Rule(config=None if config is None else _config(config), **fields)
 
 
-def _config(data: dict) -> LutConfig:
+def _config(data: Any) -> LutConfig:
+    if not isinstance(data, dict):
+        raise TypeError(f'{data!r} is no configuration such as {{"bits": 4, "group_size": 64}}')
     fields = _known(LutConfig, data)
     if fields.get("double_quant") is not None:
         fields["double_quant"] = DoubleQuant(**_known(DoubleQuant, fields["double_quant"]))

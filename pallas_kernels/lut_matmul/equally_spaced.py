@@ -17,10 +17,12 @@ def zero_of_line(lut: jax.Array) -> int | None:
     8
     """
     try:
-        if not (lut.is_fully_addressable or lut.is_fully_replicated):
+        if not getattr(lut, "is_fully_addressable", True) and not lut.is_fully_replicated:
             return None
         tables = np.asarray(lut, np.float64).reshape(-1, *lut.shape[-3:])
-    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
+    except TypeError:  # traced, or a shape without values
+        return None
+    if not np.isfinite(tables).all():
         return None
     if tables.shape[1] != 1 or tables.shape[3] != 1 or (tables != tables[:1]).any():
         return None
@@ -34,13 +36,32 @@ def zero_of_line(lut: jax.Array) -> int | None:
     return zero if (np.abs(entries - line) <= 2**-22 * np.abs(line)).all() else None
 
 
-def with_entries(
-    entries: np.ndarray, scales: jax.Array, lut: jax.Array, offsets: jax.Array | None, zero: int
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """The same weight with other equally spaced entries: scales, table and offsets."""
-    step = (lut[0, -1, 0] - lut[0, 0, 0]).astype(jnp.float32) / (entries[-1] - entries[0])
-    scales = scales.astype(jnp.float32) * step
-    if entries[zero]:  # what stands for zero is not zero
-        moved = scales * -entries[zero]
-        offsets = moved if offsets is None else offsets.astype(jnp.float32) + moved
-    return scales, jnp.asarray(entries).reshape(1, -1, 1), offsets
+def step_of_line(lut: jax.Array) -> jax.Array:
+    """The distance of neighbouring entries of equally spaced tables ``[..., 1, 2**bits, 1]``.
+
+    >>> step_of_line(jnp.arange(-8.0, 8.0).reshape(1, 16, 1)).item()
+    1.0
+    """
+    first, last = (lut[..., 0, i, 0].astype(jnp.float32) / 2 for i in (0, -1))  # may be large
+    return (last - first) / ((lut.shape[-2] - 1) / 2)
+
+
+def centred(
+    lut: jax.Array, scales: jax.Array, offsets: jax.Array | None, zero: int
+) -> tuple[jax.Array, jax.Array | None]:
+    """Table and offsets of the same weight, with zero at the middle code.
+
+    >>> lut, scales = jnp.arange(4.0).reshape(1, 4, 1), jnp.full((1, 1), 10.0)
+    >>> lut, offsets = centred(lut, scales, None, zero=0)
+    >>> lut[0, :, 0].tolist(), offsets.tolist()
+    ([-2.0, -1.0, 0.0, 1.0], [[20.0]])
+    """
+    entries = lut.shape[-2]
+    middle = entries // 2
+    if zero == middle:
+        return lut, offsets
+    step = step_of_line(lut)
+    moved = scales.astype(jnp.float32) * ((middle - zero) * step)
+    codes = jnp.arange(-middle, entries - middle, dtype=jnp.float32).reshape(1, -1, 1)
+    offsets = moved if offsets is None else offsets.astype(jnp.float32) + moved
+    return codes * step, offsets

@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -201,11 +200,9 @@ def _tiled(scales: jax.Array, problem: _Problem) -> jax.Array:
     return scales if rows == 1 else jnp.pad(scales, ((0, 0), (0, -rows % 8), (0, 0)))
 
 
-def integers(problem: _Problem) -> np.ndarray:
-    """The entries that the kernel computes for the codes of a weight, ``float32[2**bits]``."""
-    half = 2 ** (problem.bits - 1)
-    unit = 2 ** (8 - problem.bits) if problem.config.lookup == "int8" else 1
-    return np.arange(-half, half, dtype=np.float32) * unit
+def unit_of_integers(problem: _Problem) -> int:
+    """The distance of the integers that the kernel computes for neighbouring codes."""
+    return 2 ** (8 - problem.bits) if problem.config.lookup == "int8" else 1
 
 
 def untiled(scales: jax.Array, problem: _Problem) -> jax.Array:
@@ -253,8 +250,9 @@ def make_problem(
 ) -> _Problem:
     """Pads the sizes of a product to the tiles of ``config`` (None: a heuristic one).
 
-    ``computed`` says that the entries are equally spaced; if the lookup is one of ``COMPUTED``
-    then, :func:`prepack` wants a weight whose entries are :func:`integers`.
+    ``computed`` says that the entries are equally spaced, with zero in the middle. If the lookup is
+    one of ``COMPUTED`` then, the kernel multiplies by integers, which are :func:`unit_of_integers`
+    apart, and the result is to be multiplied by what one is in the table.
     """
     _, bits, n = words.shape
     p = lut.shape[-1]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from pallas_kernels.layout import pack
 from pallas_kernels.lut_matmul import dispatch, mosaic_tpu
 from pallas_kernels.lut_matmul.columns import take_columns
-from pallas_kernels.lut_matmul.equally_spaced import with_entries
+from pallas_kernels.lut_matmul.equally_spaced import centred, step_of_line
 from pallas_kernels.lut_matmul.mosaic_tpu_layout import COMPUTED, unpack_planes
 from pallas_kernels.lut_matmul.packed_weight import PackedWeight
 
@@ -22,7 +22,7 @@ _PACKED_ROWS = 16  # of ``x``, that the layout is decided for
 
 
 def reorder(weight: PackedWeight, *, device_kind: str | None, zero: int | None) -> PackedWeight:
-    """The planes of the kernel; equally spaced entries become integers that it computes."""
+    """The planes of the kernel, which computes equally spaced entries."""
     (words,) = weight.planes
     scales, lut, offsets = weight.scales, weight.lut, weight.offsets
     problem = mosaic_tpu.make_problem(
@@ -36,9 +36,7 @@ def reorder(weight: PackedWeight, *, device_kind: str | None, zero: int | None) 
         computed=zero is not None,
     )
     if zero is not None and problem.config.lookup in COMPUTED:
-        scales, lut, offsets = with_entries(
-            mosaic_tpu.integers(problem), scales, lut, offsets, zero
-        )
+        lut, offsets = centred(lut, scales, offsets, zero)
     planes, scales, table, _ = mosaic_tpu.prepack(words, scales, lut, problem=problem)
     return dataclasses.replace(
         weight,
@@ -63,9 +61,8 @@ def product(
     """``x @ W`` or ``x @ W.T`` in float32."""
     del out_dtype
     problem = _problem(x.shape[0], weight, transpose)
-    return mosaic_tpu.apply(
-        x, _operands(weight), problem, k=weight.k, n=weight.n, interpret=interpret
-    )
+    y = mosaic_tpu.apply(x, _operands(weight), problem, k=weight.k, n=weight.n, interpret=interpret)
+    return y if weight.layout.lookup not in COMPUTED else y * _scale_of_integers(weight, problem)
 
 
 def product_grouped(
@@ -79,16 +76,20 @@ def product_grouped(
 ) -> jax.Array:
     """``x[i] @ W[groups[i]]`` in float32."""
     del out_dtype
-    return mosaic_tpu.apply_grouped(
+    problem = _problem(x.shape[1], weight, transpose=False)
+    y = mosaic_tpu.apply_grouped(
         x,
         _operands(weight),
-        _problem(x.shape[1], weight, transpose=False),
+        problem,
         groups,
         sizes,
         k=weight.k,
         n=weight.n,
         interpret=interpret,
     )
+    if weight.layout.lookup not in COMPUTED:
+        return y
+    return y * jnp.take(_scale_of_integers(weight, problem), groups)[:, None, None]
 
 
 def canonical_columns(weight: PackedWeight, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -98,6 +99,11 @@ def canonical_columns(weight: PackedWeight, columns: jax.Array) -> tuple[jax.Arr
     codes = unpack_planes(planes, weight.bits, problem.config.lookup)
     scales = mosaic_tpu.untiled(weight.scales, problem)
     return pack(codes, weight.bits), take_columns(scales, columns)
+
+
+def _scale_of_integers(weight: PackedWeight, problem: Any) -> jax.Array:
+    """What one of the kernel's integers is in the table: a number for every weight."""
+    return step_of_line(weight.lut) / mosaic_tpu.unit_of_integers(problem)
 
 
 def _operands(weight: PackedWeight) -> tuple:

@@ -169,16 +169,17 @@ def packed_matmul_grouped(
     return _apply_grouped(*operands, out_dtype, interpret or dispatch.interpreting())
 
 
-@jax.jit
-def packed_columns(weight: PackedWeight, columns: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="dtype")
+def packed_columns(weight: PackedWeight, columns: jax.Array, *, dtype: Any = None) -> jax.Array:
     """``W[:, columns]``, of which no other column is looked up: tokens of a tied embedding.
 
     Args:
       weight: From :func:`prepack`.
-      columns: ``int[C]``, in range.
+      columns: ``int[C]``, which are clipped to those that there are.
+      dtype: Of the result; None: that of the weight.
 
     Returns:
-      ``[K, C]`` in the dtype of the weight, rounded once.
+      ``[K, C]``, rounded once.
 
     >>> from pallas_kernels.layout import pack
     >>> words = pack(jnp.arange(8).reshape(1, 8), bits=4)
@@ -196,11 +197,11 @@ def packed_columns(weight: PackedWeight, columns: jax.Array) -> jax.Array:
     return dequantize(
         words,
         scales[: weight.groups],
-        weight.lut if one_table else jnp.take(weight.lut, columns, axis=0),
+        weight.lut if one_table else jnp.take(weight.lut, columns, axis=0, mode="clip"),
         None if weight.offsets is None else take_columns(weight.offsets, columns),
         k=weight.k,
         group_size=weight.group_size,
-        dtype=weight.dtype,
+        dtype=weight.dtype if dtype is None else dtype,
     )
 
 

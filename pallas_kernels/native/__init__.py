@@ -5,6 +5,7 @@ from pallas_kernels.native.loader import (
     SPARSE_DENSE,
     SPARSE_PACKED,
     availability,
+    computes,
     instruction_sets,
     library_path,
 )
@@ -14,6 +15,7 @@ __all__ = [
     "SPARSE_DENSE",
     "SPARSE_PACKED",
     "availability",
+    "computes",
     "instruction_sets",
     "library_path",
 ]

@@ -8,6 +8,7 @@ import logging
 import pathlib
 
 import jax
+import numpy as np
 
 from pallas_kernels.native import library
 
@@ -41,6 +42,25 @@ def instruction_sets() -> tuple[str, ...]:
     return tuple(loaded.NativeInstructions().decode().split(","))
 
 
+def computes(table: np.ndarray, instructions: str = "") -> bool:
+    """Whether the kernels compute the entries of a table instead of looking them up.
+
+    Args:
+      table: ``float32[2**bits]``, of 2 to 8 bits.
+      instructions: One of :func:`instruction_sets`; the best one by default.
+
+    Raises:
+      RuntimeError: If the library is not available.
+    """
+    loaded, _, reason = _load()
+    if loaded is None:
+        raise RuntimeError(reason)
+    entries = np.ascontiguousarray(table, np.float32)
+    pointer = entries.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    bits = len(entries).bit_length() - 1
+    return loaded.NativeComputes(instructions.encode(), pointer, bits)
+
+
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, pathlib.Path | None, str | None]:
     """The library and its path, or the reason why there is none."""
@@ -48,6 +68,7 @@ def _load() -> tuple[ctypes.CDLL | None, pathlib.Path | None, str | None]:
         path = library.find_or_build()
         loaded = ctypes.CDLL(str(path))
         loaded.NativeInstructions.restype = ctypes.c_char_p
+        loaded.NativeComputes.restype = ctypes.c_bool
         for target, symbol in _HANDLERS.items():
             handler = jax.ffi.pycapsule(getattr(loaded, symbol))
             jax.ffi.register_ffi_target(target, handler, platform="cpu")

@@ -93,13 +93,12 @@ def test_thresholds_are_part_of_the_oracle():
 
 
 class TestDisabledKernels:
-    static = {"k": 64, "group_size": 64, "transpose": False}
-
     def best(self):
         x = jnp.ones((1, 64))
         words = jnp.zeros((8, 4, 32), jnp.uint8)
         arrays = (x, words, jnp.ones((1, 32)), jnp.ones((1, 16, 1)), None)
-        return dispatch.best_per_platform(arrays, self.static)[0]["cpu"]
+        static = {"k": 64, "group_size": 64, "transpose": False}
+        return dispatch.best_per_platform(arrays, static)[0]["cpu"]
 
     @pytest.mark.skipif(native.availability() is not None, reason=str(native.availability()))
     def test_none_goes_on_without_them(self, monkeypatch):

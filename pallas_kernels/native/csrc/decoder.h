@@ -76,18 +76,25 @@ enum Tables { kShared, kPerColumn, kLinear };
 // What computes equally spaced entries, rounded once as they are: (code - zero) * step, the step in
 // two parts, because that of 127 entries a unit, say, is none of float32.
 struct Line {
-  float zero, step, rest;
+  float zero, step, rest;  // in 2**kBits codes: with sums of codes large x would overflow
 
   // code - zero of the lowest bits of a word.
   template <int kBits>
   inline __attribute__((always_inline)) Float Distance(Word word) const {
-    return Simd::Sub(Simd::template LowBits<kBits>(word), Simd::Set(Simd::kLowBitsOf0 + zero));
+    constexpr float kOf0 = Simd::template LowBitsOf0<kBits>();
+    return Simd::Sub(Simd::template LowBits<kBits>(word), Simd::Set(kOf0 + zero));
   }
 
-  // The entry at a distance; and a sum of entries, of that of distances.
+  // The entry at a distance.
   inline __attribute__((always_inline)) Float Entry(Float distance) const {
     return Simd::MulAdd(distance, Simd::Set(step),
                         Simd::MulAdd(distance, Simd::Set(rest), Simd::Zero()));
+  }
+
+  // The sum of entries for one of distances, which is infinite if a factor of theirs was.
+  inline __attribute__((always_inline)) Float EntryOfSum(Float distance) const {
+    return Simd::MulAdd(distance, Simd::Set(step),
+                        Simd::MulAdd(Simd::Finite(distance), Simd::Set(rest), Simd::Zero()));
   }
 
   // Whether every entry of a table is that of its code, computed as the kernels do.
@@ -113,9 +120,9 @@ bool FindLine(const float* lut, Line* line) {
   int zero = 0;
   while (zero < kLast && lut[zero] != 0.0f) ++zero;
   if (zero == kLast) return false;
-  const double step = static_cast<double>(lut[kLast]) / (kLast - zero);
+  const double step = static_cast<double>(lut[kLast]) / (kLast - zero) * (1 << kBits);
   const float rounded = static_cast<float>(step);
-  *line = {static_cast<float>(zero), rounded, static_cast<float>(step - rounded)};
+  *line = {zero / static_cast<float>(1 << kBits), rounded, static_cast<float>(step - rounded)};
   return line->Fits<kBits>(lut);
 }
 
@@ -177,9 +184,12 @@ class Decoder {
     }
   }
 
-  // What a value, or a sum of values, is in units of the table.
+  // What a value is in units of the table; and a sum of values.
   inline __attribute__((always_inline)) Float Entry(Float value) const {
     return kTables == kLinear ? line_.Entry(value) : value;
+  }
+  inline __attribute__((always_inline)) Float EntryOfSum(Float value) const {
+    return kTables == kLinear ? line_.EntryOfSum(value) : value;
   }
 
   // Calls use(j, value) for one row of a tile, whose codes lie `shift` bits into the bytes; those
@@ -238,6 +248,12 @@ void DispatchTables(const Problem& p, Rest... rest) {
   }
   Product::template Run<kBits, kShared>(p, rest...);
 }
+
+// Says for Dispatch whether entries are computed.
+struct SayComputed {
+  template <int kBits, Tables kTables>
+  static void Run(const Problem&, bool* computed) { *computed = kTables == kLinear; }
+};
 
 template <class Product, class... Rest>
 void Dispatch(const Problem& p, Rest... rest) {

@@ -22,7 +22,8 @@ const Kernels* LUT_ENTRY() {
                                   Dispatch<RunProduct, int64_t, int64_t, float*>,
                                   Dispatch<RunTransposed, int64_t, int64_t, float*>,
                                   SparseDense,
-                                  Dispatch<RunSparse, const Live&, int64_t, int64_t>};
+                                  Dispatch<RunSparse, const Live&, int64_t, int64_t>,
+                                  Dispatch<SayComputed, bool*>};
   return &kernels;
 }
 

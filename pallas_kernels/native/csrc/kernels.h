@@ -59,6 +59,7 @@ struct Kernels {
   void (*transposed)(const Problem&, int64_t first, int64_t last, float* scratch);
   void (*sparse_dense)(const DenseProblem&, const Live&, int64_t first, int64_t last);
   void (*sparse)(const Problem&, const Live&, int64_t first, int64_t last);
+  void (*computed)(const Problem&, bool*);  // whether entries are, instead of being looked up
 };
 
 constexpr int64_t kFewRows = 4;  // rows of x that look codes up themselves, and may skip rows of W

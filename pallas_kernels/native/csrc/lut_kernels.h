@@ -70,7 +70,7 @@ void FewRows(const Problem& p, int64_t m0, int64_t tile) {
         LUT_UNROLL
         for (int j = 0; j < 4; ++j) {
           Float& a = total[m][t][j];
-          a = Simd::MulAdd(decoder.Entry(sum[m][t][j]), scale[j], a);
+          a = Simd::MulAdd(decoder.EntryOfSum(sum[m][t][j]), scale[j], a);
           if (p.offsets)
             a = Simd::MulAdd(Simd::Set(p.sums[(m0 + m) * groups + g]), offset[j], a);
         }

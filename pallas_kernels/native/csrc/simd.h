@@ -20,6 +20,8 @@
 
 namespace {
 
+constexpr float kLargest = 3.402823466e38f;  // of the finite numbers
+
 #if defined(LUT_AVX512)
 
 struct Simd {
@@ -45,11 +47,17 @@ struct Simd {
   static Word LeftBy(Word a, int bits) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(bits)); }
   static Word And(Word a, uint32_t b) { return _mm512_and_si512(a, _mm512_set1_epi32(b)); }
   static Word Add(Word a, Word b) { return _mm512_add_epi32(a, b); }
-  // The lowest bits b as the number 2**23 + b, of which they are the last ones.
-  static constexpr float kLowBitsOf0 = 0x1p23f;
+  // The lowest bits b as the number 2**(23 - kBits) + 2**-kBits b, of which they are the last ones.
+  template <int kBits>
+  static constexpr float LowBitsOf0() { return 0x1p23f / (1 << kBits); }
   template <int kBits>
   static Float LowBits(Word a) {
-    return _mm512_castsi512_ps(Select((1u << kBits) - 1, a, _mm512_set1_epi32(0x4B000000)));
+    const Word of_0 = _mm512_set1_epi32(0x4B000000 - (kBits << 23));
+    return _mm512_castsi512_ps(Select((1u << kBits) - 1, a, of_0));
+  }
+  // The nearest finite number, for infinities.
+  static Float Finite(Float a) {
+    return _mm512_min_ps(_mm512_max_ps(a, Set(-kLargest)), Set(kLargest));
   }
   // Bits of a where the mask is set, of b elsewhere.
   static Word Select(uint32_t mask, Word a, Word b) {
@@ -134,11 +142,15 @@ struct Simd {
   static Word LeftBy(Word a, int bits) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128(bits)); }
   static Word And(Word a, uint32_t b) { return _mm256_and_si256(a, _mm256_set1_epi32(b)); }
   static Word Add(Word a, Word b) { return _mm256_add_epi32(a, b); }
-  static constexpr float kLowBitsOf0 = 0x1p23f;
+  template <int kBits>
+  static constexpr float LowBitsOf0() { return 0x1p23f / (1 << kBits); }
   template <int kBits>
   static Float LowBits(Word a) {
-    const Word bits = _mm256_or_si256(And(a, (1u << kBits) - 1), _mm256_set1_epi32(0x4B000000));
-    return _mm256_castsi256_ps(bits);
+    const Word of_0 = _mm256_set1_epi32(0x4B000000 - (kBits << 23));
+    return _mm256_castsi256_ps(_mm256_or_si256(And(a, (1u << kBits) - 1), of_0));
+  }
+  static Float Finite(Float a) {
+    return _mm256_min_ps(_mm256_max_ps(a, Set(-kLargest)), Set(kLargest));
   }
   static Word Select(uint32_t mask, Word a, Word b) {
     const Word m = _mm256_set1_epi32(mask);
@@ -203,11 +215,14 @@ struct Simd {
   }
   static Word And(Word a, uint32_t b) { return vandq_u32(a, vdupq_n_u32(b)); }
   static Word Add(Word a, Word b) { return vaddq_u32(a, b); }
-  static constexpr float kLowBitsOf0 = 0x1p23f;
+  template <int kBits>
+  static constexpr float LowBitsOf0() { return 0x1p23f / (1 << kBits); }
   template <int kBits>
   static Float LowBits(Word a) {
-    return vreinterpretq_f32_u32(Select((1u << kBits) - 1, a, vdupq_n_u32(0x4B000000)));
+    const Word of_0 = vdupq_n_u32(0x4B000000 - (kBits << 23));
+    return vreinterpretq_f32_u32(Select((1u << kBits) - 1, a, of_0));
   }
+  static Float Finite(Float a) { return vminq_f32(vmaxq_f32(a, Set(-kLargest)), Set(kLargest)); }
   static Word Select(uint32_t mask, Word a, Word b) { return vbslq_u32(vdupq_n_u32(mask), a, b); }
   static Table LoadTable(const float* sixteen) {
     return {vld1q_u8_x4(reinterpret_cast<const uint8_t*>(sixteen))};
@@ -287,9 +302,19 @@ struct Simd {
   }
   static Word And(Word a, uint32_t b) { return a & b; }
   static Word Add(Word a, Word b) { return a + b; }
-  static constexpr float kLowBitsOf0 = 0;
   template <int kBits>
-  static Float LowBits(Word a) { return __builtin_convertvector(a & ((1u << kBits) - 1), Float); }
+  static constexpr float LowBitsOf0() { return 0; }
+  template <int kBits>
+  static Float LowBits(Word a) {
+    return __builtin_convertvector(a & ((1u << kBits) - 1), Float) * Set(1.0f / (1 << kBits));
+  }
+  static Float Finite(Float a) {
+    for (int i = 0; i < kLanes; ++i) {
+      if (a[i] > kLargest) a[i] = kLargest;
+      if (a[i] < -kLargest) a[i] = -kLargest;
+    }
+    return a;
+  }
   static Word Select(uint32_t mask, Word a, Word b) { return (a & mask) | (b & ~mask); }
   static Table LoadTable(const float* sixteen) {
     Table t;

@@ -104,7 +104,7 @@ void SparsePacked(const Problem& p, const Live& live, int64_t m0, int64_t first,
         for (int m = 0; m < kM; ++m)
           for (int j = 0; j < 4; ++j) {
             const int64_t place = (t * kM + m) * kTile + j * kLanes;
-            const Float sum = decoder.Entry(Simd::Load(sums + place));
+            const Float sum = decoder.EntryOfSum(Simd::Load(sums + place));
             Float a = Simd::MulAdd(sum, scale[j], Simd::Load(totals + place));
             if (p.offsets) a = Simd::MulAdd(Simd::Set(p.sums[(m0 + m) * groups + g]), offset[j], a);
             Simd::Store(totals + place, a);

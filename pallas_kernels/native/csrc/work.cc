@@ -120,3 +120,15 @@ extern "C" const char* NativeInstructions() {
   }();
   return names.c_str();
 }
+
+// Whether the kernels compute the entries of a table of 2**bits instead of looking them up.
+extern "C" bool NativeComputes(const char* instructions, const float* lut, int bits) {
+  const lut::Kernels* kernels = lut::Find(instructions);
+  lut::Problem problem = {};
+  problem.lut = lut;
+  problem.tables = 1;
+  problem.bits = bits;
+  bool computed = false;
+  if (kernels) kernels->computed(problem, &computed);
+  return computed;
+}

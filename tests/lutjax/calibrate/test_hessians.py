@@ -36,6 +36,18 @@ def test_a_block_may_be_one_matrix():
         np.testing.assert_array_equal(done[path].words, expected[path]["kernel"].words)
 
 
+def test_embeddings_of_a_recipe_have_no_inputs():
+    params = {"embed": normal(9, 32), "up": {"kernel": normal(32, 32)}}
+    recipe = Recipe.uniform(3, 32, embedding_bits=8)
+    fn = lambda p, tokens: p["embed"][tokens] @ p["up"]["kernel"]  # noqa: E731
+    assert list(hessians(fn, params, [jnp.arange(9)], recipe=recipe)) == ["up/kernel"]
+    blocks, x = {"0": params["up"]}, normal(40, 32)
+    block = lambda p, x: x @ p["kernel"]  # noqa: E731
+    assert quantize_blocks(block, blocks, x, recipe)["0"]["kernel"].bits == 3
+    key = jax.random.key(0)
+    assert decompose_blocks(block, blocks, x, recipe, rank=1, key=key)["0"]["kernel"].parts
+
+
 def test_they_are_sums_over_batches_and_uses():
     params = {"a": normal(6, 4), "b": normal(4, 3)}
     batches = [normal(2, 5, 6), normal(2, 5, 6)]

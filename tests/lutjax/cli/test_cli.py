@@ -247,6 +247,7 @@ def test_double_quantisation_and_dtype(capsys, tmp_path, source):
         (("--codebook", "affine", "--double-quant"), "double_quant"),
         (("--recipe", "nothing.json"), "nothing.json"),
         (("--embedding-bits", 9), "bits=9"),
+        (("--embedding-bits", 8, "--recipe", "r"), "either --recipe or --embedding-bits"),
         (("--keep-quantized",), "keep_quantized"),
         (("--samples", 3), "--samples needs --text"),
         (("--learn-scales", 1), "--learn-scales needs --text"),

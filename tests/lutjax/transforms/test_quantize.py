@@ -9,9 +9,10 @@ import pytest
 
 import lutjax
 from lutjax import LutConfig, Recipe, Rule, codebooks
+from lutjax.arrays import is_compressed
 from lutjax.paths import named_leaves
 from lutjax.transforms import quantize_array
-from lutjax.transforms.quantize import weight_view
+from lutjax.transforms.quantize import match_rules, weight_view
 
 WEIGHT = np.random.default_rng(0).normal(size=(576, 24)).astype(np.float32)
 
@@ -258,6 +259,36 @@ def test_embeddings_and_the_head_have_a_configuration_of_their_own():
     }
     assert Recipe.uniform(bits=3, embedding_bits=6).embeddings == LutConfig(6)
     assert Recipe.higgs(3).with_embeddings().embeddings == LutConfig(8, codebook="int")
+    scales = {"scale_dtype": "float16", "double_quant": lutjax.DoubleQuant()}
+    both = Recipe.uniform(3, 32, embedding_bits=8, **scales)
+    assert both.embeddings == LutConfig(8, 32, "int", **scales)
+
+
+HEAD = {"lm_head": {"kernel": jnp.ones((64, 8))}, "up": {"kernel": jnp.ones((64, 8))}}
+
+
+@pytest.mark.parametrize("embedding_bits", [None, 8])
+def test_a_glob_that_reaches_only_what_stays_dense_is_an_error(embedding_bits):
+    recipe = Recipe((Rule("*lm_head*", LutConfig(4)), Rule("*", LutConfig(3))))
+    if embedding_bits is not None:
+        recipe = recipe.with_embeddings(embedding_bits)
+    with pytest.raises(ValueError, match=r"'\*lm_head\*' reaches only .* such as 'lm_head/kernel'"):
+        lutjax.quantize(HEAD, recipe)
+
+
+def test_a_glob_that_leaves_the_head_dense_is_not_overridden():
+    recipe = Recipe((Rule("*lm_head*", None), Rule("*", LutConfig(3))))
+    assert not is_compressed(lutjax.quantize(HEAD, recipe)["lm_head"]["kernel"])
+    with pytest.raises(ValueError, match="give a rule its full path"):
+        lutjax.quantize(HEAD, recipe.with_embeddings(8))
+
+
+def test_rules_may_be_for_what_is_kept_only():
+    recipe = Recipe((Rule("*/down/*", LutConfig(8)), Rule("*", LutConfig(4)))).with_embeddings(8)
+    kept = ["embed_tokens/embedding", "0/down/kernel"]
+    assert match_rules(recipe, {"up": jnp.ones((64, 8))}, kept)["up"].config.bits == 4
+    with pytest.raises(ValueError, match="matches no parameter"):
+        match_rules(recipe, {"up": jnp.ones((64, 8))}, kept[:1])
 
 
 NAN = {"mlp": {"kernel": jnp.full((32, 16), jnp.nan)}}
@@ -387,6 +418,28 @@ NAN = {"mlp": {"kernel": jnp.full((32, 16), jnp.nan)}}
         ),
         (lambda: Recipe((("*", C),)), TypeError, r"is no rule; give Rule\(pattern, config\)"),
         (lambda: Recipe((), embeddings=8), TypeError, "embeddings=8; give a LutConfig or None"),
+        (
+            lambda: Recipe.from_json('{"rules": [], "embeddings": 8}'),
+            ValueError,
+            "not a recipe: it has no rules",
+        ),
+        (
+            lambda: Recipe.from_json(
+                '{"rules": [{"pattern": "*", "config": null}], "embeddings": 8}'
+            ),
+            ValueError,
+            "not a recipe: 8 is no configuration such as",
+        ),
+        (
+            lambda: lutjax.quantize(jnp.ones((64, 8)), bits=4, embedding_bits=8),
+            ValueError,
+            "a single array is no embedding; leave out embedding_bits",
+        ),
+        (
+            lambda: lutjax.quantize({"embed_norm": {"w": jnp.ones(64)}}, embedding_bits=8),
+            ValueError,
+            "embeddings are to have 8 bits, but no parameter matches",
+        ),
         (
             lambda: lutjax.quantize({"kernel": jnp.ones((64, 8))}, embedding_bits=8),
             ValueError,

@@ -101,6 +101,10 @@ TABLES = {
 def test_equally_spaced_tables_are_computed(bits, name, instructions):
     case = Case(m=1, bits=bits, n=300, dtype="float32", offsets=True)
     lut = jnp.asarray(TABLES[name](2**bits), jnp.float32).reshape(1, -1, 1)
+    # Two parts of a step need products and sums that are rounded once.
+    known = ("integers",) if instructions == "portable" else ("integers", "int", "affine")
+    assert native.computes(lut[0, :, 0], instructions) == (name in known)
+    assert not native.computes(lut[0, :, 0].at[1].multiply(1 + 1e-6), instructions)
     x, words, scales, _, offsets = operands(make(case))
 
     def product(x, lut, **static):
@@ -116,6 +120,27 @@ def test_equally_spaced_tables_are_computed(bits, name, instructions):
         assert jnp.array_equal(product(eye, lut), product(eye, tables))
     eye = jnp.eye(case.n)[:1]
     assert jnp.array_equal(product(eye, lut, transpose=True), product(eye, tables, transpose=True))
+
+
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize("name", ["integers", "int", "affine"])
+def test_computed_entries_meet_large_and_infinite_activations(name, instructions):
+    case = Case(m=1, bits=8, k=64, n=300, dtype="float32")
+    lut = jnp.asarray(TABLES[name](256), jnp.float32).reshape(1, -1, 1)
+    if name != "integers":
+        lut /= jnp.max(jnp.abs(lut))
+    assert native.computes(lut[0, :, 0], instructions) or instructions == "portable"
+    x, words, scales, _, _ = operands(make(case))
+    tables = jnp.tile(lut, (case.n, 1, 1))
+    static = case.static | {"instructions": instructions}
+    for value in (jnp.inf, -jnp.inf, jnp.nan, 1e37):
+        large = x.at[0, 5].set(value)
+        computed, looked_up = (
+            np.asarray(cpu_native.lut_matmul(large, words, scales, t, **static))
+            for t in (lut, tables)
+        )
+        # Where an infinite activation meets the entry zero, there is no number.
+        np.testing.assert_allclose(computed, looked_up, rtol=1e-5)
 
 
 def test_a_column_does_not_depend_on_its_neighbours_or_on_threads():
@@ -270,11 +295,13 @@ for case in tests.CASES:
 for instructions in tests.INSTRUCTIONS:
     for case in tests.EDGES:
         assert tests.error(case, instructions) < tests.TOLERANCE[case.dtype]
+    tests.test_equally_spaced_tables_are_computed(8, "int", instructions)
 tests.test_wrong_buffers_are_errors_with_their_shapes()
 import test_sparse_cpu_native as sparse
 for instructions in sparse.INSTRUCTIONS:
     for case in sparse.EDGES:
         assert sparse.error(case, instructions) < sparse.TOLERANCE[case.dtype]
+    sparse.test_equally_spaced_tables_are_computed(6, 31, instructions)
 sparse.test_wrong_buffers_are_errors_with_their_shapes()
 print("clean")
 """

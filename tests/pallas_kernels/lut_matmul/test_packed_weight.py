@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from lut_cases import CASES, TOLERANCE, Case, make, operands, oracle, relative_error
 
 from pallas_kernels.layout import unpack
 from pallas_kernels.lut_matmul import (
     dequantize,
+    dispatch,
     interpret_kernels,
     mosaic_gpu_layout,
     packed_columns,
@@ -236,12 +238,48 @@ def test_codes_of_hopper_columns_come_back(bits, p):
 
 
 @pytest.mark.parametrize("shape", [(5, 300), (3, 2, 128), (4, 40)])
-def test_single_lanes_of_tiles_are_columns(shape):
+@pytest.mark.parametrize("dtype", ["int32", "int8", "uint8"])
+def test_single_lanes_of_tiles_are_columns(shape, dtype):
     array = jax.random.randint(jax.random.key(0), shape, 0, 255, jnp.uint8)
-    columns = jnp.array([0, shape[-1] - 1, shape[-1] // 2, 7, 7])
-    tiles = columns_by_tiles(array, columns)
-    np.testing.assert_array_equal(tiles, take_columns(array, columns))
-    np.testing.assert_array_equal(tiles, array[..., columns])
+    last = min(shape[-1] - 1, jnp.iinfo(dtype).max)
+    columns = jnp.array([0, last, last // 2, 7, 7], dtype)
+    expected = np.asarray(array)[..., np.asarray(columns)]
+    np.testing.assert_array_equal(columns_by_tiles(array, columns.astype(jnp.int32)), expected)
+    np.testing.assert_array_equal(take_columns(array, columns), expected)
+
+
+def test_columns_out_of_range_are_clipped_in_either_way():
+    array = jax.random.normal(jax.random.key(0), (3, 300))
+    columns = jnp.array([-1, -500, 300, 1000])
+    expected = array[:, jnp.array([0, 0, 299, 299])]
+    np.testing.assert_array_equal(columns_by_tiles(array, columns), expected)
+    np.testing.assert_array_equal(take_columns(array, columns), expected)
+
+
+@pytest.fixture
+def for_a_tpu(monkeypatch):
+    """Programs as they are for a TPU, as far as that is XLA's own operations."""
+    monkeypatch.setattr(dispatch, "compiling_for", lambda platform: platform == "tpu")
+
+
+@pytest.mark.parametrize(("count", "by_tiles"), [(2, True), (3, False)])
+def test_columns_of_more_than_all_tiles_are_gathered_on_a_tpu(for_a_tpu, count, by_tiles):
+    program = str(jax.make_jaxpr(take_columns)(jnp.zeros((4, 300)), jnp.zeros(count, jnp.int32)))
+    assert ("scan" in program) == by_tiles
+    assert ("gather" in program) != by_tiles
+
+
+def test_columns_that_are_split_over_devices_stay_there_on_a_tpu(for_a_tpu):
+    devices = jax.devices()
+    if len(devices) == 1:
+        pytest.skip("there is one device")
+    mesh = jax.make_mesh((len(devices),), ("d",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec(None, "d"))
+    array = jax.device_put(jnp.arange(4 * 4096.0).reshape(4, 4096), sharding)
+    columns = jnp.array([3, 4095, 2048])
+    compiled = jax.jit(take_columns).lower(array, columns).compile()
+    assert "all-gather" not in compiled.as_text()
+    np.testing.assert_array_equal(compiled(array, columns), array[:, columns])
 
 
 def line(bits, zero):
@@ -259,6 +297,9 @@ def test_tables_on_a_line_are_known(bits, zero):
         assert zero_of_line(other) is None
     assert zero_of_line(jnp.tile(lut, (2, 1, 1))) is None
     assert zero_of_line(lut.at[0, last, 0].set(0)) is None
+    assert zero_of_line(np.asarray(lut)) == zero
+    assert zero_of_line(jax.ShapeDtypeStruct(lut.shape, lut.dtype)) is None
+    assert zero_of_line(lut.at[0, last, 0].set(jnp.inf)) is None
     traced = []
     jax.eval_shape(lambda lut: traced.append(zero_of_line(lut)), lut)
     assert traced == [None]
@@ -293,3 +334,27 @@ def test_codes_on_a_line_are_converted(kind, dtype, bits, zero):
     dense = np.asarray(dequantize(*weight, **static), np.float64)
     columns = packed_columns(w, jnp.arange(case.n))
     assert relative_error(columns, dense) < TOLERANCE[dtype] / 4  # one rounding
+
+
+@pytest.mark.parametrize(("size", "scale"), [(2e38, 1e-37), (1.0, 1e-35), (1e-30, 1e30)])
+def test_steps_and_scales_of_any_size_are_converted(size, scale):
+    case = Case(bits=8, dtype="float32", k=64, n=40)
+    data = make(case) | {"lut": line(8, 128) * size}
+    data["scales"] = data["scales"] * scale
+    x, *weight = operands(data)
+    static = {"k": case.k, "group_size": case.group_size}
+    layout = {"implementation": "mosaic_tpu", "device_kind": "TPU v6 lite", "dtype": case.dtype}
+    w = prepack(*weight, **static, **layout, zero=zero_of_line(data["lut"]))
+    assert w.layout.lookup == "int32" and w.scales.dtype == data["scales"].dtype
+    y = packed_matmul(x, w, interpret=True)
+    assert relative_error(y, oracle(case, data)) < 1e-5
+
+
+def test_converted_scales_keep_their_dtype():
+    data = make(Case(bits=4, scale_dtype="bfloat16", offsets=True))
+    _, words, scales, _, offsets = operands(data)
+    static = {"k": 256, "group_size": 64, "implementation": "mosaic_tpu"}
+    layout = {"device_kind": "TPU v6 lite", "zero": 8}
+    w = prepack(words, scales, line(4, 8), offsets, **static, **layout)
+    assert w.layout.lookup == "int8"
+    assert w.scales.dtype == w.offsets.dtype == jnp.bfloat16

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,13 +46,20 @@ def test_every_instruction_set_equals_the_formula(instructions):
         assert error(case, instructions) < TOLERANCE[case.dtype]
 
 
-def test_equally_spaced_bytes_are_computed():
-    case = Case(bits=8, canonical=True, n=70, dtype="float32")
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
+@pytest.mark.parametrize(("bits", "unit"), [(8, 1), (8, 127), (6, 31)])
+def test_equally_spaced_tables_are_computed(bits, unit, instructions):
+    case = Case(bits=bits, canonical=True, n=70, m=3, dtype="float32")
     (x, weight, thresholds), _ = make(case)
-    lut = jnp.arange(-128.0, 128.0).reshape(1, 256, 1)
-    weight = type(weight)(weight.words, weight.scales, lut, None, weight.k, weight.group_size)
+    half = 2 ** (bits - 1)
+    lut = jnp.asarray(np.arange(-half, half) / unit, jnp.float32).reshape(1, -1, 1)
+    # Two parts of a step need products and sums that are rounded once.
+    assert native.computes(lut[0, :, 0], instructions) == (unit == 1 or instructions != "portable")
+    weight = dataclasses.replace(weight, lut=lut)
     expected = sparse_matmul(x, weight, thresholds, implementation="reference")
-    y = sparse_matmul(x, weight, thresholds, implementation="cpu_native")
+    y = cpu_native.sparse_matmul(
+        x, weight, thresholds, splits=case.ranges, instructions=instructions
+    )
     assert relative_error(y, np.asarray(expected, np.float64)) < TOLERANCE["float32"]
 
 
