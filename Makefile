@@ -16,13 +16,14 @@ AOT := .venv-aot
 JAX := $(shell sed -n 's/^jax==//p' constraints.txt)
 COMPILERS := jax-cuda13-pjrt==$(JAX) jax-cuda13-plugin==$(JAX) triton==3.6.0 jax-triton==0.3.1 absl-py
 
-.PHONY: help demo test lint types layers unit aot newest clean
+.PHONY: help demo test lint types layers unit aot newest docs clean
 
 help:
 	@echo "make demo    compress SmolLM2-135M, measure it, generate from it (needs no accelerator)"
 	@echo "make test    lint, types, import layers and all tests"
 	@echo "make aot     compile the kernels for TPUs and GPUs that are not here, and count instructions"
 	@echo "make newest  the tests on the newest JAX that PYTHON can install, in an environment of its own"
+	@echo "make docs    write the reference of all public functions to site/"
 	@echo "make clean   remove the environments and caches"
 
 demo: $(VENV)/demo.stamp
@@ -52,6 +53,9 @@ aot: $(AOT)/aot.stamp
 newest:
 	$(MAKE) types unit VENV=.venv-newest CONSTRAINTS=
 
+docs: $(VENV)/dev.stamp
+	$(BIN)/python docs/reference.py site
+
 CONSTRAINTS ?= -c constraints.txt
 
 $(VENV)/python.stamp:
@@ -79,4 +83,4 @@ $(AOT)/aot.stamp: pyproject.toml constraints.txt Makefile
 	touch $@
 
 clean:
-	rm -rf .venv .venv-newest .venv-aot .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf site .venv .venv-newest .venv-aot .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
