@@ -10,22 +10,19 @@ import numpy as np
 
 from lutjax.io import experts, gemma, gpt_oss
 from lutjax.io.config_values import integer, positive
+from lutjax.io.families import FAMILIES, Family
 from lutjax.models.config import DecoderConfig, RopeScaling
-
-SUPPORTED = (
-    *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe"),
-    *("gemma", "gemma2", "gemma3_text", "gemma3", "gpt_oss"),
-)
-"""The supported `model_type`s; SmolLM2 is `llama`. Of `gemma3` the text model is."""
 
 TEXT_PREFIX = {"gemma3": "language_model."}
 """What begins the names of the text model's tensors, for models with several parts."""
 
+SUPPORTED = (*FAMILIES, *TEXT_PREFIX)
+"""The supported `model_type`s; of those with several parts, the text model is."""
+
 # Where null means what a missing key means.
 _NULLABLE = ("num_key_value_heads", "head_dim", "rope_scaling")
 
-# GGUF's names of architectures where they are not the `model_type`.
-_FROM_GGUF = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe", "gpt-oss": "gpt_oss"}
+_FROM_GGUF = {family.gguf or name: name for name, family in FAMILIES.items()}
 
 
 def config_from_hf(data: Mapping[str, Any], source: str = "config.json") -> DecoderConfig:
@@ -54,8 +51,8 @@ def config_from_hf(data: Mapping[str, Any], source: str = "config.json") -> Deco
     if model_type in TEXT_PREFIX:
         return config_from_hf(_text_config(data, source), source)
     given = {key: data[key] for key in data if data[key] is not None or key not in _NULLABLE}
-    defaults = gemma.DEFAULTS | experts.DEFAULTS | gpt_oss.DEFAULTS
-    data = defaults.get(model_type, {}) | given
+    family = FAMILIES[model_type]
+    data = {**family.defaults, **given}
     _refuse_unsupported(data, model_type, source)
     heads = integer(data, "num_attention_heads", source)
     hidden = integer(data, "hidden_size", source)
@@ -68,17 +65,15 @@ def config_from_hf(data: Mapping[str, Any], source: str = "config.json") -> Deco
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=integer(data, "num_key_value_heads", source, heads),
-        head_dim=integer(
-            data, "head_dim", source, 128 if model_type == "qwen3" else hidden // heads
-        ),
+        head_dim=integer(data, "head_dim", source, hidden // heads),
         max_position_embeddings=integer(data, "max_position_embeddings", source, 2048),
         rms_norm_eps=positive(data, "rms_norm_eps", source, 1e-6),
         rope_theta=positive(rope if "rope_theta" in rope else data, "rope_theta", source, 1e4),
         rope_scaling=_rope_scaling(rope, source),
         tie_embeddings=bool(data.get("tie_word_embeddings", False)),
-        qkv_bias=model_type in ("qwen2", "gpt_oss"),
-        qk_norm=model_type in ("qwen3", "qwen3_moe", "gemma3_text"),
-        sliding_window=_sliding_window(data, model_type, layers, source),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        sliding_window=_sliding_window(data, family, layers, source),
         model_type=model_type,
         **gemma.fields_from_hf(data, model_type, layers, source),
         **experts.fields_from_hf(data, model_type, source),
@@ -94,7 +89,12 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
 
     Returns:
       A JSON-serialisable object in Hugging Face's terms.
+
+    Raises:
+      ValueError: if no such file could be read, because its `model_type` is none of a family.
     """
+    if config.model_type not in FAMILIES:
+        raise _unknown_architecture(config.model_type, "the configuration")
     data: dict[str, Any] = {
         "model_type": config.model_type,
         "vocab_size": config.vocab_size,
@@ -111,9 +111,9 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "sliding_window": config.sliding_window,
     }
-    for family in (gemma, experts, gpt_oss):
-        data |= family.fields_to_hf(config)
-    if config.model_type.startswith("qwen"):
+    for module in (gemma, experts, gpt_oss):
+        data |= module.fields_to_hf(config)
+    if FAMILIES[config.model_type].window in ("if_used", "from_layer"):
         data |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
     scaling = config.rope_scaling
     if scaling is not None:
@@ -183,9 +183,8 @@ def config_from_gguf(
             f"{source}: rope.dimension_count={rotated} leaves a part of each head of {head_dim} as "
             "it is, which is not supported"
         )
+    family = FAMILIES[model_type]
     mixture = experts.fields_from_gguf(fields, model_type, source)
-    own_width = model_type in ("qwen3_moe", "gpt_oss")
-    width = "expert_feed_forward_length" if own_width else "feed_forward_length"
     window = fields.get("attention.sliding_window") or None
     if model_type == "gpt_oss":
         window = integer(fields, "attention.sliding_window", source)
@@ -194,7 +193,7 @@ def config_from_gguf(
     return DecoderConfig(
         vocab_size=vocab_size,
         hidden_size=hidden,
-        intermediate_size=integer(fields, width, source),
+        intermediate_size=integer(fields, family.gguf_width, source),
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=integer(fields, "attention.head_count_kv", source, heads),
@@ -204,8 +203,8 @@ def config_from_gguf(
         rope_theta=positive(fields, "rope.freq_base", source, 1e4),
         rope_scaling=_gguf_rope_scaling(fields, rope_factors, model_type, source),
         tie_embeddings=tied,
-        qkv_bias=model_type in ("qwen2", "gpt_oss"),
-        qk_norm=model_type in ("qwen3", "qwen3_moe", "gemma3_text"),
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
         sliding_window=window,
         model_type=model_type,
         **gemma.fields_from_gguf(fields, model_type, layers, window),
@@ -234,22 +233,7 @@ def _decimal(value: float) -> float:
 
 
 def _refuse_unsupported(data: Mapping[str, Any], model_type: str, source: str) -> None:
-    wanted: dict[str, tuple[Any, ...]] = {
-        "hidden_act": ("silu", "swish"),
-        "mlp_bias": (False,),
-        "attention_bias": (False,),
-        "partial_rotary_factor": (1,),
-    }
-    if model_type.startswith("gemma"):
-        # The first releases say "gelu" and mean the approximation, as transformers does.
-        wanted["hidden_act"] = ("gelu_pytorch_tanh", "gelu")
-        wanted["hidden_activation"] = ("gelu_pytorch_tanh",)
-        wanted["use_bidirectional_attention"] = (False,)
-    if model_type == "qwen2":
-        del wanted["attention_bias"]  # its biases are part of the architecture
-    if model_type == "gpt_oss":
-        wanted["attention_bias"] = (True,)
-    for key, accepted in wanted.items():
+    for key, accepted in FAMILIES[model_type].accepted.items():
         if data.get(key) is not None and data[key] not in accepted:
             raise ValueError(
                 f"{source}: {key}={data[key]!r} is not supported for {model_type!r}; only "
@@ -363,13 +347,13 @@ def _gguf_yarn(fields: Mapping[str, Any], model_type: str, source: str) -> RopeS
 
 
 def _sliding_window(
-    data: Mapping[str, Any], model_type: str, layers: int, source: str
+    data: Mapping[str, Any], family: Family, layers: int, source: str
 ) -> int | None:
-    switched_off = model_type.startswith("qwen") and not data.get("use_sliding_window", False)
-    if model_type in ("llama", "gemma") or switched_off or data.get("sliding_window") is None:
+    unused = family.window in ("if_used", "from_layer") and not data.get("use_sliding_window")
+    if family.window == "ignored" or unused or data.get("sliding_window") is None:
         return None
     window = integer(data, "sliding_window", source)
-    if model_type in ("mistral", "mixtral", "qwen3_moe", "gemma2", "gemma3_text", "gpt_oss"):
+    if family.window != "from_layer":
         return window
     first = integer(data, "max_window_layers", source, 28, least=0)
     if first >= layers:

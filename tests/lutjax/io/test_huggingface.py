@@ -354,6 +354,11 @@ def test_heads_that_do_not_fit_each_other(tiny_config):
         config_from_hf(config_to_hf(tiny_config) | {"num_key_value_heads": 3})
 
 
+def test_a_configuration_of_no_known_family_is_not_written(tiny_config):
+    with pytest.raises(ValueError, match="the configuration has the architecture 'mamba'"):
+        config_to_hf(dataclasses.replace(tiny_config, model_type="mamba"))
+
+
 def edit_tensors(directory, edit):
     path = directory / "model.safetensors"
     tensors = load_file(path)
