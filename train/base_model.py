@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import lutjax
 from lutjax.adapters import lora
 from lutjax.arrays import LowRankArray, has_compressed, is_compressed, shardings_like
-from lutjax.io import Tokenizer, load_peft, load_peft_head
+from lutjax.io import Tokenizer, load_peft, load_peft_head, require_tokenizer
 from lutjax.io.peft import TENSORS_NAME
 from lutjax.io.safetensors import SafetensorsReader
 from lutjax.models import Decoder
@@ -53,8 +53,7 @@ def load_start(path: str | Path, dtype: Any, *, remat: bool = False) -> Start:
       ValueError: If the model has no tokenizer.
     """
     model, params, tokenizer = lutjax.load(path, dtype)
-    if tokenizer is None:
-        raise ValueError(f"{path} has no tokenizer.json, so it cannot read text")
+    tokenizer = require_tokenizer(tokenizer, path)
     base, adapter = lora.detach(params)
     model = Decoder(dataclasses.replace(model.config, dtype=jnp.dtype(dtype), remat=remat))
     return Start(model, tokenizer, base, _float32(adapter))

@@ -211,9 +211,9 @@ class Allocate:
 
         from lutjax.calibrate import next_token_loss, noise_sensitivities
         from lutjax.cli.models import evaluation_text, text_windows
+        from lutjax.io import require_tokenizer
 
-        if tokenizer is None:
-            raise ValueError(f"{self.model} has no tokenizer.json, so it cannot read text")
+        tokenizer = require_tokenizer(tokenizer, str(self.model))
         text, count = evaluation_text(self.text), 4 if self.samples is None else self.samples
         return noise_sensitivities(
             next_token_loss(model.apply),

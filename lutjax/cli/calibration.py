@@ -77,16 +77,14 @@ def compress_on_text(
 
     from lutjax import is_compressed, save
     from lutjax.cli.models import evaluation_text, text_windows
-    from lutjax.io import load_params, load_tokenizer, open_checkpoint
+    from lutjax.io import load_params, load_tokenizer, open_checkpoint, require_tokenizer
     from lutjax.io.compress import stored_dtype
     from lutjax.io.new_directory import check_destination
     from lutjax.paths import path_string
 
     check_destination(output)
     checkpoint = open_checkpoint(model)
-    tokenizer = load_tokenizer(checkpoint)
-    if tokenizer is None:
-        raise ValueError(f"{model} has no tokenizer.json, so it cannot read text")
+    tokenizer = require_tokenizer(load_tokenizer(checkpoint), model)
     rows = text_windows(evaluation_text(text), tokenizer, checkpoint.config, window, samples)
     tokens = jnp.asarray(rows)
     params = compress(checkpoint.config, load_params(checkpoint), tokens)

@@ -42,10 +42,10 @@ def load_model(
       ValueError: if the checkpoint is not sound, not supported, or without a tokenizer.
     """
     import lutjax
+    from lutjax.io import require_tokenizer
 
     model, params, tokenizer = lutjax.load(path, dtype, keep_quantized=keep_quantized)
-    if tokenizer is None:
-        raise ValueError(f"{path} has no tokenizer.json, so it cannot read text")
+    tokenizer = require_tokenizer(tokenizer, path)
     return RunnableModel(model.config, params, tokenizer, lifted_if_needed(model.apply, params))
 
 

@@ -7,7 +7,7 @@ from lutjax.io.decompose import decompose_checkpoint
 from lutjax.io.demo import demo_model_path
 from lutjax.io.load import load, load_params, load_tokenizer, open_checkpoint
 from lutjax.io.peft import load_peft, load_peft_head, save_peft
-from lutjax.io.tokenizer import TextStream, Tokenizer
+from lutjax.io.tokenizer import TextStream, Tokenizer, require_tokenizer
 
 __all__ = [
     "Checkpoint",
@@ -25,6 +25,7 @@ __all__ = [
     "open_checkpoint",
     "open_compressed",
     "read_params",
+    "require_tokenizer",
     "save",
     "save_peft",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from lutjax.io.grid import abstract_grid_array, check_keeps_quantized, grid_arra
 from lutjax.io.load import load_tokenizer, open_checkpoint
 from lutjax.io.new_directory import check_destination
 from lutjax.io.safetensors_writer import MAX_SHARD_BYTES
-from lutjax.progress import progress_bar
 from lutjax.transforms.quantize import match_rules, quantize_array
 from lutjax.transforms.recipe import Recipe
 
@@ -86,11 +84,6 @@ def compress_checkpoint(
             functools.partial(quantize_array, rule=plan[path], path=path), dense[path]
         )
 
-    def bar(paths: Iterable[str]) -> Iterable[str]:
-        return progress_bar(
-            paths, "quantize", "tensor", show=progress, total=len(checkpoint.shapes)
-        )
-
     write_checkpoint(
         destination,
         {path: spec(path) for path in checkpoint.shapes},
@@ -98,7 +91,7 @@ def compress_checkpoint(
         config=checkpoint.config,
         tokenizer=tokenizer,
         max_shard_bytes=max_shard_bytes,
-        wrap=bar,
+        progress="quantize" if progress else None,
     )
 
 

@@ -13,7 +13,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from lutjax.models.config import DecoderConfig
 from lutjax.models.decoder import abstract_params
 from lutjax.models.projections import FUSED
 from lutjax.paths import named_leaves
+from lutjax.progress import progress_bar
 
 METADATA_NAME = "lutjax.json"
 _FORMAT, _VERSION = "lutjax", 1
@@ -143,7 +144,7 @@ def write_checkpoint(
     config: DecoderConfig | None,
     tokenizer: Tokenizer | None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    wrap: Callable[[Iterable[str]], Iterable[str]] = lambda paths: paths,
+    progress: str | None = None,
 ) -> None:
     """Writes a checkpoint of which one parameter at a time is in memory.
 
@@ -154,7 +155,7 @@ def write_checkpoint(
       config: the decoder's configuration, if it is one.
       tokenizer: is saved along.
       max_shard_bytes: the size from which the arrays are spread over several files.
-      wrap: goes around the loop over paths, for a progress bar.
+      progress: what a progress bar says that happens to the parameters; None for no bar.
 
     Raises:
       FileExistsError: if something is at the destination.
@@ -179,7 +180,8 @@ def write_checkpoint(
     }
     with new_directory(destination) as directory:
         with SafetensorsWriter(directory, tensors, max_shard_bytes) as writer:
-            for path in wrap(specs):
+            bar = progress_bar(specs, progress or "", "tensor", show=progress is not None)
+            for path in bar:
                 for name, array in describe(leaf(path), path)[1].items():
                     writer.write(name, np.asarray(array))
         if config is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from lutjax.io.compress import stored_dtype
 from lutjax.io.compressed import write_checkpoint
 from lutjax.io.load import load_tokenizer, open_checkpoint
 from lutjax.io.new_directory import check_destination
-from lutjax.progress import progress_bar
 from lutjax.transforms.decompose import Method, check_decomposition, decompose_array
 from lutjax.transforms.quantize import match_rules
 from lutjax.transforms.recipe import Recipe
@@ -107,17 +106,12 @@ def decompose_checkpoint(
             return dense[path]
         return jax.eval_shape(functools.partial(decomposed, path, fisher=None), dense[path]).array
 
-    def bar(paths: Iterable[str]) -> Iterable[str]:
-        return progress_bar(
-            paths, "decompose", "tensor", show=progress, total=len(checkpoint.shapes)
-        )
-
     write_checkpoint(
         destination,
         {path: spec(path) for path in checkpoint.shapes},
         convert,
         config=checkpoint.config,
         tokenizer=tokenizer,
-        wrap=bar,
+        progress="decompose" if progress else None,
     )
     return errors

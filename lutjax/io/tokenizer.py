@@ -247,6 +247,17 @@ class Tokenizer:
         _write_json(directory / "generation_config.json", {"eos_token_id": list(self.eos_ids)})
 
 
+def require_tokenizer(tokenizer: Tokenizer | None, source: str | Path) -> Tokenizer:
+    """The tokenizer of a model that is to read text.
+
+    Raises:
+      ValueError: if there is none; `source` is what to call the model.
+    """
+    if tokenizer is None:
+        raise ValueError(f"{source} has no tokenizer.json, so it cannot read text")
+    return tokenizer
+
+
 def read_backend(path: str | Path) -> tokenizers.Tokenizer:
     """The library's tokenizer of a tokenizer.json, without a truncation or padding that it holds.
 
