@@ -126,9 +126,8 @@ def decompose_blocks(
     >>> decompose_blocks(fn, blocks, x, recipe, rank=1, key=key)["1"]["kernel"].parts[1].rank
     1
     """
-    plan = match_rules(
-        dataclasses.replace(recipe, embeddings=None), dict(blocks)
-    )  # blocks have none
+    recipe = dataclasses.replace(recipe, embeddings=None)  # blocks have none
+    plan = match_rules(recipe, dict(blocks))
     convert = _decomposed(plan, dict(blocks), rank, method, key, rounds, svd)
     return convert_blocks(fn, blocks, x, plan, convert, batch_size=batch_size, progress=progress)
 
