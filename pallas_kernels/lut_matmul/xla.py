@@ -34,6 +34,9 @@ _TILE_ACCELERATOR = 1 << 25
 _LOOKUPS = 1 << 19
 """Looked-up values held at a time when the activations are folded into the table."""
 
+_ALIGNED = 64
+"""Ranges of columns are a multiple of this."""
+
 _UNIT = 512
 """Most rows whose folded values are summed before the scale is applied."""
 
@@ -166,13 +169,37 @@ def _folded(x, words, scales, lut, offsets, *, k, group_size):
     group = padded if group_size >= k else group_size
     unit = max(d for d in range(BLOCK, _UNIT + BLOCK, BLOCK) if group % d == 0)
     unit_scales = jnp.repeat(scales, group // unit, axis=0)[: -(-padded // unit)]
-    rows = [_folded_row(row, words, unit_scales, lut.reshape(-1), unit) for row in x]
-    y = jnp.stack(rows)
+
+    def columns(words, unit_scales):
+        rows = [_folded_row(row, words, unit_scales, lut.reshape(-1), unit) for row in x]
+        return jnp.stack(rows)
+
+    y = _over_columns(columns, words, unit_scales, unit)
     if offsets is None:
         return y
     whole = jnp.pad(x, [(0, 0), (0, scales.shape[0] * group - padded)])
     sums = whole.reshape(x.shape[0], -1, group).sum(axis=-1)
     return y + _dot(sums, offsets.astype(jnp.float32), transpose=False)
+
+
+def _over_columns(product, words, scales, unit: int):
+    """``product(words, scales)`` for one range of columns after another, if they are many."""
+    bits, n = words.shape[1:]
+    most = max(_LOOKUPS * _codes_per_field(bits) // unit // _ALIGNED, 1) * _ALIGNED
+    if n <= most:
+        return product(words, scales)
+    full = n // most
+
+    def part(start):
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, axis=-1)
+        return product(cut(words, start, most), cut(scales, start, most))
+
+    parts = jax.lax.map(part, np.arange(full, dtype=np.int32) * np.int32(most))
+    y = parts.swapaxes(0, 1).reshape(-1, full * most)
+    if full * most == n:
+        return y
+    rest = product(words[..., full * most :], scales[..., full * most :])
+    return jnp.concatenate([y, rest], axis=1)
 
 
 def _folded_row(x, words, scales, table, unit: int):

@@ -47,6 +47,9 @@ def test_equals_the_formula(case):
         Case(k=576, n=64, group_size=128, dtype="float32", transpose=True),
         Case(k=300, n=64, group_size=300, m=1, dtype="float32"),
         Case(k=576, n=64, group_size=64, m=2, bits=3, dtype="float32", offsets=True),
+        # ranges of columns, the last one shorter or not
+        Case(k=576, n=300, group_size=64, m=2, dtype="float32", offsets=True),
+        Case(k=205, n=192, group_size=64, m=1, bits=8, dtype="float32"),
     ],
     ids=str,
 )
