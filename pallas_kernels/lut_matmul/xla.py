@@ -20,7 +20,7 @@ import numpy as np
 
 from pallas_kernels.layout import BLOCK, unpack
 from pallas_kernels.lut_matmul import dispatch, reference
-from pallas_kernels.manual_axes import vary_over, varying_axes
+from pallas_kernels.manual_axes import is_partitioned_automatically, vary_over, varying_axes
 
 MAX_FOLDED_ROWS = 2
 """Rows of activations up to which a table per row costs less than dequantising (measured)."""
@@ -33,6 +33,9 @@ _TILE_ACCELERATOR = 1 << 25
 
 _LOOKUPS = 1 << 19
 """Looked-up values held at a time when the activations are folded into the table."""
+
+_TILE_COLUMNS = 8192
+"""Most columns of a tile on a CPU."""
 
 _ALIGNED = 64
 """Ranges of columns are a multiple of this."""
@@ -80,24 +83,56 @@ def lut_matmul(
 
 def _tiled(x, words, scales, lut, offsets, *, k, group_size, transpose):
     """The product, float32 ``[M, N]``; a loop over tiles of rows if the weight is large."""
-    n, p = words.shape[-1], lut.shape[-1]
-
-    def product(x, words, groups):
-        weight = reference.dequantize(
-            words,
-            scales[groups],
-            lut,
-            None if offsets is None else offsets[groups],
-            k=len(groups),
-            group_size=1,
-            dtype=x.dtype,
-        )
-        return _dot(x, weight, transpose)
-
     groups = np.arange(k, dtype=np.int32) // np.int32(group_size)
-    zeros = jnp.zeros((x.shape[0], n), jnp.float32)
-    zeros = vary_over(zeros, varying_axes(x, words, scales, lut, offsets))
-    return over_tiles(product, x, words, groups, zeros, block=BLOCK * p, transpose=transpose)
+
+    def columns(words, scales, lut, offsets):
+        def product(x, words, groups):
+            weight = reference.dequantize(
+                words,
+                scales[groups],
+                lut,
+                None if offsets is None else offsets[groups],
+                k=len(groups),
+                group_size=1,
+                dtype=x.dtype,
+            )
+            return _dot(x, weight, transpose)
+
+        zeros = jnp.zeros((x.shape[0], words.shape[-1]), jnp.float32)
+        zeros = vary_over(zeros, varying_axes(x, words, scales, lut, offsets))
+        block = BLOCK * lut.shape[-1]
+        return over_tiles(product, x, words, groups, zeros, block=block, transpose=transpose)
+
+    # Tiles of few rows would add to all sums again and again.
+    wide = not transpose and dispatch.compiling_for("cpu")
+    most = _TILE_COLUMNS if wide else words.shape[-1]
+    return _over_columns(columns, words, scales, lut, offsets, most=most)
+
+
+def _over_columns(product, words, scales, lut, offsets, *, most: int):
+    """``product(words, scales, lut, offsets)`` for one range of columns after another.
+
+    A range has ``most`` columns, the last one maybe fewer. All of them are one if they are no more,
+    or lie on several devices, where a slice would bring them together.
+    """
+    n = words.shape[-1]
+    if n <= most or is_partitioned_automatically(words):
+        return product(words, scales, lut, offsets)
+    full = n // most
+
+    def part(start, size):
+        def cut(array, axis=-1):
+            return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
+
+        own = cut(lut, 0) if lut.shape[0] > 1 else lut
+        return product(cut(words), cut(scales), own, None if offsets is None else cut(offsets))
+
+    starts = np.arange(full, dtype=np.int32) * np.int32(most)
+    parts = jax.lax.map(lambda start: part(start, most), starts)
+    y = parts.swapaxes(0, 1).reshape(-1, full * most)
+    if full * most == n:
+        return y
+    return jnp.concatenate([y, part(full * most, n - full * most)], axis=1)
 
 
 def over_tiles(product, x, words, groups, zeros, *, block, transpose):
@@ -170,36 +205,17 @@ def _folded(x, words, scales, lut, offsets, *, k, group_size):
     unit = max(d for d in range(BLOCK, _UNIT + BLOCK, BLOCK) if group % d == 0)
     unit_scales = jnp.repeat(scales, group // unit, axis=0)[: -(-padded // unit)]
 
-    def columns(words, unit_scales):
+    def columns(words, unit_scales, lut, _):
         rows = [_folded_row(row, words, unit_scales, lut.reshape(-1), unit) for row in x]
         return jnp.stack(rows)
 
-    y = _over_columns(columns, words, unit_scales, unit)
+    most = max(_LOOKUPS * _codes_per_field(words.shape[1]) // unit // _ALIGNED, 1) * _ALIGNED
+    y = _over_columns(columns, words, unit_scales, lut, None, most=most)
     if offsets is None:
         return y
     whole = jnp.pad(x, [(0, 0), (0, scales.shape[0] * group - padded)])
     sums = whole.reshape(x.shape[0], -1, group).sum(axis=-1)
     return y + _dot(sums, offsets.astype(jnp.float32), transpose=False)
-
-
-def _over_columns(product, words, scales, unit: int):
-    """``product(words, scales)`` for one range of columns after another, if they are many."""
-    bits, n = words.shape[1:]
-    most = max(_LOOKUPS * _codes_per_field(bits) // unit // _ALIGNED, 1) * _ALIGNED
-    if n <= most:
-        return product(words, scales)
-    full = n // most
-
-    def part(start):
-        cut = functools.partial(jax.lax.dynamic_slice_in_dim, axis=-1)
-        return product(cut(words, start, most), cut(scales, start, most))
-
-    parts = jax.lax.map(part, np.arange(full, dtype=np.int32) * np.int32(most))
-    y = parts.swapaxes(0, 1).reshape(-1, full * most)
-    if full * most == n:
-        return y
-    rest = product(words[..., full * most :], scales[..., full * most :])
-    return jnp.concatenate([y, rest], axis=1)
 
 
 def _folded_row(x, words, scales, table, unit: int):

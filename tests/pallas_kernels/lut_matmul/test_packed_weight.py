@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from lut_cases import CASES, TOLERANCE, Case, make, operands, oracle, relative_error
 
 from pallas_kernels.layout import unpack
@@ -267,19 +266,6 @@ def test_columns_of_more_than_all_tiles_are_gathered_on_a_tpu(for_a_tpu, count, 
     program = str(jax.make_jaxpr(take_columns)(jnp.zeros((4, 300)), jnp.zeros(count, jnp.int32)))
     assert ("scan" in program) == by_tiles
     assert ("gather" in program) != by_tiles
-
-
-def test_columns_that_are_split_over_devices_stay_there_on_a_tpu(for_a_tpu):
-    devices = jax.devices()
-    if len(devices) == 1:
-        pytest.skip("there is one device")
-    mesh = jax.make_mesh((len(devices),), ("d",), axis_types=(AxisType.Auto,))
-    sharding = NamedSharding(mesh, PartitionSpec(None, "d"))
-    array = jax.device_put(jnp.arange(4 * 4096.0).reshape(4, 4096), sharding)
-    columns = jnp.array([3, 4095, 2048])
-    compiled = jax.jit(take_columns).lower(array, columns).compile()
-    assert "all-gather" not in compiled.as_text()
-    np.testing.assert_array_equal(compiled(array, columns), array[:, columns])
 
 
 def line(bits, zero):

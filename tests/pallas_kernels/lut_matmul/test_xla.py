@@ -50,6 +50,8 @@ def test_equals_the_formula(case):
         # ranges of columns, the last one shorter or not
         Case(k=576, n=300, group_size=64, m=2, dtype="float32", offsets=True),
         Case(k=205, n=192, group_size=64, m=1, bits=8, dtype="float32"),
+        Case(k=205, n=300, group_size=64, m=9, dtype="float32", tables="channel", offsets=True),
+        Case(k=202, n=256, group_size=32, m=3, dtype="float32", p=2),
     ],
     ids=str,
 )
@@ -57,6 +59,7 @@ def test_loops_over_tiles_equal_the_formula(case, monkeypatch):
     monkeypatch.setattr(xla, "_TILE", 48 * 64)
     monkeypatch.setattr(xla, "_LOOKUPS", 64 * 64)
     monkeypatch.setattr(xla, "_UNIT", 64)
+    monkeypatch.setattr(xla, "_TILE_COLUMNS", 128)
     run(case)
 
 
