@@ -118,17 +118,17 @@ class Check:
         >>> Check(4, 1, dtype="float32").run("reference").status
         'ok'
         """
-        operands = (self._x(), *self._weight(), None)
+        x, weight = self._x(), self._weight()
         static = {**self._static, "transpose": self.transpose}
-        reason = dispatch.reason_against_here(implementation, operands, static)
+        reason = dispatch.reason_against_here(implementation, (x, *weight, None), static)
         if reason is not None:
             return Outcome("refused", reason)
         if self.weights > 1:
             product, expected = self._several(implementation)
-        elif self.columns or self.spaced:
-            product, expected = self._prepacked(implementation)
+        elif self.columns:
+            product, expected = self._columns(weight, implementation)
         else:
-            product, expected = self._one(implementation)
+            product, expected = self._one(x, weight, implementation), self._expected(x, weight)
         return _outcome(product, expected, self.limit)
 
     @property
@@ -159,30 +159,24 @@ class Check:
         matrix = np.asarray(dense, np.float64)
         return np.asarray(x, np.float64) @ (matrix.T if self.transpose else matrix)
 
-    def _one(self, implementation: str) -> tuple[Callable[[], jax.Array], np.ndarray]:
-        x, (words, scales, lut) = self._x(), self._weight()
+    def _one(self, x: jax.Array, weight: tuple, implementation: str) -> Callable[[], jax.Array]:
+        if self.spaced:  # which a kernel knows of prepacked weights only
+            pack_weight = self._pack(implementation, zero_of_line(weight[2]))
+            return lambda: packed_matmul(x, pack_weight(*weight), transpose=self.transpose)
         options = {**self._static, "transpose": self.transpose, "implementation": implementation}
-        product = functools.partial(lut_matmul, x, words, scales, lut, **options)
-        return product, self._expected(x, (words, scales, lut))
+        return lambda: lut_matmul(x, *weight, **options)
 
-    def _pack(self, implementation: str) -> Callable:
+    def _pack(self, implementation: str, zero: int | None = None) -> Callable:
         options: dict[str, Any] = {"implementation": implementation, "dtype": self.dtype}
-        return functools.partial(prepack, **self._static, **options)
+        return functools.partial(prepack, **self._static, **options, zero=zero)
 
-    def _prepacked(self, implementation: str) -> tuple[Callable[[], jax.Array], np.ndarray]:
-        weight, pack_weight = self._weight(), self._pack(implementation)
-        zero = zero_of_line(weight[2]) if self.spaced else None
-        if self.columns:
-            columns = jnp.arange(self.m) * 37 % _COLUMNS
-            dense = dequantize(*weight, **self._static)[:, columns]
-            looked_up = lambda: packed_columns(pack_weight(*weight, zero=zero), columns)  # noqa: E731
-            return looked_up, np.asarray(dense, np.float64)
-        x = self._x()
-
-        def product() -> jax.Array:
-            return packed_matmul(x, pack_weight(*weight, zero=zero), transpose=self.transpose)
-
-        return product, self._expected(x, weight)
+    def _columns(
+        self, weight: tuple, implementation: str
+    ) -> tuple[Callable[[], jax.Array], np.ndarray]:
+        pack_weight = self._pack(implementation, zero_of_line(weight[2]))
+        columns = jnp.arange(self.m) * 37 % _COLUMNS
+        dense = dequantize(*weight, **self._static)[:, columns]
+        return lambda: packed_columns(pack_weight(*weight), columns), np.asarray(dense, np.float64)
 
     def _several(self, implementation: str) -> tuple[Callable[[], jax.Array], np.ndarray]:
         keys = jax.random.split(jax.random.key(self.bits), self.weights)

@@ -14,9 +14,7 @@ from pallas_kernels.layout import pack
 from pallas_kernels.lut_matmul import mosaic_gpu
 from pallas_kernels.lut_matmul.columns import take_columns
 from pallas_kernels.lut_matmul.mosaic_gpu_layout import unpack_columns
-from pallas_kernels.lut_matmul.packed_weight import PackedWeight
-
-_PACKED_ROWS = 16  # of ``x``, whose configuration decides the padding
+from pallas_kernels.lut_matmul.packed_weight import PACKED_ROWS, PackedWeight
 
 
 def reorder(weight: PackedWeight, *, device_kind: str | None, zero: int | None) -> PackedWeight:
@@ -24,7 +22,7 @@ def reorder(weight: PackedWeight, *, device_kind: str | None, zero: int | None) 
     del device_kind, zero
     (words,) = weight.planes
     problem = mosaic_gpu.make_problem(
-        _PACKED_ROWS, words, k=weight.k, group_size=weight.group_size, p=weight.p
+        PACKED_ROWS, words, k=weight.k, group_size=weight.group_size, p=weight.p
     )
     planes, scales, table = mosaic_gpu.prepack(
         words, weight.scales, weight.lut, problem, weight.dtype

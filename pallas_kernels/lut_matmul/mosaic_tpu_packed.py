@@ -16,9 +16,7 @@ from pallas_kernels.lut_matmul import dispatch, mosaic_tpu
 from pallas_kernels.lut_matmul.columns import take_columns
 from pallas_kernels.lut_matmul.equally_spaced import centred, step_of_line
 from pallas_kernels.lut_matmul.mosaic_tpu_layout import COMPUTED, unpack_planes
-from pallas_kernels.lut_matmul.packed_weight import PackedWeight
-
-_PACKED_ROWS = 16  # of ``x``, that the layout is decided for
+from pallas_kernels.lut_matmul.packed_weight import PACKED_ROWS, PackedWeight
 
 
 def reorder(weight: PackedWeight, *, device_kind: str | None, zero: int | None) -> PackedWeight:
@@ -26,7 +24,7 @@ def reorder(weight: PackedWeight, *, device_kind: str | None, zero: int | None) 
     (words,) = weight.planes
     scales, lut, offsets = weight.scales, weight.lut, weight.offsets
     problem = mosaic_tpu.make_problem(
-        jax.ShapeDtypeStruct((_PACKED_ROWS, weight.k), weight.dtype),
+        jax.ShapeDtypeStruct((PACKED_ROWS, weight.k), weight.dtype),
         words,
         lut,
         k=weight.k,
@@ -94,7 +92,7 @@ def product_grouped(
 
 def canonical_columns(weight: PackedWeight, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Canonical words of some columns, and their scales."""
-    problem = _problem(_PACKED_ROWS, weight, transpose=False)
+    problem = _problem(PACKED_ROWS, weight, transpose=False)
     planes = tuple(take_columns(plane, columns) for plane in weight.planes)
     codes = unpack_planes(planes, weight.bits, problem.config.lookup)
     scales = mosaic_tpu.untiled(weight.scales, problem)

@@ -17,7 +17,7 @@ from pallas_kernels.lut_matmul import dispatch
 from pallas_kernels.lut_matmul.api import lut_matmul
 from pallas_kernels.lut_matmul.columns import take_columns
 from pallas_kernels.lut_matmul.epilogue import add_offsets
-from pallas_kernels.lut_matmul.packed_weight import LAYOUTS, PackedWeight, layout_of
+from pallas_kernels.lut_matmul.packed_weight import LAYOUTS, PACKED_ROWS, PackedWeight, layout_of
 from pallas_kernels.lut_matmul.reference import dequantize
 from pallas_kernels.manual_axes import vary_over, varying_axes
 
@@ -64,7 +64,7 @@ def prepack(
     64.0
     """
     _, bits, n = words.shape
-    x = jax.ShapeDtypeStruct((16, k), dtype)
+    x = jax.ShapeDtypeStruct((PACKED_ROWS, k), dtype)
     static: dict[str, Any] = {"k": k, "group_size": group_size, "transpose": False}
     reason = dispatch.reason_against(implementation, (x, words, scales, lut, offsets), static)
     if reason is not None:

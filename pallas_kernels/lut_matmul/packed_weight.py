@@ -17,6 +17,9 @@ import numpy as np
 LAYOUTS = ("mosaic_gpu", "mosaic_tpu")
 """Implementations with a layout of their own."""
 
+PACKED_ROWS = 16
+"""Rows of ``x`` that a layout is decided for; it serves any number."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
