@@ -13,6 +13,7 @@ from lutjax.arrays import (
     GatedArray,
     LutArray,
     PackedLutArray,
+    QuantizedScales,
     RowDenseArray,
     RowLutArray,
     SumArray,
@@ -31,10 +32,12 @@ def prepack(
     """Reorders lookup-table weights once, for inference.
 
     TPUs and Hopper GPUs read another order than the canonical words, and reorder them in every call
-    unless this is done at load time. The result is for :func:`lutjax.lift` and cannot be saved,
-    resharded or trained: keep the canonical parameters for that. Embeddings are looked up in either
-    order. Call it outside ``jit`` and ``eval_shape``: equally spaced tables are computed on TPUs
-    instead of looked up, in an order of their own, and whether one is that must be known.
+    unless this is done at load time. No kernel reads quantised scales
+    (:class:`lutjax.DoubleQuant`): they are expanded to float32 here instead of in every call. The
+    result is for :func:`lutjax.lift` and cannot be saved, resharded or trained: keep the canonical
+    parameters for that. Embeddings are looked up in either order. Call it outside ``jit`` and
+    ``eval_shape``: equally spaced tables are computed on TPUs instead of looked up, in an order of
+    their own, and whether one is that must be known.
 
     Weights behind a gate (:func:`lutjax.sparsity.sparsify`) are laid out row by row, so that
     decoding reads live rows only: the canonical words keep eight rows together, and so do the tiles
@@ -47,8 +50,8 @@ def prepack(
     Args:
       params: Parameters; weights that stand inside other compressed arrays are found too.
       implementation: Whose layout; None: that of the device that programs are compiled for, and
-        unchanged parameters where the kernels read canonical words (CPUs, other GPUs) or the
-        environment variable ``PALLAS_KERNELS_DISABLE`` names the kernel. None leaves weights that
+        the same words where the kernels read canonical ones (CPUs, other GPUs) or the environment
+        variable ``PALLAS_KERNELS_DISABLE`` names the kernel. None leaves the words of weights that
         the kernel does not take as they are.
       device_kind: Of a TPU that is not there, e.g. ``"TPU v6 lite"``; None: the device that is
         compiled for.
@@ -76,17 +79,21 @@ def prepack(
     lanes = _lanes(chosen)
 
     def one(path: tuple, leaf: Any) -> Any:
-        if isinstance(leaf, GatedArray) and lanes is not None:
-            return dataclasses.replace(leaf, base=_by_rows(leaf.base, lanes))
-        if chosen is None or not isinstance(leaf, LutArray):
+        if isinstance(leaf, GatedArray):
+            base = leaf.base
+            base = _with_plain_scales(base) if lanes is None else _by_rows(base, lanes)
+            return dataclasses.replace(leaf, base=base)
+        if not isinstance(leaf, LutArray):
             return leaf
+        if chosen is None:
+            return _with_plain_scales(leaf)
         try:
             return PackedLutArray.of(leaf, chosen, device_kind)
         except ValueError as error:
             raise ValueError(f"{path_string(path)!r} {leaf!r}: {error}") from error
         except NotImplementedError as error:
             if implementation is None:
-                return leaf
+                return _with_plain_scales(leaf)
             raise ValueError(f"{path_string(path)!r}: {error}") from error
 
     stop = (LutArray, GatedArray)
@@ -116,6 +123,17 @@ def _lanes(implementation: str | None) -> int | None:
 def _has_kernel_by_rows(weight: LutArray) -> bool:
     one_table = weight.vector_size == 1 and weight.lut.shape[-3] == 1
     return one_table and weight.bits <= _MAX_BITS_BY_ROWS
+
+
+def _with_plain_scales(weight: CompressedArray) -> CompressedArray:
+    """The weight with scales as the kernels read them, which each call would expand otherwise."""
+
+    def one(part: Any) -> Any:
+        if not (isinstance(part, LutArray) and isinstance(part.scales, QuantizedScales)):
+            return part
+        return dataclasses.replace(part, scales=jax.jit(QuantizedScales.expand)(part.scales))
+
+    return jax.tree.map(one, weight, is_leaf=lambda a: isinstance(a, LutArray))
 
 
 def _by_rows(weight: CompressedArray, lanes: int) -> CompressedArray:

@@ -31,6 +31,15 @@ def test_a_cpu_reads_canonical_words():
     assert packed["a"] is params["a"] and packed["b"] is params["b"]
 
 
+def test_quantised_scales_are_expanded_once():
+    w = weight(double_quant=lutjax.DoubleQuant())
+    gate = GatedArray.of(w, 1.0)
+    packed = lutjax.prepack({"a": w, "b": gate})
+    for array in packed["a"], packed["b"].base:
+        assert array.scales.dtype == jnp.float32 and array.words is w.words
+        np.testing.assert_array_equal(array.materialize(), w.materialize())
+
+
 def test_stacked_layers_run_under_lift_like_the_canonical_ones():
     w = weight()
     stacked = jax.tree.map(lambda a: jnp.stack([a, a]), w)
@@ -106,7 +115,7 @@ def test_rows_are_taken_and_nested_weights_found():
     params = {"sum": SumArray((w, low_rank)), "gated": gated}
     packed = lutjax.prepack(params, implementation="xla")
     assert isinstance(packed["sum"].parts[0], PackedLutArray)
-    assert packed["gated"] is gated
+    assert packed["gated"].base is w
     taken = packed["sum"].parts[0].take(jnp.array([5, 0]))
     np.testing.assert_array_equal(taken, w.materialize()[jnp.array([5, 0])])
     flipped = packed["sum"].parts[0].T.take(jnp.array([63]))
