@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lutjax.arrays import CompressedArray, DenseArray, MatrixView, WrapperArray, format_bytes
+from lutjax.arrays import CompressedArray, DenseArray, WrapperArray, format_bytes
 from lutjax.arrays.view import MATRIX
 from lutjax.dtypes import widened
 from lutjax.linear_maps import BoundMap, Reshaped
@@ -65,10 +65,7 @@ class AdapterArray(WrapperArray):
         """
         view = MATRIX
         if isinstance(bound, Reshaped):
-            contract, _ = bound.numbers
-            axes = (contract,) if isinstance(contract, int) else tuple(contract)
-            view = MatrixView.of(bound.shape, tuple(a % len(bound.shape) for a in axes))
-            bound = bound.inner
+            view, bound = bound.view, bound.inner
         if not isinstance(base, CompressedArray):
             base = DenseArray.of(base, base.ndim - len(view.order), view)
         elif base.view != view:

@@ -36,9 +36,16 @@ class MatrixView:
     order: tuple[int, ...] = (0, 1)
 
     @classmethod
-    def of(cls, shape: Sequence[int], contract: Sequence[int]) -> MatrixView:
-        """The view of a weight of logical ``shape`` whose axes ``contract`` are summed over."""
-        rest = [axis for axis in range(len(shape)) if axis not in contract]
+    def of(
+        cls, shape: Sequence[int], contract: Sequence[int], rest: Sequence[int] | None = None
+    ) -> MatrixView:
+        """The view of a weight of logical ``shape`` whose axes ``contract`` are summed over.
+
+        The axes of K are those of ``contract``, outermost first; those of N are ``rest``, by
+        default in the order of ``shape``.
+        """
+        if rest is None:
+            rest = [axis for axis in range(len(shape)) if axis not in contract]
         factors = [*contract, *rest]
         return _make(
             [shape[a] for a in contract],

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lutjax.linear_maps import dimension_numbers as dims
-from lutjax.linear_maps.dimension_numbers import DimensionNumbers
+from lutjax.arrays import MatrixView
+from lutjax.arrays.view import MATRIX
+from lutjax.linear_maps.dimension_numbers import DimensionNumbers, matrix_view
 
 
 class BoundMap(abc.ABC):
@@ -94,10 +95,10 @@ class LinearMap(abc.ABC):
         """
         numbers = DimensionNumbers() if dimension_numbers is None else dimension_numbers
         shape = tuple(shape)
-        if dims.is_plain_matrix(len(shape), numbers):
-            return self.init_matrix(key, shape, dtype)
-        bound = self.init_matrix(key, dims.matrix_shape(shape, numbers), dtype)
-        return Reshaped(bound, _batch_free_shape(shape, numbers), _core_numbers(shape, numbers))
+        count, view = matrix_view(shape, numbers)
+        matrix = shape[:count] + view.matrix_shape(shape[count:])
+        bound = self.init_matrix(key, matrix, dtype)
+        return bound if view == MATRIX else Reshaped(bound, view)
 
     def refresh(
         self,
@@ -133,23 +134,6 @@ class LinearMap(abc.ABC):
         """:meth:`refresh` for `[*batch, m, n]`; `source` is what the map depends on."""
 
 
-def _batch_free_shape(shape: tuple[int, ...], numbers: DimensionNumbers) -> tuple[int, ...]:
-    """The sizes of the matrix axes, in the weight's order; the batch axes must come first."""
-    batch, _, _ = dims._split_axes(len(shape), numbers)
-    if batch != tuple(range(len(batch))):
-        raise ValueError(
-            f"{numbers} leaves the batch axes {batch} of shape {shape}; batch axes must come first"
-        )
-    return shape[len(batch) :]
-
-
-def _core_numbers(shape: tuple[int, ...], numbers: DimensionNumbers) -> DimensionNumbers:
-    """The same numbers counted from the end, so that they hold for any number of batch axes."""
-    n = len(shape)
-    _, reduction, output = dims._split_axes(n, numbers)
-    return DimensionNumbers(tuple(a - n for a in reduction), tuple(a - n for a in output))
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Reshaped(BoundMap):
@@ -157,24 +141,21 @@ class Reshaped(BoundMap):
 
     Attributes:
       inner: The map on `[*batch, m, n]`.
-      shape: Sizes of the axes that make the matrix, in the weight's order.
-      numbers: Which of them are `m` and which are `n`, counted from the end.
+      view: How the axes that make the matrix, those after the batch axes, are `m` and `n`.
     """
 
     inner: BoundMap
-    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    numbers: DimensionNumbers = dataclasses.field(metadata={"static": True})
+    view: MatrixView = dataclasses.field(metadata={"static": True})
 
     def to_matrix(self, weight: Float[Array, "..."]) -> Float[Array, "*batch m n"]:
         """The weight as `[*batch, m, n]`."""
-        return dims.to_matrix(weight, self.numbers)
+        return self.view.to_matrix(weight, weight.ndim - len(self.view.order))
 
     def down(self, gradient: Float[Array, "..."]) -> Float[Array, "..."]:  # noqa: D102
         return self.inner.down(self.to_matrix(gradient))
 
     def up(self, latent: Float[Array, "..."]) -> Float[Array, "..."]:  # noqa: D102
-        matrix = self.inner.up(latent)
-        return dims.from_matrix(matrix, matrix.shape[:-2] + self.shape, self.numbers)
+        return self.view.from_matrix(self.inner.up(latent))
 
     def carry(  # noqa: D102
         self, old: BoundMap, moment: Float[Array, "..."], order: Literal[1, 2]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
 
+from lutjax.arrays import MatrixView
 from lutjax.paths import path_string
 
 
@@ -57,45 +56,24 @@ def _split_axes(
     return batch, reduction, output
 
 
-def is_plain_matrix(ndim: int, numbers: DimensionNumbers) -> bool:
-    """Whether the weight already is `[*batch, m, n]`, so that nothing has to be moved."""
-    batch, reduction, output = _split_axes(ndim, numbers)
-    return (
-        len(reduction) == 1 and len(output) == 1 and batch + reduction + output == (*range(ndim),)
-    )
+def matrix_view(shape: Sequence[int], numbers: DimensionNumbers) -> tuple[int, MatrixView]:
+    """How a weight of `shape` is `[*batch, m, n]`: the number of batch axes, and the view.
 
+    Raises:
+      ValueError: When the numbers don't fit the shape, or batch axes do not come first.
 
-def to_matrix(weight: Float[Array, "..."], numbers: DimensionNumbers) -> Float[Array, "*batch m n"]:
-    """Transposes and reshapes a weight to its matrices.
-
-    >>> to_matrix(jnp.zeros((3, 4, 5)), DimensionNumbers(0, (1, 2))).shape
-    (3, 20)
+    >>> count, view = matrix_view((2, 3, 4, 5), DimensionNumbers(1, (2, 3)))
+    >>> count, view.matrix_shape((3, 4, 5))
+    (1, (3, 20))
     """
-    batch, reduction, output = _split_axes(weight.ndim, numbers)
-    sizes = weight.shape
-    shape = (
-        *(sizes[a] for a in batch),
-        math.prod(sizes[a] for a in reduction),
-        math.prod(sizes[a] for a in output),
-    )
-    return weight.transpose(batch + reduction + output).reshape(shape)
-
-
-def from_matrix(
-    matrix: Float[Array, "*batch m n"], shape: Sequence[int], numbers: DimensionNumbers
-) -> Float[Array, "..."]:
-    """The inverse of :func:`to_matrix` for a weight of `shape`."""
     batch, reduction, output = _split_axes(len(shape), numbers)
-    order = batch + reduction + output
-    inverse = tuple(order.index(a) for a in range(len(shape)))
-    return matrix.reshape([shape[a] for a in order]).transpose(inverse)
-
-
-def matrix_shape(shape: Sequence[int], numbers: DimensionNumbers) -> tuple[int, ...]:
-    """The shape `[*batch, m, n]` of :func:`to_matrix` without an array."""
-    return jax.eval_shape(
-        lambda x: to_matrix(x, numbers), jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
-    ).shape
+    count = len(batch)
+    if batch != tuple(range(count)):
+        raise ValueError(
+            f"{numbers} leaves the batch axes {batch} of shape {shape}; batch axes must come first"
+        )
+    inner = [[a - count for a in axes] for axes in (reduction, output)]
+    return count, MatrixView.of(shape[count:], *inner)
 
 
 def _is_numbers(x: Any) -> bool:

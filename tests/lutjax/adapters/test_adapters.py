@@ -91,9 +91,10 @@ def test_stacked_weights_have_an_adapter_for_each_layer():
     np.testing.assert_allclose(actual, jax.jit(f)(merge(adapted), x), rtol=1e-4, atol=1e-5)
 
 
-def test_nd_weights_by_dimension_numbers():
+@pytest.mark.parametrize("output_axis", [(1, 2), (2, 1)])
+def test_nd_weights_by_dimension_numbers(output_axis):
     params = {"heads": jnp.asarray(np.random.default_rng(0).normal(size=(6, 2, 4)), jnp.float32)}
-    numbers = {"heads": lm.DimensionNumbers(0, (1, 2))}
+    numbers = {"heads": lm.DimensionNumbers(0, output_axis)}
     adapted = randomised(
         one_sided(params, lm.Gaussian(2), jax.random.key(0), weight_dimension_numbers=numbers)
     )
@@ -105,6 +106,17 @@ def test_nd_weights_by_dimension_numbers():
     x = jnp.ones((3, 6))
     actual = jax.jit(lutjax.lift(f, strict=True))(adapted, x)
     np.testing.assert_allclose(actual, f(merge(adapted), x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("axes", [(0, (2, 1)), ((1, 0), 2)], ids=str)
+def test_the_order_of_axes_is_that_of_the_map(axes):
+    weight = jax.random.normal(jax.random.key(0), (6, 2, 4))
+    bound = lm.Gaussian(2).init(
+        jax.random.key(1), weight.shape, dimension_numbers=lm.DimensionNumbers(*axes)
+    )
+    latent = bound.down(weight)
+    adapter = AdapterArray.of(jnp.zeros_like(weight), bound, latent)
+    np.testing.assert_array_equal(adapter.materialize(), bound.up(latent))
 
 
 @pytest.mark.parametrize(
