@@ -1,9 +1,26 @@
-"""Files that are written at once."""
+"""Files that are written at once, and JSON that people read."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+
+def json_by_line(header: Mapping[str, Any], name: str, entries: Mapping[str, Any]) -> str:
+    """JSON to read and edit: the header and below `name` the entries, each on a line of its own.
+
+    >>> print(json_by_line({"format": "f"}, "sizes", {"a": [1, 2], "b": [3]}))
+    {"format": "f", "sizes": {
+    "a": [1, 2],
+    "b": [3]
+    }}
+    <BLANKLINE>
+    """
+    rows = ",\n".join(f"{json.dumps(key)}: {json.dumps(entry)}" for key, entry in entries.items())
+    return f"{json.dumps(header)[:-1]}, {json.dumps(name)}: {{\n{rows}\n}}}}\n"
 
 
 def replace_file(path: str | os.PathLike, content: str | bytes) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import difflib
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 from jaxtyping import PRNGKeyArray
 
 from lutjax.arrays import is_compressed
+
+IsLeaf = Callable[[Any], bool] | None
+"""What ``jax.tree.map`` takes as ``is_leaf``."""
 
 _BOX = jax.tree_util.GetAttrKey("value")
 
@@ -34,14 +37,27 @@ def path_key(key: PRNGKeyArray, path: str) -> PRNGKeyArray:
     return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
-def named_leaves(params: Any) -> list[tuple[str, Any]]:
+def named_leaves(params: Any, is_leaf: IsLeaf = is_compressed) -> list[tuple[str, Any]]:
     """Paths and leaves of a parameter pytree; a compressed array is one leaf.
 
     >>> named_leaves({"mlp": {"kernel": 1.0}})
     [('mlp/kernel', 1.0)]
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_compressed)
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_leaf)
     return [(path_string(path), leaf) for path, leaf in leaves]
+
+
+def map_named(
+    function: Callable[..., Any], params: Any, *rest: Any, is_leaf: IsLeaf = is_compressed
+) -> Any:
+    """``jax.tree.map`` of a function that gets the path first; a compressed array is one leaf.
+
+    >>> map_named(lambda path, leaf: f"{path} is {leaf}", {"mlp": {"kernel": 1.0}})
+    {'mlp': {'kernel': 'mlp/kernel is 1.0'}}
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: function(path_string(path), *leaves), params, *rest, is_leaf=is_leaf
+    )
 
 
 def near_misses(pattern: str, paths: Iterable[str], count: int = 3) -> list[str]:

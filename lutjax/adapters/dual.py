@@ -121,10 +121,7 @@ class AdapterTraining:
 
     def is_due(self, state: AdapterState) -> Array:
         """Whether a new period begins, so that :meth:`refresh` must come before :meth:`update`."""
-        from_data = self.config.map.depends_on != "key"
-        every = self.config.refresh_every
-        due = state.count == 0 if every is None else state.count % every == 0
-        return due & jnp.asarray(from_data or every is not None) & (from_data | (state.count > 0))
+        return self.config.is_due(state.count)
 
     def refresh(self, state: AdapterState, gradients: Any = None) -> AdapterState:
         """Merges the adapters into the base, draws new maps, and carries the optimiser state over.

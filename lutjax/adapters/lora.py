@@ -34,7 +34,7 @@ from lutjax.arrays import (
     SumArray,
     is_compressed,
 )
-from lutjax.paths import named_leaves, near_misses, path_key, path_string
+from lutjax.paths import map_named, named_leaves, near_misses, path_key
 from lutjax.transforms import LutConfig, Rule, quantize_array
 from lutjax.transforms.decompose import check_rank
 from lutjax.transforms.quantize import weight_view
@@ -113,8 +113,7 @@ def attach(params: Any, adapter: Mapping[str, CompressedArray]) -> Any:
                 f"{near_misses(path, paths)}"
             )
 
-    def add(key_path: tuple, leaf: Any) -> Any:
-        path = path_string(key_path)
+    def add(path: str, leaf: Any) -> Any:
         if path not in adapter:
             return leaf
         part = adapter[path]
@@ -124,7 +123,7 @@ def attach(params: Any, adapter: Mapping[str, CompressedArray]) -> Any:
             leaf = DenseArray.of(leaf, len(part.batch_shape), part.view)
         return SumArray.of(leaf, part)
 
-    return jax.tree_util.tree_map_with_path(add, params, is_leaf=is_compressed)
+    return map_named(add, params)
 
 
 def detach(params: Any) -> tuple[Any, dict[str, LowRankArray]]:
@@ -137,10 +136,9 @@ def detach(params: Any) -> tuple[Any, dict[str, LowRankArray]]:
     """
     adapter: dict[str, LowRankArray] = {}
 
-    def take(key_path: tuple, leaf: Any) -> Any:
+    def take(path: str, leaf: Any) -> Any:
         if not isinstance(leaf, SumArray):
             return leaf
-        path = path_string(key_path)
         if any(isinstance(part, ProductArray) for part in leaf.parts):
             raise TypeError(f"{path!r} has a quantised adapter, which cannot be trained: {leaf}")
         low_rank = [part for part in leaf.parts if isinstance(part, LowRankArray)]
@@ -152,7 +150,7 @@ def detach(params: Any) -> tuple[Any, dict[str, LowRankArray]]:
             return SumArray(tuple(rest))
         return rest[0].materialize() if isinstance(rest[0], DenseArray) else rest[0]
 
-    base = jax.tree_util.tree_map_with_path(take, params, is_leaf=is_compressed)
+    base = map_named(take, params)
     return base, adapter
 
 
@@ -180,14 +178,14 @@ def unmerge(params: Any, adapter: Mapping[str, CompressedArray]) -> Any:
             found = f"is {leaves[path]!r}" if path in leaves else "does not exist"
             raise ValueError(f"cannot unmerge {path!r}: it {found}, not a dense weight")
 
-    def subtract(key_path: tuple, leaf: Any) -> Any:
-        part = adapter.get(path_string(key_path))
+    def subtract(path: str, leaf: Any) -> Any:
+        part = adapter.get(path)
         if part is None:
             return leaf
         change = part.astype(jnp.float32).materialize()
         return (leaf.astype(jnp.float32) - change).astype(leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(subtract, params, is_leaf=is_compressed)
+    return map_named(subtract, params)
 
 
 def stack(

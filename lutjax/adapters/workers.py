@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lutjax.adapters.dual import AdapterState, AdapterTraining
 from lutjax.optim.project import zero_latents
-from lutjax.paths import path_string
+from lutjax.paths import map_named
 
 
 def start_worker(training: AdapterTraining, state: AdapterState, axis_name: Any) -> AdapterState:
@@ -56,6 +56,8 @@ def merge_workers(training: AdapterTraining, state: AdapterState, axis_name: Any
     index, count = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
 
     def merged(path: str, latent: jax.Array, base: jax.Array) -> jax.Array:
+        if path not in state.maps:
+            return jax.lax.pmean(latent, axis_name)
         bound = state.maps[path]
         gathered = jax.lax.all_gather(latent, axis_name)
 
@@ -67,15 +69,7 @@ def merge_workers(training: AdapterTraining, state: AdapterState, axis_name: Any
         total, _ = jax.lax.scan(add, zero, (jnp.arange(count), gathered))
         return base + total / jnp.asarray(count, base.dtype)
 
-    averaged = jax.tree_util.tree_map_with_path(
-        lambda path, latent, base: (
-            merged(path_string(path), latent, base)
-            if path_string(path) in state.maps
-            else jax.lax.pmean(latent, axis_name)
-        ),
-        state.latents,
-        state.base,
-    )
+    averaged = map_named(merged, state.latents, state.base, is_leaf=None)
     key = jax.random.wrap_key_data(state.key_data, impl=config.key_impl)
     maps = config.refresh_maps(key, state.count, state.maps, None, averaged)
     maps = {path: bound.for_worker(index) for path, bound in maps.items()}

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import numpy as np
 from lutjax.arrays import CompressedArray, DenseArray, is_compressed
 from lutjax.calibrate.histogram import BINS, SLOTS, MagnitudeHistogram, magnitude_counts
 from lutjax.calibrate.observe import observe
-from lutjax.files import replace_file
+from lutjax.files import json_by_line, replace_file
 from lutjax.paths import named_leaves
 from lutjax.progress import progress_bar
 from lutjax.transforms.quantize import weight_view
@@ -77,9 +77,8 @@ class ActivationQuantiles(Mapping[str, MagnitudeHistogram]):
                 "batch": list(batch),
                 "counts": [_trimmed(c) for c in histogram.counts.reshape(-1, BINS + 1)],
             }
-        rows = ",\n".join(f"{json.dumps(n)}: {json.dumps(w)}" for n, w in weights.items())
-        header = json.dumps({"format": _FORMAT, "score": self.score})[:-1]
-        replace_file(path, f'{header}, "weights": {{\n{rows}\n}}}}\n')
+        header = {"format": _FORMAT, "score": self.score}
+        replace_file(path, json_by_line(header, "weights", weights))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> ActivationQuantiles:
@@ -90,7 +89,7 @@ class ActivationQuantiles(Mapping[str, MagnitudeHistogram]):
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-            if data["format"] != _FORMAT or data["score"] not in ("magnitude", "wina"):
+            if data["format"] != _FORMAT or data["score"] not in get_args(Score):
                 raise ValueError(f"format {data['format']!r}, score {data['score']!r}")
             histograms = {
                 name: MagnitudeHistogram(
@@ -144,7 +143,7 @@ def activation_quantiles(
     >>> round(found["kernel"].quantile(0.5).item(), 2)
     0.5
     """
-    if score not in ("magnitude", "wina"):
+    if score not in get_args(Score):
         raise ValueError(f"score={score!r} is unknown; use 'magnitude' or 'wina'")
     step = _counter(fn, tuple(projections(params, recipe)), score, recipe)
     totals: dict[str, np.ndarray] = {}

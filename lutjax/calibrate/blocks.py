@@ -8,12 +8,11 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int32
 
-from lutjax.arrays import is_compressed
 from lutjax.calibrate.hessians import hessians
 from lutjax.lift import lift
 from lutjax.models.blockwise import BlockFn, decoder_blocks, functions_by_block
 from lutjax.models.config import DecoderConfig
-from lutjax.paths import named_leaves, path_string
+from lutjax.paths import map_named, named_leaves
 from lutjax.progress import progress_bar
 from lutjax.transforms.recipe import LutConfig, Recipe, Rule
 
@@ -101,8 +100,7 @@ def convert_blocks(
 def _convert(
     params: Any, plan: Mapping[str, Rule], convert: Convert, moments: Mapping[str, Array]
 ) -> Any:
-    def one(key_path: Any, leaf: Any) -> Any:
-        path = path_string(key_path)
+    def one(path: str, leaf: Any) -> Any:
         return convert(path, leaf, plan[path], moments.get(path)) if path in plan else leaf
 
-    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_compressed)
+    return map_named(one, params)

@@ -20,7 +20,7 @@ from lutjax.arrays import MatrixView, is_compressed
 from lutjax.calibrate.hashing import content_hash
 from lutjax.calibrate.probe import ProbedArray
 from lutjax.files import replace_file
-from lutjax.paths import named_leaves, path_string
+from lutjax.paths import map_named, named_leaves
 from lutjax.progress import progress_bar
 from lutjax.transforms.importance import RowColumnMeans
 from lutjax.transforms.quantize import weight_view
@@ -215,14 +215,12 @@ def _make_step(
         probes = {path: probe(path, leaf) for path, leaf in leaves.items()}
 
         def loss(probes: dict[str, jax.Array], sample: Any) -> jax.Array:
-            def place(key_path, leaf):
-                path = path_string(key_path)
+            def place(path, leaf):
                 if path not in targets:
                     return leaf
                 return ProbedArray(leaf, probes[path]) if is_compressed(leaf) else probes[path]
 
-            probed = jax.tree_util.tree_map_with_path(place, params, is_leaf=is_compressed)
-            return loss_fn(probed, sample)
+            return loss_fn(map_named(place, params), sample)
 
         def one(totals: Any, sample: Any) -> tuple[Any, jax.Array]:
             value, gradients = jax.value_and_grad(loss)(probes, sample)

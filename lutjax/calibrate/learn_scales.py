@@ -22,7 +22,7 @@ from lutjax.arrays import (
 )
 from lutjax.calibrate.losses import kl_divergence
 from lutjax.lift import lift
-from lutjax.paths import path_string
+from lutjax.paths import map_named, named_leaves
 from lutjax.progress import progress_bar
 
 
@@ -127,13 +127,11 @@ def scale_factors(params: Any) -> dict[str, Float[Array, "*batch g n"]]:
       ValueError: If there is no such weight, or one is prepacked.
     """
     found = {}
-    for key, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_has_codes):
+    for path, leaf in named_leaves(params, _has_codes):
         if isinstance(leaf, LutArray):
-            found[path_string(key)] = jnp.zeros(leaf.scales.shape, jnp.float32)
+            found[path] = jnp.zeros(leaf.scales.shape, jnp.float32)
         elif _has_codes(leaf):
-            raise ValueError(
-                f"{path_string(key)} is prepacked: {leaf!r}; learn first, then prepack"
-            )
+            raise ValueError(f"{path} is prepacked: {leaf!r}; learn first, then prepack")
     if not found:
         raise ValueError("params has no lookup-table weights with scales to learn; quantize first")
     return found
@@ -178,8 +176,7 @@ def _with_scales(
     """Puts ``change(scales times exp(factor), old scales)`` where there is a factor."""
     unknown = set(factors)
 
-    def one(key: tuple, leaf: Any) -> Any:
-        path = path_string(key)
+    def one(path: str, leaf: Any) -> Any:
         if path not in factors or not isinstance(leaf, LutArray):
             return leaf
         unknown.discard(path)
@@ -190,7 +187,7 @@ def _with_scales(
             )
         return dataclasses.replace(leaf, scales=change(scales * jnp.exp(factor), leaf.scales))
 
-    changed = jax.tree_util.tree_map_with_path(one, params, is_leaf=_has_codes)
+    changed = map_named(one, params, is_leaf=_has_codes)
     if unknown:
         raise ValueError(f"{sorted(unknown)[0]!r} is the path of no lookup-table weight")
     return changed

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from lutjax.calibrate.costs import plannable
 from lutjax.calibrate.hashing import content_hash
 from lutjax.calibrate.number_cache import NumberCache
-from lutjax.paths import named_leaves, path_key, path_string
+from lutjax.paths import map_named, named_leaves, path_key
 from lutjax.progress import progress_bar
 from lutjax.transforms.quantize import check_finite
 from lutjax.transforms.recipe import Recipe
@@ -91,13 +91,12 @@ def noise_sensitivities(
         return value
 
     def with_noise(path: str, key: PRNGKeyArray, size: float) -> Any:
-        def one(key_path: tuple, leaf: Any) -> Any:
-            if path_string(key_path) != path:
+        def one(name: str, leaf: Any) -> Any:
+            if name != path:
                 return leaf
-            own = path_key(key, path)
-            return _perturb(leaf, own, size, counts[path])
+            return _perturb(leaf, path_key(key, path), size, counts[path])
 
-        return jax.tree_util.tree_map_with_path(one, params)
+        return map_named(one, params)
 
     store = NumberCache(cache)
     measured: dict[str, Any] = {"weight": ""}

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from lutjax.arrays import CompressedArray, WrapperArray, is_compressed
+from lutjax.arrays import CompressedArray, WrapperArray
 from lutjax.arrays.grouped import entry
 from lutjax.lift import lift
-from lutjax.paths import path_string
+from lutjax.paths import map_named, named_leaves
 
 Statistic = Callable[[Any, jax.Array], jax.Array]
 """From a weight without batch axes and its input ``[M, K]`` to ``float32[n]``: a sum over rows."""
@@ -145,10 +145,7 @@ def observe(
     lifted = lift(fn)
 
     def run(params: Any, *args: Any) -> dict[str, jax.Array]:
-        leaves = {
-            path_string(path): leaf
-            for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_compressed)
-        }
+        leaves = dict(named_leaves(params))
         wrapped = {path: wrap(leaves[path]) for path, (wrap, _, _) in statistics.items()}
         totals = {
             path: jnp.zeros((*wrapped[path].batch_shape, size), jnp.float32)
@@ -156,13 +153,12 @@ def observe(
         }
 
         def total(totals: dict[str, jax.Array]) -> jax.Array:
-            def place(key_path, leaf):
-                path = path_string(key_path)
+            def place(path, leaf):
                 if path not in statistics:
                     return leaf
                 return ObservedArray(wrapped[path], totals[path], statistics[path][2])
 
-            observed = jax.tree_util.tree_map_with_path(place, params, is_leaf=is_compressed)
+            observed = map_named(place, params)
             outputs = [
                 jnp.sum(y.astype(jnp.float32))
                 for y in jax.tree.leaves(lifted(observed, *args))

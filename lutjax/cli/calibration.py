@@ -72,15 +72,14 @@ def compress_on_text(
       FileExistsError: if something is at `output`.
       ValueError: if the model has no tokenizer.
     """
-    import jax
     import jax.numpy as jnp
 
-    from lutjax import is_compressed, save
+    from lutjax import save
     from lutjax.cli.models import evaluation_text, text_windows
     from lutjax.io import load_params, load_tokenizer, open_checkpoint, require_tokenizer
     from lutjax.io.compress import stored_dtype
     from lutjax.io.new_directory import check_destination
-    from lutjax.paths import path_string
+    from lutjax.paths import map_named
 
     check_destination(output)
     checkpoint = open_checkpoint(model)
@@ -89,9 +88,5 @@ def compress_on_text(
     tokens = jnp.asarray(rows)
     params = compress(checkpoint.config, load_params(checkpoint), tokens)
     # What stays dense is stored as it was.
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.astype(stored_dtype(checkpoint, path_string(path))),
-        params,
-        is_leaf=is_compressed,
-    )
+    params = map_named(lambda path, leaf: leaf.astype(stored_dtype(checkpoint, path)), params)
     save(output, params, checkpoint.config, tokenizer)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from lutjax.dtypes import at_least_float32
 from lutjax.linear_maps.base import BoundMap, LinearMap
+from lutjax.transforms.svd import range_basis
 
 Side = Literal["left", "right"]
 
@@ -174,14 +175,8 @@ class RandomizedSVD(SVD):
     def top_vectors(  # noqa: D102
         self, key: PRNGKeyArray, matrix: Float[Array, "*batch d k"]
     ) -> Float[Array, "*batch d r"]:
-        *batch, d, k = matrix.shape
-        columns = min(self.rank + self.oversample, d, k)
-        transposed = jnp.matrix_transpose(matrix)
-        start = jax.random.normal(key, (*batch, k, columns), matrix.dtype)
-        q, _ = jnp.linalg.qr(matrix @ start)
-        for _ in range(self.power_iterations):
-            q, _ = jnp.linalg.qr(transposed @ q)
-            q, _ = jnp.linalg.qr(matrix @ q)
+        columns = min(self.rank + self.oversample, *matrix.shape[-2:])
+        q = range_basis(key, matrix, columns, self.power_iterations)
         small = jnp.matrix_transpose(q) @ matrix
         # Left singular vectors of the small matrix as eigenvectors of its Gram matrix: the loss of
         # accuracy in the small singular values does not matter for the top ones.

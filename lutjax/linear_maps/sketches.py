@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -114,9 +114,7 @@ class _Sketch(LinearMap):
     rank: int
     side: Side | None = None
 
-    @property
-    def distribution(self) -> Distribution:
-        raise NotImplementedError
+    distribution: ClassVar[Distribution]
 
     def init_matrix(self, key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> SketchMap:
         check_rank(self, self.rank, shape)
@@ -163,9 +161,7 @@ class Gaussian(_Sketch):
     (3, 5)
     """
 
-    @property
-    def distribution(self) -> Distribution:  # noqa: D102
-        return "gaussian"
+    distribution: ClassVar[Distribution] = "gaussian"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,9 +175,7 @@ class Rademacher(_Sketch):
     Source: Duality (arXiv 2502.13811, section 4).
     """
 
-    @property
-    def distribution(self) -> Distribution:  # noqa: D102
-        return "rademacher"
+    distribution: ClassVar[Distribution] = "rademacher"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +193,4 @@ class SemiOrthogonal(_Sketch):
     (arXiv 1011.1595).
     """
 
-    @property
-    def distribution(self) -> Distribution:  # noqa: D102
-        return "semi_orthogonal"
+    distribution: ClassVar[Distribution] = "semi_orthogonal"

@@ -21,7 +21,7 @@ from lutjax.linear_maps.sketches import SketchMap
 from lutjax.optim._explicit import init_with_auto_axes, update_with_auto_axes
 from lutjax.optim._state import is_coded, leaf_paths, map_moments, restart
 from lutjax.optim.quantized import reencode
-from lutjax.paths import path_key, path_string
+from lutjax.paths import map_named, named_leaves, path_key
 from lutjax.transforms.quantize import concrete
 
 OnRefresh = Literal["keep", "reset", "rotate"]
@@ -93,6 +93,14 @@ class ProjectConfig:
                     )
                 raise ValueError(f"{path!r}: {error}{fix}") from None
         return maps
+
+    def is_due(self, count: Array) -> Array:
+        """Whether a period begins at step `count`, with new maps."""
+        from_data = self.map.depends_on != "key"
+        if self.refresh_every is None:
+            return (count == 0) & from_data
+        # The first random maps were drawn by init.
+        return (count % self.refresh_every == 0) & (from_data | (count > 0))
 
     def refresh_maps(
         self,
@@ -185,8 +193,7 @@ class ProjectedTransformation(optax.GradientTransformationExtraArgs):
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {path_string(path): leaf for path, leaf in leaves}
+    return dict(named_leaves(tree, is_leaf=None))
 
 
 def _projected_paths(maps: dict[str, BoundMap], tree: Any) -> dict[Any, str]:
@@ -213,21 +220,19 @@ def _describe(bound: BoundMap) -> str:
 def map_projected(function: Any, maps: dict[str, BoundMap], tree: Any, *rest: Any) -> Any:
     """`function(map, leaf, *rest)` on projected leaves; other leaves of `tree` stay as they are."""
 
-    def visit(path: Any, leaf: Any, *others: Any) -> Any:
-        name = path_string(path)
-        return function(maps[name], leaf, *others) if name in maps else leaf
+    def visit(path: str, leaf: Any, *others: Any) -> Any:
+        return function(maps[path], leaf, *others) if path in maps else leaf
 
-    return jax.tree_util.tree_map_with_path(visit, tree, *rest)
+    return map_named(visit, tree, *rest, is_leaf=None)
 
 
 def _latents(maps: dict[str, BoundMap], weights: Any) -> Any:
     """`S theta`; leaves without a map are copies, which can be donated."""
 
-    def visit(path: Any, leaf: Any) -> Any:
-        bound = maps.get(path_string(path))
-        return jnp.copy(leaf) if bound is None else bound.down(leaf)
+    def visit(path: str, leaf: Any) -> Any:
+        return maps[path].down(leaf) if path in maps else jnp.copy(leaf)
 
-    return jax.tree_util.tree_map_with_path(visit, weights)
+    return map_named(visit, weights, is_leaf=None)
 
 
 def zero_latents(maps: dict[str, BoundMap], weights: Any) -> Any:
@@ -238,7 +243,7 @@ def zero_latents(maps: dict[str, BoundMap], weights: Any) -> Any:
 
 def is_projected(maps: dict[str, BoundMap], tree: Any) -> Any:
     """A tree of booleans: which leaves have a map."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path_string(path) in maps, tree)
+    return map_named(lambda path, _: path in maps, tree, is_leaf=None)
 
 
 def project(
@@ -400,15 +405,9 @@ def _refreshed(
     config: ProjectConfig, updates: Any, state: ProjectState, params: Any
 ) -> tuple[dict[str, BoundMap], Any]:
     """Maps and inner state for this step; new ones where a period begins."""
-    from_data = config.map.depends_on != "key"
-    if (config.refresh_every is None and not from_data) or not state.maps:
+    fixed = config.refresh_every is None and config.map.depends_on == "key"
+    if fixed or not state.maps:
         return state.maps, state.inner
-    if config.refresh_every is None:
-        due = state.count == 0
-    else:
-        due = state.count % config.refresh_every == 0
-        if not from_data:  # the first maps were drawn by init
-            due &= state.count > 0
     key = jax.random.wrap_key_data(state.key_data, impl=config.key_impl)
 
     def refresh(updates: Any, params: Any, maps: Any, inner: Any) -> Any:
@@ -417,7 +416,7 @@ def _refreshed(
         return new, config.carry_inner(inner, start, maps, new)
 
     return jax.lax.cond(
-        due,
+        config.is_due(state.count),
         refresh,
         lambda updates, params, maps, inner: (maps, inner),
         updates,

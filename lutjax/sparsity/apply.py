@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import numpy as np
 
-from lutjax.arrays import GatedArray, is_compressed
+from lutjax.arrays import GatedArray
 from lutjax.calibrate.activations import projections, row_norms
-from lutjax.paths import near_misses, path_string
+from lutjax.paths import map_named, near_misses
 from lutjax.sparsity.plan import SparsityPlan
 
 
@@ -46,8 +45,7 @@ def sparsify(params: Any, plan: SparsityPlan) -> Any:
             f"{len(missing) - 1} more); similar paths: {similar}"
         )
 
-    def gate(key_path: tuple, leaf: Any) -> Any:
-        path = path_string(key_path)
+    def gate(path: str, leaf: Any) -> Any:
         if path not in plan.gates:
             return leaf
         entry = plan.gates[path]
@@ -66,4 +64,4 @@ def sparsify(params: Any, plan: SparsityPlan) -> Any:
         except ValueError as error:
             raise ValueError(f"{path!r}: {error}") from error
 
-    return jax.tree_util.tree_map_with_path(gate, params, is_leaf=is_compressed)
+    return map_named(gate, params)

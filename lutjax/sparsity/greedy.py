@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lutjax.arrays import CompressedArray, GatedArray, is_compressed
+from lutjax.arrays import CompressedArray, GatedArray
 from lutjax.calibrate.activations import ActivationQuantiles, projections, row_norms
 from lutjax.calibrate.hashing import content_hash
-from lutjax.files import replace_file
+from lutjax.files import json_by_line, replace_file
 from lutjax.lift import lift
 from lutjax.models.blockwise import BlockFn, functions_by_block
-from lutjax.paths import named_leaves, path_string
+from lutjax.paths import map_named, named_leaves
 from lutjax.progress import progress_bar
 
 _FORMAT = "lutjax greedy sparsity search 2"
@@ -84,12 +84,9 @@ class GreedySearch:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes JSON, a line for each block, at once."""
-        rows = ",\n".join(
-            f"{json.dumps(name)}: {json.dumps(dataclasses.asdict(block))}"
-            for name, block in self.blocks.items()
-        )
-        header = json.dumps({"format": _FORMAT, "step": self.step, "inputs": self.inputs})[:-1]
-        replace_file(path, f'{header}, "blocks": {{\n{rows}\n}}}}\n')
+        header = {"format": _FORMAT, "step": self.step, "inputs": self.inputs}
+        blocks = {name: dataclasses.asdict(block) for name, block in self.blocks.items()}
+        replace_file(path, json_by_line(header, "blocks", blocks))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> GreedySearch:
@@ -238,13 +235,12 @@ def _error(
 ) -> jax.Array:
     """The relative error of the block's output, root mean square over tokens that have one."""
 
-    def gate(key_path, leaf):
-        name = path_string(key_path)
+    def gate(name, leaf):
         if name not in weights:
             return leaf
         return GatedArray(weights[name], thresholds[name], norms[name])
 
-    gated = jax.tree_util.tree_map_with_path(gate, params, is_leaf=is_compressed)
+    gated = map_named(gate, params)
     error = jnp.linalg.norm((lift(fn)(gated, x) - y).astype(jnp.float32), axis=-1)
     size = jnp.linalg.norm(y.astype(jnp.float32), axis=-1)
     relative = jnp.where(size > 0, error / jnp.where(size > 0, size, 1), 0)

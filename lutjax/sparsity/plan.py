@@ -9,11 +9,12 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 
-from lutjax.files import replace_file
+from lutjax.calibrate.activations import Score
+from lutjax.files import json_by_line, replace_file
 
 _FORMAT = "lutjax sparsity plan 1"
 
@@ -59,7 +60,7 @@ class SparsityPlan:
     method: str
     target: float | None
     gates: Mapping[str, Gate]
-    score: Literal["magnitude", "wina"] = "magnitude"
+    score: Score = "magnitude"
 
     @property
     def sparsity(self) -> float | None:
@@ -122,11 +123,8 @@ class SparsityPlan:
             "target": self.target,
             "score": self.score,
         }
-        rows = ",\n".join(
-            f"{json.dumps(path)}: {json.dumps(dataclasses.asdict(gate))}"
-            for path, gate in self.gates.items()
-        )
-        return f'{json.dumps(header)[:-1]}, "gates": {{\n{rows}\n}}}}\n'
+        gates = {path: dataclasses.asdict(gate) for path, gate in self.gates.items()}
+        return json_by_line(header, "gates", gates)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes :meth:`to_json`, at once."""
@@ -143,7 +141,7 @@ class SparsityPlan:
             data = json.loads(text)
             if data["format"] != _FORMAT:
                 raise ValueError(f"format {data['format']!r} instead of {_FORMAT!r}")
-            if data["score"] not in ("magnitude", "wina"):
+            if data["score"] not in get_args(Score):
                 raise ValueError(f"score {data['score']!r} is neither 'magnitude' nor 'wina'")
             gates = {path: _gate(fields) for path, fields in data["gates"].items()}
             return cls(data["method"], data["target"], gates, data["score"])

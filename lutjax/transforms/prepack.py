@@ -18,7 +18,7 @@ from lutjax.arrays import (
     RowLutArray,
     SumArray,
 )
-from lutjax.paths import path_string
+from lutjax.paths import map_named
 from pallas_kernels.lut_matmul import dispatch, hopper
 from pallas_kernels.sparse_matmul import KERNEL_LANES
 
@@ -78,7 +78,7 @@ def prepack(
     chosen = implementation or ("mosaic_tpu" if device_kind else _of_this_device())
     lanes = _lanes(chosen)
 
-    def one(path: tuple, leaf: Any) -> Any:
+    def one(path: str, leaf: Any) -> Any:
         if isinstance(leaf, GatedArray):
             base = leaf.base
             base = _with_plain_scales(base) if lanes is None else _by_rows(base, lanes)
@@ -90,14 +90,14 @@ def prepack(
         try:
             return PackedLutArray.of(leaf, chosen, device_kind)
         except ValueError as error:
-            raise ValueError(f"{path_string(path)!r} {leaf!r}: {error}") from error
+            raise ValueError(f"{path!r} {leaf!r}: {error}") from error
         except NotImplementedError as error:
             if implementation is None:
                 return _with_plain_scales(leaf)
-            raise ValueError(f"{path_string(path)!r}: {error}") from error
+            raise ValueError(f"{path!r}: {error}") from error
 
     stop = (LutArray, GatedArray)
-    return jax.tree_util.tree_map_with_path(one, params, is_leaf=lambda a: isinstance(a, stop))
+    return map_named(one, params, is_leaf=lambda a: isinstance(a, stop))
 
 
 def _of_this_device() -> str | None:

@@ -21,7 +21,7 @@ from lutjax.arrays import (
     quantize_scales,
 )
 from lutjax.packing import BLOCK, pack
-from lutjax.paths import named_leaves, near_misses, path_string
+from lutjax.paths import map_named, named_leaves, near_misses
 from lutjax.rotation import rotate
 from lutjax.transforms.feedback import DAMPING, round_with_feedback
 from lutjax.transforms.recipe import COLUMN, MIN_GROUP_SIZE, LutConfig, Recipe, Rule
@@ -91,15 +91,14 @@ def quantize(
     plan = match_rules(recipe, params)
     _check_hessian_paths(hessians, (path for path, _ in named_leaves(params)))
 
-    def convert(key_path, leaf):
-        path = path_string(key_path)
+    def convert(path, leaf):
         if path not in plan:
             return leaf
         return quantize_array(
             leaf, plan[path], path=path, hessian=hessians.get(path), allow_nonfinite=allow_nonfinite
         )
 
-    return jax.tree_util.tree_map_with_path(convert, params, is_leaf=is_compressed)
+    return map_named(convert, params)
 
 
 def match_rules(recipe: Recipe, params: Any, kept: Iterable[str] = ()) -> dict[str, Rule]:

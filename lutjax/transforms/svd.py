@@ -14,41 +14,57 @@ OVERSAMPLE = 10
 POWER_ITERATIONS = 2
 
 
+def range_basis(
+    key: PRNGKeyArray, a: Float[Array, "*batch k n"], columns: int, power_iterations: int
+) -> Float[Array, "*batch k c"]:
+    r"""Orthonormal columns that nearly span the leading left singular vectors.
+
+    They span the range of ``(A A^T)^q A`` times Gaussian columns.
+
+    Args:
+      key: Draws the Gaussian columns.
+      a: ``float[*batch, K, N]``.
+      columns: How many, at most min(K, N).
+      power_iterations: The exponent q; each one sharpens the spectrum.
+
+    Source: Halko, Martinsson, Tropp (arXiv 0909.4061, algorithm 4.4).
+
+    >>> basis = range_basis(jax.random.key(0), jnp.outer(jnp.arange(4.0), jnp.ones(3)), 1, 0)
+    >>> bool(jnp.allclose(jnp.abs(basis[:, 0]), jnp.arange(4.0) / 14**0.5, atol=1e-5))
+    True
+    """
+    transposed = jnp.matrix_transpose(a)
+    start = jax.random.normal(key, (*a.shape[:-2], a.shape[-1], columns), a.dtype)
+    basis = _orthonormal(a @ start)
+    for _ in range(power_iterations):
+        basis = _orthonormal(a @ _orthonormal(transposed @ basis))
+    return basis
+
+
 def randomized_svd(
-    key: PRNGKeyArray,
-    a: Float[Array, "k n"],
-    rank: int,
-    *,
-    oversample: int = OVERSAMPLE,
-    power_iterations: int = POWER_ITERATIONS,
+    key: PRNGKeyArray, a: Float[Array, "k n"], rank: int
 ) -> tuple[Float[Array, "k r"], Float[Array, " r"], Float[Array, "r n"]]:
     r"""The leading singular triplets, from a random projection.
 
-    Spans the range of ``(A A^T)^q A`` with ``rank + oversample`` Gaussian columns, and takes the
-    exact decomposition of A within that range.
+    Takes the exact decomposition of A within a :func:`range_basis` of ``OVERSAMPLE`` columns more
+    than the rank.
 
     Args:
       key: Draws the projection; the same key gives the same bits.
       a: ``float[K, N]``.
       rank: Number of triplets r, 1 to min(K, N).
-      oversample: Columns beyond ``rank``.
-      power_iterations: The exponent q; each one sharpens the spectrum.
 
     Returns:
       ``u [K, r]``, ``s [r]`` in descending order and ``vt [r, N]``.
 
-    Source: Halko, Martinsson, Tropp (arXiv 0909.4061, algorithms 4.4 and 5.1).
+    Source: Halko, Martinsson, Tropp (arXiv 0909.4061, algorithm 5.1).
 
     >>> a = jnp.outer(jnp.arange(4.0), jnp.ones(3))
     >>> u, s, vt = randomized_svd(jax.random.key(0), a, 1)
     >>> bool(jnp.allclose(u * s @ vt, a, atol=1e-5))
     True
     """
-    k, n = a.shape
-    columns = min(rank + oversample, k, n)
-    basis = _orthonormal(a @ jax.random.normal(key, (n, columns), a.dtype))
-    for _ in range(power_iterations):
-        basis = _orthonormal(a @ _orthonormal(a.T @ basis))
+    basis = range_basis(key, a, min(rank + OVERSAMPLE, *a.shape), POWER_ITERATIONS)
     # Reducing to a small square first: LAPACK's SVD of a long matrix costs many times as much.
     other, small = jnp.linalg.qr(a.T @ basis, mode="reduced")
     u, s, vt = jnp.linalg.svd(small.T, full_matrices=False)
@@ -101,5 +117,5 @@ def balanced(
     return u @ (a * root[None, :]), (root[:, None] * b) @ v.T
 
 
-def _orthonormal(a: Float[Array, "m c"]) -> Float[Array, "m c"]:
+def _orthonormal(a: Float[Array, "*batch m c"]) -> Float[Array, "*batch m c"]:
     return jnp.linalg.qr(a, mode="reduced")[0]
