@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +15,7 @@ import numpy as np
 
 from lutjax.arrays import CompressedArray, DenseArray, is_compressed
 from lutjax.calibrate.histogram import BINS, SLOTS, MagnitudeHistogram, magnitude_counts
-from lutjax.calibrate.observe import observe
+from lutjax.calibrate.observe import observer
 from lutjax.files import json_by_line, replace_file
 from lutjax.paths import named_leaves
 from lutjax.progress import progress_bar
@@ -145,7 +144,9 @@ def activation_quantiles(
     """
     if score not in get_args(Score):
         raise ValueError(f"score={score!r} is unknown; use 'magnitude' or 'wina'")
-    step = _counter(fn, tuple(projections(params, recipe)), score, recipe)
+    statistic = _count_magnitudes if score == "magnitude" else _count_weighted
+    wraps = projections(params, recipe)
+    step = observer(fn, tuple((path, (wrap, SLOTS, statistic)) for path, wrap in wraps.items()))
     totals: dict[str, np.ndarray] = {}
     for batch in progress_bar(batches, "activations", "batch", show=progress):
         for path, counts in step(params, batch).items():
@@ -159,53 +160,44 @@ def activation_quantiles(
             totals[path] = totals.get(path, 0) + found[..., :-1]
     if not totals:
         raise ValueError("batches is empty; give at least one")
-    for path, counts in totals.items():
-        if not counts.any():
+    for path, total in totals.items():
+        if not total.any():
             raise ValueError(f"nothing enters {path!r}: fn does not use it, or not differentiably")
     return ActivationQuantiles({p: MagnitudeHistogram(c) for p, c in totals.items()}, score)
 
 
-@functools.lru_cache(maxsize=8)
-def _counter(
-    fn: Callable[..., Any], paths: tuple[str, ...], score: Score, recipe: Recipe | None
-) -> Callable[..., Any]:
-    """Compiled once for a function and kind of parameters."""
-    statistic = _count_magnitudes if score == "magnitude" else _count_weighted
-    rules = {path: (recipe or Recipe.uniform()).rule_for(path) for path in paths}
-    wraps = {
-        path: functools.partial(as_compressed, rule=rule, path=path) for path, rule in rules.items()
-    }
-    return jax.jit(observe(fn, {path: (wrap, SLOTS, statistic) for path, wrap in wraps.items()}))
+@dataclasses.dataclass(frozen=True)
+class AsCompressed:
+    """A parameter to a compressed array, with the axes that a rule gives it; nothing is copied."""
+
+    path: str
+    rule: Rule
+
+    def __call__(self, leaf: Any) -> CompressedArray:
+        """The leaf itself if it is compressed."""
+        if is_compressed(leaf):
+            return leaf
+        return DenseArray.of(leaf, *weight_view(leaf.shape, self.rule, self.path))
 
 
-def projections(
-    params: Any, recipe: Recipe | None = None
-) -> dict[str, Callable[[Any], CompressedArray]]:
-    """For each projection's path, a function from its weight to a compressed array.
+def projections(params: Any, recipe: Recipe | None = None) -> dict[str, AsCompressed]:
+    """For each projection's path, the function from its weight to a compressed array.
 
     Raises:
       ValueError: If the recipe reaches no matrix.
     """
     recipe = recipe or Recipe.uniform()
-    found: dict[str, Callable[[Any], CompressedArray]] = {}
+    found: dict[str, AsCompressed] = {}
     for path, leaf in named_leaves(params):
         rule = recipe.rule_for(path)
         if rule is None or rule.config is None:
             continue
         matrix = jnp.issubdtype(leaf.dtype, jnp.floating) and len(leaf.shape) >= 2
         if is_compressed(leaf) or matrix:
-            found[path] = functools.partial(as_compressed, rule=rule, path=path)
+            found[path] = AsCompressed(path, rule)
     if not found:
         raise ValueError("the recipe reaches no matrix; see Recipe.rule_for")
     return found
-
-
-def as_compressed(leaf: Any, *, rule: Rule | None, path: str) -> CompressedArray:
-    """A parameter as a compressed array, with the axes that a rule gives it; nothing is copied."""
-    if is_compressed(leaf):
-        return leaf
-    assert rule is not None
-    return DenseArray.of(leaf, *weight_view(leaf.shape, rule, path))
 
 
 def row_norms(weight: CompressedArray) -> jax.Array:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from lutjax.arrays import CompressedArray
-from lutjax.calibrate.activations import as_compressed, projections
-from lutjax.calibrate.observe import observe
+from lutjax.calibrate.activations import projections
+from lutjax.calibrate.observe import observer
 from lutjax.paths import named_leaves
 from lutjax.progress import progress_bar
 from lutjax.transforms.recipe import Recipe
@@ -60,7 +60,8 @@ def hessians(
         path: jax.eval_shape(wrap, leaves[path]).matrix_shape[0] for path, wrap in wraps.items()
     }
     totals: dict[str, jax.Array] = {}
-    run = _observer(fn, tuple(sizes.items()), recipe)
+    statistics = ((path, (wrap, sizes[path] ** 2, _squares)) for path, wrap in wraps.items())
+    run = observer(fn, tuple(statistics))
     for batch in progress_bar(batches, "hessians", "batch", show=progress):
         found = run(params, batch)
         totals = _add(totals, found) if totals else found
@@ -76,27 +77,6 @@ def hessians(
         path: total.reshape(*total.shape[:-1], sizes[path], sizes[path])
         for path, total in totals.items()
     }
-
-
-@functools.lru_cache(maxsize=8)
-def _observer(
-    fn: Callable[..., Any], sizes: tuple[tuple[str, int], ...], recipe: Recipe | None
-) -> Callable[..., dict[str, jax.Array]]:
-    """Compiled once for a function and kind of parameters."""
-    rules = {path: (recipe or Recipe.uniform()).rule_for(path) for path, _ in sizes}
-    return jax.jit(
-        observe(
-            fn,
-            {
-                path: (
-                    functools.partial(as_compressed, rule=rules[path], path=path),
-                    k**2,
-                    _squares,
-                )
-                for path, k in sizes
-            },
-        )
-    )
 
 
 _add = jax.jit(functools.partial(jax.tree.map, jnp.add), donate_argnums=0)

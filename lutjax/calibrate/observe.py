@@ -9,6 +9,7 @@ statistics apart; a weight that is used several times gets their sum.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
@@ -171,3 +172,16 @@ def observe(
         return jax.grad(total)(totals)
 
     return run
+
+
+@functools.lru_cache(maxsize=16)
+def observer(
+    fn: Callable[..., Any], statistics: tuple[tuple[str, tuple[Any, int, Statistic]], ...]
+) -> Callable[..., dict[str, jax.Array]]:
+    """:func:`observe` compiled, once for a function and what it is observed for.
+
+    Args:
+      fn: As for :func:`observe`.
+      statistics: The items of its mapping; their functions compare equal from call to call.
+    """
+    return jax.jit(observe(fn, dict(statistics)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lutjax.arrays import GatedArray
-from lutjax.calibrate.observe import observe
+from lutjax.calibrate.observe import observer
 from lutjax.paths import named_leaves
 
 
@@ -61,7 +60,7 @@ def measure_sparsity(
     gated = {path: leaf for path, leaf in named_leaves(params) if isinstance(leaf, GatedArray)}
     if not gated:
         raise ValueError("no parameter has a gate; use sparsify(params, plan) first")
-    step = _counter(fn, tuple(gated))
+    step = observer(fn, tuple((path, (_same, 2, _count)) for path in gated))
     totals: dict[str, np.ndarray] = {}
     for batch in batches:
         for path, counts in step(params, batch).items():
@@ -71,12 +70,6 @@ def measure_sparsity(
     with np.errstate(invalid="ignore"):  # 0 / 0 for an expert that no row met
         shares = {path: count[..., 0] / count[..., 1] for path, count in totals.items()}
     return AchievedSparsity(shares, {path: gated[path].size for path in shares})
-
-
-@functools.lru_cache(maxsize=8)
-def _counter(fn: Callable[..., Any], paths: tuple[str, ...]) -> Callable[..., Any]:
-    """Compiled once for a function; other thresholds of the same kind need no compilation."""
-    return jax.jit(observe(fn, dict.fromkeys(paths, (_same, 2, _count))))
 
 
 def _same(leaf: Any) -> Any:
