@@ -135,10 +135,6 @@ class GatedArray(WrapperArray):
         norms = None if self.row_norms is None else split.spec(split.k)
         return type(self)(self.base.split_specs(split), split.spec(), norms)
 
-    def typed_spec(self) -> tuple[tuple[Any, ...], Any, Any]:
-        """The explicit mesh axes over which the weight is split."""
-        return self.base.typed_spec()
-
     def summary(self) -> str:
         """Shape, kind of gate, and the weight inside."""
         gate = "|x|" if self.row_norms is None else "|x|·norm"

@@ -86,10 +86,6 @@ class ReorderedArray(WrapperArray):
             raise ValueError("its rows are reordered over all of K, which does not split; shard N")
         return dataclasses.replace(self, base=self.base.split_specs(split), order=split.spec(None))
 
-    def typed_spec(self) -> tuple[tuple[Any, ...], Any, Any]:
-        """The explicit mesh axes over which the base is split."""
-        return self.base.typed_spec()
-
 
 def _columns(x: jax.Array, order: jax.Array) -> jax.Array:
     """``x[..., order]``, for each of the batch axes with which both lead."""

@@ -104,10 +104,6 @@ class RotatedArray(WrapperArray):
             )
         return dataclasses.replace(self, base=self.base.split_specs(split))
 
-    def typed_spec(self) -> tuple[tuple[Any, ...], Any, Any]:
-        """The explicit mesh axes over which the base is split."""
-        return self.base.typed_spec()
-
     def summary(self) -> str:
         """The block and what is rotated."""
         return f"block={self.block}, {self.base!r}"

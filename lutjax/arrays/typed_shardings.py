@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
-from lutjax.arrays.base import CompressedArray
-from lutjax.arrays.sharding import logical_spec
+from lutjax.arrays.base import CompressedArray, is_compressed
+from lutjax.arrays.sharding import logical_spec, part_specs
 from lutjax.arrays.split import explicit_mesh
 
 
@@ -17,6 +17,39 @@ def logical_sharding(array: CompressedArray) -> NamedSharding | None:
     """The typed sharding of the dense weight, None without explicit axes."""
     mesh = explicit_mesh(array)
     return None if mesh is None else NamedSharding(mesh, logical_spec(array))
+
+
+def compress_with_auto_axes(
+    compress: Callable[..., Any], path: str, weight: Any, *operands: Any
+) -> Any:
+    """``compress(weight, *operands)``; with explicit axes the result is sharded as the weight is.
+
+    Args:
+      compress: Returns a pytree whose compressed arrays stand for the weight; its other arrays are
+        replicated.
+      path: Of the weight, for errors.
+      weight: The dense weight.
+      *operands: Pytrees of arrays.
+
+    Raises:
+      ValueError: If a compressed array cannot be split as the weight is.
+    """
+    mesh = explicit_mesh(weight)
+    if mesh is None:
+        return compress(weight, *operands)
+    spec = jax.typeof(weight).sharding.spec
+
+    def place(leaf: Any) -> Any:
+        try:
+            specs = part_specs(leaf, spec, mesh.shape) if is_compressed(leaf) else PartitionSpec()
+        except ValueError as error:
+            raise ValueError(f"{path!r} {leaf!r} sharded by {spec}: {error}") from error
+        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+    replicated = jax.sharding.auto_axes(compress, out_sharding=PartitionSpec())
+    shapes = jax.eval_shape(replicated, weight, *operands)
+    shardings = jax.tree.map(place, shapes, is_leaf=is_compressed)
+    return jax.sharding.auto_axes(compress, out_sharding=shardings)(weight, *operands)
 
 
 def run_with_auto_axes(

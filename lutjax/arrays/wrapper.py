@@ -39,6 +39,10 @@ class WrapperArray(CompressedArray):
         """K and N."""
         return self.base.matrix_shape
 
+    def typed_spec(self) -> tuple[tuple[Any, ...], Any, Any]:
+        """The explicit mesh axes over which the base is split."""
+        return self.base.typed_spec()
+
     def summary(self) -> str:
         """The base's short form."""
         return repr(self.base)

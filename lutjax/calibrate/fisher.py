@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialized
 
 from lutjax.arrays import MatrixView, is_compressed
+from lutjax.arrays.split import explicit_mesh
 from lutjax.calibrate.hashing import content_hash
 from lutjax.calibrate.probe import ProbedArray
 from lutjax.files import replace_file
@@ -222,11 +223,17 @@ def _make_step(
 
             return loss_fn(map_named(place, params), sample)
 
-        def one(totals: Any, sample: Any) -> tuple[Any, jax.Array]:
+        def found(sample: Any) -> tuple[jax.Array, Any]:
             value, gradients = jax.value_and_grad(loss)(probes, sample)
-            new = {path: squares(path, gradient) for path, gradient in gradients.items()}
+            return value, {path: squares(path, gradient) for path, gradient in gradients.items()}
+
+        def one(totals: Any, sample: Any) -> tuple[Any, jax.Array]:
+            value, new = found(sample)
             return jax.tree.map(jnp.add, totals, new), value
 
+        if explicit_mesh(params) is not None:  # sums are sharded as what is added to them
+            _, new = jax.eval_shape(found, jax.tree.map(lambda a: a[0], batch))
+            totals = jax.tree.map(lambda a, b: jax.sharding.reshard(a, b.sharding), totals, new)
         return jax.lax.scan(one, totals, batch)
 
     return step

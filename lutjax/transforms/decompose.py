@@ -21,6 +21,7 @@ from lutjax.arrays import (
     SumArray,
     is_compressed,
 )
+from lutjax.arrays.typed_shardings import compress_with_auto_axes
 from lutjax.paths import path_key, path_string
 from lutjax.progress import progress_bar
 from lutjax.transforms.feedback import damped, factor
@@ -269,11 +270,8 @@ def decompose_array(
     if hessian is not None:
         hessian = check_hessian(hessian, weight.shape, batch_ndim, view, path)
     assert rule.config is not None
-    return _decompose(
-        path_key(key, path),
-        jnp.asarray(weight),
-        fisher,
-        hessian,
+    compress = functools.partial(
+        _decompose,
         config=rule.config,
         rank=rank,
         method=method,
@@ -281,6 +279,9 @@ def decompose_array(
         svd=svd,
         batch_ndim=batch_ndim,
         view=view,
+    )
+    return compress_with_auto_axes(
+        compress, path, jnp.asarray(weight), path_key(key, path), fisher, hessian
     )
 
 
@@ -355,8 +356,8 @@ class _Steps:
     jax.jit, static_argnames=("config", "rank", "method", "rounds", "svd", "batch_ndim", "view")
 )
 def _decompose(
-    key: PRNGKeyArray,
     weight: jax.Array,
+    key: PRNGKeyArray,
     fisher: Importance | None,
     hessian: jax.Array | None,
     *,

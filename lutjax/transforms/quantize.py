@@ -20,6 +20,7 @@ from lutjax.arrays import (
     is_compressed,
     quantize_scales,
 )
+from lutjax.arrays.typed_shardings import compress_with_auto_axes
 from lutjax.packing import BLOCK, pack
 from lutjax.paths import map_named, named_leaves, near_misses
 from lutjax.rotation import rotate
@@ -210,7 +211,8 @@ def quantize_array(
     batch_ndim, view = weight_view(weight.shape, rule, path)
     if hessian is not None:
         hessian = check_hessian(hessian, weight.shape, batch_ndim, view, path)
-    array = _quantize(jnp.asarray(weight), hessian, rule.config, batch_ndim, view)
+    compress = functools.partial(_quantize, config=rule.config, batch_ndim=batch_ndim, view=view)
+    array = compress_with_auto_axes(compress, path, jnp.asarray(weight), hessian)
     if not allow_nonfinite:
         _check_scales(array, rule.config, path)
     return array

@@ -1,0 +1,138 @@
+"""Run by test_explicit_meshes.py in a process of its own: four virtual devices; prints JSON."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lutjax
+from lutjax import calibrate
+from lutjax.adapters import AdapterArray
+from lutjax.linear_maps import Gaussian
+
+SPECS = {"rows": P("x", None), "both": P("x", "y"), "stack": P("x", None, "y")}
+SHAPES = {"rows": (128, 48), "both": (128, 64), "stack": (2, 64, 96)}
+MESH = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+RECIPES = {
+    "nf4": lutjax.Recipe.uniform(4, 32),
+    "double_quant": lutjax.Recipe.uniform(3, 16, double_quant=lutjax.DoubleQuant(8, 16)),
+    "higgs": lutjax.Recipe.higgs(4, 32),
+}
+
+
+def tree():
+    rng = np.random.default_rng(0)
+    return {
+        name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in SHAPES.items()
+    }
+
+
+def place(params):
+    return {k: jax.device_put(v, NamedSharding(MESH, SPECS[k])) for k, v in params.items()}
+
+
+def compare(expected, found):
+    """The largest difference of dense weights, and whether parts are sharded as weights are."""
+    shardings = {name: NamedSharding(MESH, spec) for name, spec in SPECS.items()}
+    wanted = jax.tree.leaves(lutjax.shardings_like(found, shardings))
+    leaves = zip(jax.tree.leaves(found), wanted, strict=True)
+    dense = zip(
+        jax.tree.leaves(lutjax.materialize(expected)),
+        jax.tree.leaves(lutjax.materialize(found)),
+        strict=True,
+    )
+    return {
+        "difference": max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in dense),
+        "sharded": all(a.sharding.is_equivalent_to(want, a.ndim) for a, want in leaves),
+    }
+
+
+def quantized(recipe, jit):
+    def run(params):
+        return lutjax.quantize(params, recipe)
+
+    run = jax.jit(run) if jit else run
+    expected = run(tree())
+    with jax.set_mesh(MESH):
+        return compare(expected, run(place(tree())))
+
+
+def decomposed():
+    def run(params):
+        return lutjax.decompose(params, RECIPES["nf4"], rank=4, rounds=3, key=jax.random.key(0))
+
+    expected = run(tree())
+    with jax.set_mesh(MESH):
+        return compare(expected, run(place(tree())))
+
+
+def with_hessians():
+    def run(params, moments):
+        return lutjax.quantize(params, RECIPES["nf4"], hessians=moments)
+
+    x = jax.random.normal(jax.random.key(1), (256, 128))
+    moments = {"rows": x.T @ x}
+    expected = run(tree(), moments)
+    with jax.set_mesh(MESH):
+        return compare(expected, run(place(tree()), moments))
+
+
+def fisher(keep):
+    def run(params):
+        params = {name: params[name] for name in ("rows", "both")}
+        x = jax.random.normal(jax.random.key(1), (3, 5, 128))
+
+        def loss(params, x):
+            return jnp.sum(jnp.tanh(x @ params["rows"])) + jnp.sum(jnp.sin(x @ params["both"]))
+
+        found = calibrate.fisher(loss, params, [x], recipe=RECIPES["nf4"], keep=keep)
+        return jax.tree.leaves(found.diagonals)
+
+    expected = run(tree())
+    with jax.set_mesh(MESH):
+        found = run(place(tree()))
+    worst = max(
+        float(np.abs(np.asarray(a) / np.asarray(b) - 1).max())
+        for a, b in zip(found, expected, strict=True)
+    )
+    return {"difference": worst}
+
+
+def refused():
+    """A weight whose rows do not split into whole blocks."""
+    with jax.set_mesh(MESH):
+        weight = jax.device_put(jnp.ones((72, 16)), NamedSharding(MESH, P("x", None)))
+        try:
+            lutjax.quantize({"mlp": {"kernel": weight}}, RECIPES["nf4"])
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+def adapter_type():
+    """An adapter's product is typed as that of its base."""
+    bound = Gaussian(2).init(jax.random.key(0), SHAPES["both"])
+    with jax.set_mesh(MESH):
+        base = lutjax.quantize(place(tree())["both"], RECIPES["nf4"])
+        params = {"kernel": AdapterArray.of(base, bound)}
+        run = lutjax.lift(lambda p, x: x @ p["kernel"])
+        return list(jax.typeof(jax.jit(run)(params, jnp.ones((4, 128)))).sharding.spec)
+
+
+print(
+    json.dumps(
+        {
+            **{name: quantized(recipe, jit=False) for name, recipe in RECIPES.items()},
+            "under jit": quantized(RECIPES["nf4"], jit=True),
+            "decompose": decomposed(),
+            "hessians": with_hessians(),
+            "fisher means": fisher("means"),
+            "fisher full": fisher("full"),
+            "refused": refused(),
+            "adapter": adapter_type(),
+        }
+    )
+)

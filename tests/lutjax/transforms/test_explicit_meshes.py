@@ -1,0 +1,36 @@
+"""Compressing sharded weights with explicit mesh axes, which are what ``jax.make_mesh`` makes."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.virtual_devices import printed_json
+
+
+@pytest.fixture(scope="module")
+def results():
+    return printed_json(Path(__file__).parent / "explicit_meshes.py", 4)
+
+
+@pytest.mark.parametrize("name", ["nf4", "double_quant", "higgs", "under jit", "hessians"])
+def test_quantized_weights_are_those_of_one_device_and_stay_sharded(results, name):
+    assert results[name]["difference"] < 1e-5
+    assert results[name]["sharded"]
+
+
+def test_decomposed_weights_stay_sharded(results):
+    assert results["decompose"]["difference"] < 1e-4  # factors are sums in another order
+    assert results["decompose"]["sharded"]
+
+
+@pytest.mark.parametrize("keep", ["means", "full"])
+def test_fisher_information_is_that_of_one_device(results, keep):
+    assert results[f"fisher {keep}"]["difference"] < 1e-4
+
+
+def test_weights_that_do_not_split_are_named(results):
+    assert "mlp/kernel" in results["refused"] and "whole blocks" in results["refused"]
+
+
+def test_products_of_adapters_are_typed_as_those_of_their_base(results):
+    assert results["adapter"] == [None, "y"]
