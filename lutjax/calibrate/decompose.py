@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from lutjax.models.config import DecoderConfig
 from lutjax.paths import named_leaves
 from lutjax.transforms.decompose import Method, check_decomposition, decompose_array
 from lutjax.transforms.quantize import match_rules
-from lutjax.transforms.recipe import Recipe, Rule
+from lutjax.transforms.recipe import Recipe, Rule, without_embeddings
 from lutjax.transforms.svd import SvdMethod
 
 
@@ -126,8 +125,7 @@ def decompose_blocks(
     >>> decompose_blocks(fn, blocks, x, recipe, rank=1, key=key)["1"]["kernel"].parts[1].rank
     1
     """
-    recipe = dataclasses.replace(recipe, embeddings=None)  # blocks have none
-    plan = match_rules(recipe, dict(blocks))
+    plan = match_rules(without_embeddings(recipe), dict(blocks))
     convert = _decomposed(plan, dict(blocks), rank, method, key, rounds, svd)
     return convert_blocks(fn, blocks, x, plan, convert, batch_size=batch_size, progress=progress)
 

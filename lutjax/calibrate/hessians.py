@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -16,7 +15,7 @@ from lutjax.calibrate.activations import projections
 from lutjax.calibrate.observe import observer
 from lutjax.paths import named_leaves
 from lutjax.progress import progress_bar
-from lutjax.transforms.recipe import Recipe
+from lutjax.transforms.recipe import Recipe, without_embeddings
 
 
 def hessians(
@@ -52,9 +51,8 @@ def hessians(
     >>> found["kernel"].tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
-    if recipe is not None:  # what is looked up is not multiplied
-        recipe = dataclasses.replace(recipe, embeddings=None)
-    wraps = projections(params, recipe)
+    # What is looked up is not multiplied.
+    wraps = projections(params, without_embeddings(recipe))
     leaves = {path: leaf for path, leaf in named_leaves(params) if path in wraps}
     sizes = {
         path: jax.eval_shape(wrap, leaves[path]).matrix_shape[0] for path, wrap in wraps.items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from lutjax.calibrate.blocks import convert_blocks, convert_decoder
 from lutjax.models.blockwise import BlockFn
 from lutjax.models.config import DecoderConfig
 from lutjax.transforms.quantize import match_rules, quantize_array
-from lutjax.transforms.recipe import Recipe, Rule
+from lutjax.transforms.recipe import Recipe, Rule, without_embeddings
 
 
 def quantize_decoder(
@@ -105,8 +104,7 @@ def quantize_blocks(
     >>> quantize_blocks(lambda p, x: x @ p["kernel"], blocks, x, Recipe.uniform(3, 32))["1"]
     {'kernel': LutArray(shape=(32, 32), float32, 3 bits, group_size=column, 480 B)}
     """
-    recipe = dataclasses.replace(recipe or Recipe.uniform(), embeddings=None)  # blocks have none
-    plan = match_rules(recipe, dict(blocks))
+    plan = match_rules(without_embeddings(recipe), dict(blocks))
     return convert_blocks(fn, blocks, x, plan, _rounded, batch_size=batch_size, progress=progress)
 
 

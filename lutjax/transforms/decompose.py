@@ -237,7 +237,7 @@ def check_calibrated(what: str, found: Mapping[str, Any] | None, path: str) -> N
     if found is not None and path not in found:
         raise ValueError(
             f"{what} nothing for {path!r}; calibrate with the same recipe, or exclude that path "
-            f"from the recipe"
+            f"from the recipe (`hessians` leaves out what a recipe's `embeddings` are for)"
         )
 
 

@@ -25,7 +25,14 @@ from lutjax.packing import BLOCK, pack
 from lutjax.paths import map_named, named_leaves, near_misses
 from lutjax.rotation import rotate
 from lutjax.transforms.feedback import DAMPING, round_with_feedback
-from lutjax.transforms.recipe import COLUMN, MIN_GROUP_SIZE, LutConfig, Recipe, Rule
+from lutjax.transforms.recipe import (
+    COLUMN,
+    MIN_GROUP_SIZE,
+    LutConfig,
+    Recipe,
+    Rule,
+    check_recipe,
+)
 
 
 def quantize(
@@ -77,7 +84,7 @@ def quantize(
         recipe = Recipe.uniform(**uniform)
     elif uniform:
         raise TypeError(f"give either a recipe or {', '.join(uniform)}, not both")
-    _check_recipe(recipe)
+    check_recipe(recipe)
     hessians = {} if hessians is None else hessians
     if is_compressed(params) or jax.tree_util.all_leaves([params]):
         _check_hessian_paths(hessians, ["array"])
@@ -114,7 +121,7 @@ def match_rules(recipe: Recipe, params: Any, kept: Iterable[str] = ()) -> dict[s
       TypeError: If ``recipe`` is none, a path that is named in full is not a floating-point matrix,
         or a weight is compressed already.
     """
-    _check_recipe(recipe)
+    check_recipe(recipe)
     leaves = named_leaves(params)
     recipe.check_matches([*(path for path, _ in leaves), *kept])
     plan = {}
@@ -428,15 +435,6 @@ def _values(codes: jax.Array, table: np.ndarray, k: int) -> jax.Array:
 def _expand(groups: Float[Array, "g n"], group_size: int, k: int) -> Float[Array, "k n"]:
     """Repeats what a group shares for each of its rows."""
     return jnp.repeat(groups, group_size, axis=0)[:k]
-
-
-def _check_recipe(recipe: Any) -> None:
-    if not isinstance(recipe, Recipe):
-        one = 'Recipe((Rule("*", config),))'
-        fix = one if isinstance(recipe, LutConfig) else "Recipe.uniform(bits=4), or bits=4"
-        raise TypeError(f"the recipe is a {type(recipe).__name__}; give a Recipe, such as {fix}")
-    if not recipe.rules:
-        raise ValueError("the recipe has no rules; give at least one")
 
 
 def _check_scales(array: LutArray | RotatedArray, config: LutConfig, path: str) -> None:

@@ -278,31 +278,47 @@ class Recipe:
         return _matches(path, EMBEDDINGS) and not _matches(path, others)
 
     def check_matches(self, paths: Iterable[str]) -> None:
-        """Raises if a rule or ``embeddings`` decides about none of the paths.
+        """Raises if ``embeddings`` or a rule is about none of the paths, or cannot have a say.
+
+        A rule has none where all that it reaches stays dense unless it is named in full, or is
+        decided about by one earlier rule. A last rule ``"*"`` may be for what others leave.
 
         Raises:
-          ValueError: Names the rule's pattern and the paths most like it.
+          ValueError: Names the rule's pattern, and the paths most like it or the earlier rule.
         """
-        paths = list(paths)
+        decided = {path: self.rule_for(path) for path in paths}
+        paths = list(decided)
         if self.embeddings is not None and not any(map(self._is_embedding, paths)):
             raise ValueError(
                 f"embeddings are to have {self.embeddings.bits} bits, but no parameter matches "
                 f"{' or '.join(EMBEDDINGS)}; add a Rule with the full path of each"
             )
         for rule in self.rules:
-            if rule.pattern in paths:
-                continue
-            reached = [path for path in paths if fnmatch.fnmatchcase(path, rule.pattern)]
-            says_so = rule.pattern == "*" or (rule.config is None and self.embeddings is None)
-            if reached and not says_so and all(_matches(path, self.dense) for path in reached):
-                raise ValueError(
-                    f"the rule {rule.pattern!r} reaches only what stays dense unless it is named "
-                    f"in full, such as {reached[0]!r}; give a rule its full path"
-                )
-            if not reached:
+            if rule.pattern in decided:
+                matched = reached = [rule.pattern]
+            else:
+                matched = [path for path in paths if fnmatch.fnmatchcase(path, rule.pattern)]
+                reached = [path for path in matched if not _matches(path, self.dense)]
+            if not matched:
                 similar = ", ".join(near_misses(rule.pattern, paths)) or "there are no weights"
                 raise ValueError(
                     f"the rule {rule.pattern!r} matches no parameter; similar paths: {similar}"
+                )
+            if rule.pattern == "*":
+                continue
+            deciding = [chosen for path in reached if (chosen := decided[path]) is not None]
+            # What a rule leaves dense may stay so anyway, unless `embeddings` is about it.
+            taken = self.embeddings is not None and any(map(self._is_embedding, matched))
+            if not reached and (rule.config is not None or taken):
+                raise ValueError(
+                    f"the rule {rule.pattern!r} reaches only what stays dense unless it is named "
+                    f"in full, such as {matched[0]!r}; give a rule its full path"
+                )
+            if rule not in deciding and len(set(deciding)) == 1:
+                raise ValueError(
+                    f"the rule {rule.pattern!r} decides about nothing: "
+                    f"{deciding[0].pattern!r}, which comes before it, matches all that it does; "
+                    f"put it first"
                 )
 
     def to_json(self) -> str:
@@ -350,6 +366,30 @@ class Recipe:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def check_recipe(recipe: Any) -> None:
+    """Raises TypeError or ValueError, which say what to give, for what is no recipe with rules."""
+    if not isinstance(recipe, Recipe):
+        one = 'Recipe((Rule("*", config),))'
+        fix = one if isinstance(recipe, LutConfig) else "Recipe.uniform(bits=4), or bits=4"
+        raise TypeError(f"the recipe is a {type(recipe).__name__}; give a Recipe, such as {fix}")
+    if not recipe.rules:
+        raise ValueError("the recipe has no rules; give at least one")
+
+
+def without_embeddings(recipe: Recipe | None) -> Recipe:
+    """The same recipe for weights among which there are no embeddings, or none that count.
+
+    Raises:
+      TypeError: If it is no recipe.
+
+    >>> without_embeddings(Recipe.uniform(4, embedding_bits=8)) == Recipe.uniform(4)
+    True
+    """
+    recipe = Recipe.uniform() if recipe is None else recipe
+    check_recipe(recipe)
+    return dataclasses.replace(recipe, embeddings=None)
 
 
 def _matches(path: str, patterns: Iterable[str]) -> bool:

@@ -188,6 +188,7 @@ def packed_columns(weight: PackedWeight, columns: jax.Array, *, dtype: Any = Non
     >>> packed_columns(packed, jnp.array([5, 3])).tolist()
     [[5.0, 3.0]]
     """
+    columns = jnp.clip(columns.astype(jnp.int32), 0, weight.n - 1)  # layouts have more than N
     if weight.layout is None:
         words = take_columns(weight.planes[0], columns)
         scales = take_columns(weight.scales, columns)

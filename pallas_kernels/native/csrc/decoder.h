@@ -4,6 +4,8 @@
 #ifndef PALLAS_KERNELS_NATIVE_DECODER_H_
 #define PALLAS_KERNELS_NATIVE_DECODER_H_
 
+#include <cmath>
+
 #include "kernels.h"
 #include "simd.h"
 
@@ -122,8 +124,10 @@ bool FindLine(const float* lut, Line* line) {
   if (zero == kLast) return false;
   const double step = static_cast<double>(lut[kLast]) / (kLast - zero) * (1 << kBits);
   const float rounded = static_cast<float>(step);
-  *line = {zero / static_cast<float>(1 << kBits), rounded, static_cast<float>(step - rounded)};
-  return line->Fits<kBits>(lut);
+  const float rest = static_cast<float>(step - rounded);
+  *line = {zero / static_cast<float>(1 << kBits), rounded, rest};
+  // A larger rest would overflow where the product of the step is infinite, or of the other sign.
+  return std::fabs(rest) < 1.0f && line->Fits<kBits>(lut);
 }
 
 // Looks up the codes of kBits bits; if kLinear, `lut` of the problem is the three numbers of a Line.

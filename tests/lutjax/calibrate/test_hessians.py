@@ -254,6 +254,8 @@ def test_a_rank_that_does_not_fit_is_refused_before_anything_runs(decoder):
 def test_bad_arguments_are_refused_before_anything_runs(decoder):
     model, params, tokens = decoder
     fns, blocks, x = decoder_blocks(model.config, params, tokens)
+    with pytest.raises(TypeError, match="the recipe is a LutConfig; give a Recipe"):
+        quantize_blocks(fns, blocks, x, LutConfig())
     with pytest.raises(ValueError, match="'layers/7/\\*' matches no parameter"):
         quantize_blocks(fns, blocks, x, Recipe((Rule("layers/7/*", LutConfig()),)))
     with pytest.raises(ValueError, match="no function for the block 'layers/1'"):

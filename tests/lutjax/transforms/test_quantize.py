@@ -283,6 +283,22 @@ def test_a_glob_that_leaves_the_head_dense_is_not_overridden():
         lutjax.quantize(HEAD, recipe.with_embeddings(8))
 
 
+def test_a_rule_that_leaves_norms_dense_is_true_with_embeddings_too():
+    recipe = Recipe((Rule("*norm*", None), Rule("*", LutConfig(3, 16)))).with_embeddings(8, 16)
+    params = {"norm": {"scale": np.ones(32)}, "up": {"kernel": WEIGHT}, "embed": {"w": WEIGHT}}
+    found = lutjax.quantize(params, recipe)
+    assert not is_compressed(found["norm"]["scale"]) and found["embed"]["w"].bits == 8
+
+
+@pytest.mark.parametrize("pattern", ["*/kernel", "up/kernel"])
+def test_a_rule_behind_one_that_matches_all_it_does_is_an_error(pattern):
+    recipe = Recipe((Rule("*", LutConfig(3)), Rule(pattern, LutConfig(8))))
+    with pytest.raises(ValueError, match=r"decides about nothing: '\*', which comes before it"):
+        lutjax.quantize({"up": {"kernel": jnp.ones((64, 8))}}, recipe)
+    both = Recipe((Rule("up/*", C), Rule("down/*", C), Rule("*/kernel", C), Rule("*", C)))
+    assert match_rules(both, {"up": {"kernel": WEIGHT}, "down": {"kernel": WEIGHT}})
+
+
 def test_rules_may_be_for_what_is_kept_only():
     recipe = Recipe((Rule("*/down/*", LutConfig(8)), Rule("*", LutConfig(4)))).with_embeddings(8)
     kept = ["embed_tokens/embedding", "0/down/kernel"]

@@ -225,6 +225,8 @@ def test_columns_are_those_of_the_weight_to_the_last_bit(implementation, kind, c
     columns = jnp.array([case.n - 1, 0, case.n // 2, 5, 5])
     dense = jax.jit(functools.partial(dequantize, **static, dtype=case.dtype))(*weight)
     np.testing.assert_array_equal(packed_columns(packed, columns), dense[:, columns])
+    last = packed_columns(packed, jnp.array([-3, case.n, case.n + 200]))
+    np.testing.assert_array_equal(last, dense[:, jnp.array([0, case.n - 1, case.n - 1])])
 
 
 @pytest.mark.parametrize(("bits", "p"), [(2, 1), (3, 1), (4, 1), (8, 1), (2, 2), (3, 2), (4, 2)])
