@@ -106,7 +106,7 @@ class GatedArray(WrapperArray):
         if self.batch_shape:
             return jax.vmap(lambda w, x: w.matmul(x, out_dtype=out_dtype))(self, x)
         lead = x.shape[:-2]
-        rows, thresholds = x.reshape(-1, x.shape[-1]), self.row_thresholds()[None, :]
+        rows, thresholds = x.reshape(-1, x.shape[-1]), self.row_thresholds()
         y = _product(self.base, rows, thresholds, x.dtype if out_dtype is None else out_dtype)
         return y.reshape(*lead, -1, y.shape[-1])
 
@@ -149,7 +149,7 @@ def _product(
     rows = _rows(base)
     if rows is not None:
         return sparse_matmul(widened(x, out_dtype), rows, thresholds).astype(out_dtype)
-    small = jnp.abs(x).astype(jnp.float32) <= thresholds
+    small = jnp.abs(x).astype(jnp.float32) <= thresholds[None]
     return base.matmul(jnp.where(small, jnp.zeros((), x.dtype), x), out_dtype=out_dtype)
 
 

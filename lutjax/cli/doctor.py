@@ -117,10 +117,10 @@ def _sparse_matmul() -> dict[str, str]:
         codes = jax.ShapeDtypeStruct((4096, 4096), jnp.uint8)
         rows = jax.eval_shape(functools.partial(pack_rows, bits=4, lanes=lanes), codes)
         weight = RowCodes(rows, scales, lut, None, 128)
-    arrays, splits = (x, weight, jax.ShapeDtypeStruct((1, 1), jnp.float32)), (4096,)
-    default, other = dispatch.best_per_platform(arrays, splits)
+    arrays = (x, weight, jax.ShapeDtypeStruct((1,), jnp.float32))
+    default, other = dispatch.best_per_platform(arrays)
     best = default.get(_platform(jax.default_backend()), other)
-    reasons = {n: dispatch.reason_against_here(n, arrays, splits) for n in IMPLEMENTATIONS}
+    reasons = {n: dispatch.reason_against_here(n, arrays) for n in IMPLEMENTATIONS}
     reasons |= _disabled(reasons)
     return {name: _said(reason, name == best) for name, reason in reasons.items()}
 

@@ -17,15 +17,12 @@ from pallas_kernels.sparse_matmul.rows import RowCodes
 
 IMPLEMENTATIONS = dispatch.IMPLEMENTATIONS
 
-_Static = tuple[tuple[int, ...], str | None]  # splits, implementation
-
 
 def sparse_matmul(
     x: Float[Array, "*batch K"],
     weight: Float[Array, "K N"] | BlockCodes | RowCodes,
     thresholds: Any,
     *,
-    splits: tuple[int, ...] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "*batch N"]:
     r"""Multiplies the activations above a threshold by a dense or lookup-table weight.
@@ -33,9 +30,8 @@ def sparse_matmul(
     .. math:: y_n = \sum_k x_k \, [|x_k| > t_k] \, W_{kn}
 
     For few rows of ``x`` the rows of W that meet only ignored activations are not read; with
-    several rows of ``x``, a row of W is read if any of them needs it. Several weights that share
-    their input (q, k and v; gate and up) can be one weight side by side, each with its own
-    thresholds. Sums are taken in float32, in an order that does not change between runs.
+    several rows of ``x``, a row of W is read if any of them needs it. Sums are taken in float32, in
+    an order that does not change between runs.
 
     The gradients are those of the masked dense product; thresholds have none. Leading axes of the
     weight are mapped with :func:`jax.vmap`.
@@ -45,9 +41,7 @@ def sparse_matmul(
       weight: ``[K, N]``, or ``[K, N / 128, 128]``, the form of a dense weight in which a TPU can
         read single rows; or lookup-table codes: :class:`BlockCodes` in the canonical layout, whose
         rows a CPU skips, or :class:`RowCodes`, whose rows a GPU or TPU skips.
-      thresholds: A number; or ``[S, 1]`` or ``[S, K]`` for S ranges of columns (S = 1 without
-        ``splits``).
-      splits: Numbers of columns of the S ranges.
+      thresholds: A number, ``[1]``, or ``[K]`` for one of each row of W.
       implementation: One of ``IMPLEMENTATIONS``; None picks the best one that supports the
         arguments on the platform that the program is lowered for.
 
@@ -70,27 +64,23 @@ def sparse_matmul(
             f"implementation={implementation!r} is unknown; use None or one of {IMPLEMENTATIONS}"
         )
     thresholds = jnp.asarray(thresholds, jnp.float32)
-    check_arguments(x, weight, thresholds, splits)
+    check_arguments(x, weight, thresholds)
     k, n = matrix_shape(weight)
-    if thresholds.ndim == 0:
-        thresholds = jnp.broadcast_to(thresholds, (1 if splits is None else len(splits), 1))
     if n == 0:
         return jnp.zeros((*x.shape[:-1], 0), x.dtype)
-    rows = x.reshape(-1, k)
-    static = (splits or (n,), implementation)
+    arrays = (x.reshape(-1, k), weight, jnp.atleast_1d(thresholds))
     if implementation is not None:
-        arrays = (rows, weight, thresholds)
-        reason = dispatch.reason_against_here(implementation, arrays, static[0])
+        reason = dispatch.reason_against_here(implementation, arrays)
         if reason is not None:
             raise NotImplementedError(
                 f"implementation {implementation!r} cannot run this product: {reason}"
             )
-    axes = varying_axes(*jax.tree.leaves((rows, weight, thresholds)))
-    operands = jax.tree.map(lambda a: vary_over(a, axes), (rows, weight, thresholds))
-    return _product(static, *operands).reshape(*x.shape[:-1], n)
+    axes = varying_axes(*jax.tree.leaves(arrays))
+    operands = jax.tree.map(lambda a: vary_over(a, axes), arrays)
+    return _product(implementation, *operands).reshape(*x.shape[:-1], n)
 
 
-def _batched_run(static: _Static, x: Any, weight: Any, thresholds: Any) -> Any:
+def _batched_run(implementation: str | None, x: Any, weight: Any, thresholds: Any) -> Any:
     """The product with a batching rule: a batch of activations only is more rows of ``x``.
 
     A batch of weights is a loop, so that each of its products skips its own rows.
@@ -98,7 +88,7 @@ def _batched_run(static: _Static, x: Any, weight: Any, thresholds: Any) -> Any:
 
     @jax.custom_batching.custom_vmap
     def product(x, weight, thresholds):
-        return _run(static, x, weight, thresholds)
+        return _run(implementation, x, weight, thresholds)
 
     @product.def_vmap
     def rule(axis_size, in_batched, x, weight, thresholds):
@@ -120,14 +110,14 @@ def _batched_run(static: _Static, x: Any, weight: Any, thresholds: Any) -> Any:
     return product(x, weight, thresholds)
 
 
-def _fwd(static: _Static, x: Any, weight: Any, thresholds: Any) -> Any:
+def _fwd(implementation: str | None, x: Any, weight: Any, thresholds: Any) -> Any:
     # The product with its own derivatives, for gradients of gradients.
-    return _product(static, x, weight, thresholds), (x, weight, thresholds)
+    return _product(implementation, x, weight, thresholds), (x, weight, thresholds)
 
 
-def _bwd(static: _Static, residuals: tuple, cotangent: Any) -> Any:
-    product = functools.partial(masked.sparse_matmul, splits=static[0])
-    _, pullback = jax.vjp(product, *residuals)
+def _bwd(implementation: str | None, residuals: tuple, cotangent: Any) -> Any:
+    del implementation
+    _, pullback = jax.vjp(masked.sparse_matmul, *residuals)
     dx, dweight, _ = pullback(cotangent)
     return dx, dweight, jnp.zeros_like(residuals[2])
 
@@ -137,20 +127,18 @@ _product.defvjp(_fwd, _bwd)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(static: _Static, x: Any, weight: Any, thresholds: Any) -> Any:
+def _run(implementation: str | None, x: Any, weight: Any, thresholds: Any) -> Any:
     """Runs one implementation, or lets the platform that is lowered for choose among several."""
-    splits, implementation = static
     arrays = (x, weight, thresholds)
     if x.shape[0] == 0:
-        return jnp.zeros((0, sum(splits)), x.dtype)
+        return jnp.zeros((0, matrix_shape(weight)[1]), x.dtype)
 
     def call(name: str) -> Any:
-        module = dispatch.backend(name)
-        return lambda *arrays: module.sparse_matmul(*arrays, splits=splits)
+        return dispatch.backend(name).sparse_matmul
 
     if implementation is not None:
         return call(implementation)(*arrays)
-    per_platform, other = dispatch.best_per_platform(arrays, splits)
+    per_platform, other = dispatch.best_per_platform(arrays)
     branches = {p: call(name) for p, name in per_platform.items() if name != other}
     if not branches:
         return call(other)(*arrays)

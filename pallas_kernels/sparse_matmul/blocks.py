@@ -53,16 +53,6 @@ class BlockCodes:
         """Dtype of the scales."""
         return self.scales.dtype
 
-    def columns(self, start: int, stop: int) -> BlockCodes:
-        """A range of columns."""
-        return dataclasses.replace(
-            self,
-            words=self.words[..., start:stop],
-            scales=self.scales[:, start:stop],
-            lut=self.lut[start:stop] if self.lut.shape[0] > 1 else self.lut,
-            offsets=None if self.offsets is None else self.offsets[:, start:stop],
-        )
-
 
 def dequantize_blocks(weight: BlockCodes, dtype: Any = jnp.float32) -> jax.Array:
     """The dense matrix ``dtype[K, N]``, computed in float32 and rounded once."""

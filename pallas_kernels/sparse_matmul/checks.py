@@ -11,7 +11,7 @@ from pallas_kernels.sparse_matmul.blocks import BlockCodes
 from pallas_kernels.sparse_matmul.rows import RowCodes
 
 
-def check_arguments(x: Any, weight: Any, thresholds: Any, splits: tuple[int, ...] | None) -> None:
+def check_arguments(x: Any, weight: Any, thresholds: Any) -> None:
     """Raises ValueError or TypeError, naming shapes, if the arguments do not fit each other."""
     if isinstance(weight, RowCodes):
         _check_codes(weight)
@@ -37,13 +37,9 @@ def check_arguments(x: Any, weight: Any, thresholds: Any, splits: tuple[int, ...
         raise TypeError(f"x must be floating point, got {x.dtype}{list(x.shape)}")
     if x.ndim < 1 or x.shape[-1] != k:
         raise ValueError(f"x of shape {x.shape} must end in K={k} of the weight [K={k}, N={n}]")
-    if splits is not None and (sum(splits) != n or min(splits) < 1):
-        raise ValueError(f"splits={splits} must be positive and add up to N={n}")
-    parts = 1 if splits is None else len(splits)
-    if thresholds.shape not in ((), (parts, 1), (parts, k)):
+    if thresholds.shape not in ((), (1,), (k,)):
         raise ValueError(
-            f"thresholds of shape {thresholds.shape} must have shape (), {(parts, 1)} or "
-            f"{(parts, k)} for splits={splits} and K={k}"
+            f"thresholds of shape {thresholds.shape} must have shape (), (1,) or {(k,)} for K={k}"
         )
 
 

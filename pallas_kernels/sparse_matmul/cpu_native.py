@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels.lut_matmul.cpu_native import BITS, scale_operands
 from pallas_kernels.manual_axes import varying_axes
@@ -26,9 +25,9 @@ MAX_ROWS = 4
 """Rows of ``x`` that one pass over the weight keeps in registers."""
 
 
-def supports(x: Any, weight: Any, thresholds: Any, *, splits: tuple[int, ...]) -> str | None:
+def supports(x: Any, weight: Any, thresholds: Any) -> str | None:
     """None if the product can run, else the reason why not."""
-    del thresholds, splits
+    del thresholds
     if x.shape[0] > MAX_ROWS:
         return f"{x.shape[0]} rows of x; the kernels are for at most {MAX_ROWS}"
     match weight:
@@ -50,7 +49,6 @@ def sparse_matmul(
     weight: jax.Array | BlockCodes,
     thresholds: jax.Array,
     *,
-    splits: tuple[int, ...],
     instructions: str = "",
 ) -> jax.Array:
     """The product for ``x`` of shape ``[M, K]``, M at most 4.
@@ -59,10 +57,10 @@ def sparse_matmul(
     best.
     """
     rows = x.astype(jnp.float32)
-    result: Any = jax.ShapeDtypeStruct((x.shape[0], sum(splits)), jnp.float32)
+    result: Any = jax.ShapeDtypeStruct((x.shape[0], matrix_shape(weight)[1]), jnp.float32)
     if varying_axes(rows):  # ffi_call takes these from a whole type only
         result = jax.typeof(rows).update(shape=result.shape)
-    static: dict[str, Any] = {"splits": np.array(splits, np.int64), "instructions": instructions}
+    static: dict[str, Any] = {"instructions": instructions}
     if isinstance(weight, BlockCodes):
         target, operands = SPARSE_PACKED, _operands(weight)
         static |= {"k": weight.k, "group_size": weight.group_size}

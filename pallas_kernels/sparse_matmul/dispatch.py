@@ -24,7 +24,7 @@ _KERNEL_PLATFORM = {"cpu_native": "cpu", "pallas_triton": "cuda", "mosaic_tpu": 
 def backend(name: str) -> Any:
     """The backend module, imported on first use, or the reason why it cannot be imported.
 
-    A module offers ``supports(x, weight, thresholds, splits=...)``, which looks at shapes and
+    A module offers ``supports(x, weight, thresholds)``, which looks at shapes and
     dtypes and returns None or the reason against, and ``sparse_matmul`` with those arguments.
     """
     try:
@@ -33,21 +33,21 @@ def backend(name: str) -> Any:
         return f"{type(error).__name__}: {error}"
 
 
-def reason_against(name: str, arrays: tuple, splits: tuple[int, ...]) -> str | None:
+def reason_against(name: str, arrays: tuple) -> str | None:
     """Why the named implementation cannot compute this product, or None if it can."""
     module = backend(name)
-    return module if isinstance(module, str) else module.supports(*arrays, splits=splits)
+    return module if isinstance(module, str) else module.supports(*arrays)
 
 
-def reason_against_here(name: str, arrays: tuple, splits: tuple[int, ...]) -> str | None:
+def reason_against_here(name: str, arrays: tuple) -> str | None:
     """Like :func:`reason_against`, and the platform must be the right one."""
     platform = _KERNEL_PLATFORM.get(name)
     if platform is not None and not compiling_for(platform):
         return f"it is a kernel for {platform} and the default backend is {jax.default_backend()!r}"
-    return reason_against(name, arrays, splits)
+    return reason_against(name, arrays)
 
 
-def best_per_platform(arrays: tuple, splits: tuple[int, ...]) -> tuple[dict[str, str], str]:
+def best_per_platform(arrays: tuple) -> tuple[dict[str, str], str]:
     """The preferred implementation of every known platform, and the one for all others.
 
     Kernels that ``PALLAS_KERNELS_DISABLE`` names are left out, as in ``lut_matmul``.
@@ -56,7 +56,7 @@ def best_per_platform(arrays: tuple, splits: tuple[int, ...]) -> tuple[dict[str,
 
     def best(names: tuple[str, ...]) -> str:
         left = (name for name in names if name not in without)
-        return next(name for name in left if reason_against(name, arrays, splits) is None)
+        return next(name for name in left if reason_against(name, arrays) is None)
 
     preference: dict[str, tuple[str, ...]] = dict(_PREFERENCE)
     if not compiling_for("cpu"):  # do not build the native library for a fall back nobody runs

@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.manual_axes import shape_struct
 from pallas_kernels.sparse_matmul.blocks import ROWS_TOGETHER, BlockCodes
 from pallas_kernels.sparse_matmul.checks import matrix_shape
-from pallas_kernels.sparse_matmul.reference import column_ranges, keep
+from pallas_kernels.sparse_matmul.reference import keep
 from pallas_kernels.sparse_matmul.rows import RowCodes
 from pallas_kernels.sparse_matmul.xla import add_offsets
 
@@ -38,7 +38,7 @@ class Config:
     step_rows: int = 8
 
 
-def supports(x: Any, weight: Any, thresholds: Any, *, splits: tuple[int, ...]) -> str | None:
+def supports(x: Any, weight: Any, thresholds: Any) -> str | None:
     """None if the kernel can run these shapes and dtypes, else the reason why not."""
     del thresholds
     (k, n), m = matrix_shape(weight), x.shape[0]
@@ -48,8 +48,6 @@ def supports(x: Any, weight: Any, thresholds: Any, *, splits: tuple[int, ...]) -
         return ROWS_TOGETHER
     if 4 * k * (m + 1) > _SCALAR_BYTES:
         return f"K={k} with {m} rows of x does not fit the scalar memory"
-    if len(splits) > 1:
-        return "several ranges of columns; call it once for each"
     buffers, groups, sums = 2 * Config().step_rows, 0, m
     if isinstance(weight, RowCodes):
         if weight.words.shape[-1] != _LANES:
@@ -71,15 +69,13 @@ def sparse_matmul(
     weight: jax.Array | RowCodes,
     thresholds: jax.Array,
     *,
-    splits: tuple[int, ...],
     config: Config | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """The product for ``x`` of shape ``[M, K]``."""
     config = config or Config()
-    (start, stop) = column_ranges(splits)[0]
-    masked = keep(x, thresholds[0]).astype(jnp.float32)
-    (k, _), m, step = matrix_shape(weight), x.shape[0], config.step_rows
+    masked = keep(x, thresholds).astype(jnp.float32)
+    (k, n), m, step = matrix_shape(weight), x.shape[0], config.step_rows
     alive = jnp.any(masked != 0, axis=0)
     (live,) = jnp.nonzero(alive, size=k + step, fill_value=k)
     count = jnp.sum(alive, dtype=jnp.int32)[None]
@@ -89,7 +85,7 @@ def sparse_matmul(
     kernel: Any
     if isinstance(weight, RowCodes):
         rows, fields = weight.words, weight.fields
-        padding = rows.shape[1] * fields * _LANES - stop
+        padding = rows.shape[1] * fields * _LANES - n
         scales = jnp.pad(weight.scales.astype(jnp.float32), ((0, 0), (0, padding)))
         scales = scales.reshape(-1, rows.shape[1], fields, _LANES).swapaxes(1, 2)
         operands = [weight.lut[0, :, 0].astype(jnp.float32), scales]
@@ -125,7 +121,7 @@ def sparse_matmul(
         interpret=interpret,
         name="sparse_matmul",
     )(live, count, factors, *operands, rows)
-    y = y.swapaxes(1, 2).reshape(m, -1)[:, start:stop]
+    y = y.swapaxes(1, 2).reshape(m, -1)[:, :n]
     if isinstance(weight, RowCodes) and weight.offsets is not None:
         y += add_offsets(masked, weight)
     return y.astype(x.dtype)

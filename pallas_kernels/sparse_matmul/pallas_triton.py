@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
@@ -47,7 +46,7 @@ def default_config(rows: int, columns: int, tile_columns: int) -> Config:
     return Config(block_k=max(8, 32 // rows), k_parts=max(1, min(32, 1024 // programs)))
 
 
-def supports(x: Any, weight: Any, thresholds: Any, *, splits: tuple[int, ...]) -> str | None:
+def supports(x: Any, weight: Any, thresholds: Any) -> str | None:
     """None if the kernel can run these shapes and dtypes, else the reason why not."""
     del thresholds
     if x.shape[0] > MAX_ROWS:
@@ -62,13 +61,8 @@ def supports(x: Any, weight: Any, thresholds: Any, *, splits: tuple[int, ...]) -
             return f"words of {lanes} lanes; pack_rows(..., lanes=32) fits this kernel"
         if weight.bits > 4:
             return f"{weight.bits}-bit codes; the kernel has 1 to 4"
-        columns = weight.fields * lanes
-    else:
-        if weight.ndim != 2:
-            return f"a weight of shape {weight.shape}; the kernel takes [K, N]"
-        columns = _BLOCK_N
-    if len(splits) > 1 and any(size % columns for size in splits):
-        return f"splits={splits}; the kernel takes multiples of {columns} columns"
+    elif weight.ndim != 2:
+        return f"a weight of shape {weight.shape}; the kernel takes [K, N]"
     return None
 
 
@@ -77,7 +71,6 @@ def sparse_matmul(
     weight: jax.Array | RowCodes,
     thresholds: jax.Array,
     *,
-    splits: tuple[int, ...],
     config: Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -108,37 +101,31 @@ def sparse_matmul(
     steps = -(-k // chunk)
     parts = min(config.k_parts, steps)
     steps_a_part = -(-steps // parts)
-    ranges = np.repeat(np.arange(len(splits)), [-(-size // columns) for size in splits])
     y = pl.pallas_call(
         functools.partial(
             kernel,
             rows=m,
             steps=steps_a_part,
             block_k=config.block_k,
-            row_thresholds=thresholds.shape[1] > 1,
+            row_thresholds=len(thresholds) > 1,
         ),
         grid=(tiles, parts),
         out_shape=shape_struct((parts, m, tiles, *tile_shape), jnp.float32, x),
         compiler_params=plt.CompilerParams(num_warps=config.num_warps),
         interpret=interpret,
         name="sparse_matmul",
-    )(x, thresholds, jnp.asarray(ranges, jnp.int32), *operands)
+    )(x, thresholds, *operands)
     y = y.sum(axis=0).reshape(m, -1)[:, :n]
     if isinstance(weight, RowCodes) and weight.offsets is not None:
-        spans = np.repeat(np.arange(len(splits)), splits)
-        added = jnp.stack([add_offsets(keep(x, t), weight) for t in thresholds])
-        y += added[spans, :, np.arange(n)].T
+        y += add_offsets(keep(x, thresholds), weight)
     return y.astype(x.dtype)
 
 
-def _activations(x_ref, t_ref, part, start, limit, *, rows, block_k, row_thresholds):
+def _activations(x_ref, t_ref, start, limit, *, rows, block_k, row_thresholds):
     """The masked activations ``[block_k]`` of each row of x, and which rows of W any needs."""
     k = start + jnp.arange(block_k, dtype=jnp.int32)
     inside = k < limit
-    if row_thresholds:
-        threshold = plt.load(t_ref.at[part, k], mask=inside, other=0.0)
-    else:
-        threshold = t_ref[part, 0]
+    threshold = plt.load(t_ref.at[k], mask=inside, other=0.0) if row_thresholds else t_ref[0]
     live = jnp.zeros((block_k,), jnp.bool_)
     values = []
     for row in range(rows):
@@ -149,18 +136,15 @@ def _activations(x_ref, t_ref, part, start, limit, *, rows, block_k, row_thresho
     return k, live, values
 
 
-def _dense_kernel(
-    x_ref, t_ref, range_ref, w_ref, o_ref, *, k, n, rows, steps, block_k, row_thresholds
-):
+def _dense_kernel(x_ref, t_ref, w_ref, o_ref, *, k, n, rows, steps, block_k, row_thresholds):
     tile, part = pl.program_id(0), pl.program_id(1)
     columns = o_ref.shape[-1]
     column = tile * columns + jnp.arange(columns, dtype=jnp.int32)
-    split = range_ref[tile]
 
     def step(i, sums):
         start = (part * steps + i) * block_k
         ks, live, values = _activations(
-            x_ref, t_ref, split, start, k, rows=rows, block_k=block_k, row_thresholds=row_thresholds
+            x_ref, t_ref, start, k, rows=rows, block_k=block_k, row_thresholds=row_thresholds
         )
         mask = live[:, None] & (column < n)[None, :]
         w = plt.load(w_ref.at[ks[:, None], column[None, :]], mask=mask, other=0.0)
@@ -176,7 +160,6 @@ def _dense_kernel(
 def _codes_kernel(
     x_ref,
     t_ref,
-    range_ref,
     w_ref,
     s_ref,
     lut_ref,
@@ -195,7 +178,6 @@ def _codes_kernel(
     tile, part = pl.program_id(0), pl.program_id(1)
     lanes = w_ref.shape[-1]
     lane = jnp.arange(lanes, dtype=jnp.int32)
-    split = range_ref[tile]
     groups = s_ref.shape[0]
 
     def one_chunk(i, totals):
@@ -206,7 +188,6 @@ def _codes_kernel(
             ks, live, values = _activations(
                 x_ref,
                 t_ref,
-                split,
                 first + j * block_k,
                 limit,
                 rows=rows,

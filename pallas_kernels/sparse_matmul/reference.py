@@ -32,45 +32,33 @@ def dense_matrix(weight: jax.Array | BlockCodes | RowCodes, dtype: Any) -> jax.A
     return weight.reshape(matrix_shape(weight))
 
 
-def column_ranges(splits: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Start and stop of each range of columns."""
-    stops = [sum(splits[: i + 1]) for i in range(len(splits))]
-    return [(stop - size, stop) for size, stop in zip(splits, stops, strict=True)]
-
-
 def sparse_matmul(
     x: jax.Array,
     weight: jax.Array | BlockCodes | RowCodes,
     thresholds: jax.Array,
     *,
-    splits: tuple[int, ...],
     precision: Any = jax.lax.Precision.HIGHEST,
 ) -> jax.Array:
-    """``(x * [|x| > t_s]) @ W[:, columns of s]`` side by side for every range s of columns.
+    """``(x * [|x| > t]) @ W``.
 
     Args:
       x: ``[M, K]``.
       weight: ``[K, N]``, ``[K, N / L, L]``, :class:`BlockCodes` or :class:`RowCodes`. A
         lookup-table weight is rounded to the dtype of ``x`` before the product.
-      thresholds: ``[len(splits), 1 or K]``.
-      splits: Numbers of columns, adding up to N.
+      thresholds: ``[1]`` or ``[K]``.
       precision: Of the product.
 
     Returns:
       ``[M, N]`` in the dtype of ``x``; sums are taken in float32.
     """
-    dense = dense_matrix(weight, x.dtype)
-    parts = [
-        jax.lax.dot_general(
-            keep(x, t),
-            dense[:, start:stop].astype(x.dtype),
-            (((1,), (0,)), ((), ())),
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
-        for t, (start, stop) in zip(thresholds, column_ranges(splits), strict=True)
-    ]
-    return jnp.concatenate(parts, axis=1).astype(x.dtype)
+    y = jax.lax.dot_general(
+        keep(x, thresholds),
+        dense_matrix(weight, x.dtype).astype(x.dtype),
+        (((1,), (0,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    return y.astype(x.dtype)
 
 
 def supports(*_: object, **__: object) -> str | None:

@@ -19,7 +19,7 @@ from jax import lax
 from pallas_kernels.manual_axes import vary_over, varying_axes
 from pallas_kernels.sparse_matmul.blocks import ROWS_TOGETHER, BlockCodes
 from pallas_kernels.sparse_matmul.checks import matrix_shape
-from pallas_kernels.sparse_matmul.reference import column_ranges, keep
+from pallas_kernels.sparse_matmul.reference import keep
 from pallas_kernels.sparse_matmul.rows import RowCodes, field_codes
 
 MAX_ROWS = 4
@@ -31,9 +31,9 @@ _CODES_STEP = 2
 _ZERO = np.int32(0)  # of the type of other indices; a Python int has 64 bits in x64 mode
 
 
-def supports(x: Any, weight: Any, thresholds: Any, *, splits: tuple[int, ...]) -> str | None:
+def supports(x: Any, weight: Any, thresholds: Any) -> str | None:
     """None if the loop serves these shapes, else the reason why not."""
-    del thresholds, splits
+    del thresholds
     if x.shape[0] > MAX_ROWS:
         return f"{x.shape[0]} rows of x; the loop is for at most {MAX_ROWS}"
     if isinstance(weight, BlockCodes):
@@ -45,52 +45,32 @@ def supports(x: Any, weight: Any, thresholds: Any, *, splits: tuple[int, ...]) -
     return None
 
 
-def sparse_matmul(
-    x: jax.Array,
-    weight: jax.Array | RowCodes,
-    thresholds: jax.Array,
-    *,
-    splits: tuple[int, ...],
-) -> jax.Array:
+def sparse_matmul(x: jax.Array, weight: jax.Array | RowCodes, thresholds: jax.Array) -> jax.Array:
     """The product for ``x`` of shape ``[M, K]``."""
-    if isinstance(weight, RowCodes):
-        y = _fused_codes(x, weight, thresholds, splits)
+    masked = keep(x, thresholds).astype(jnp.float32)
+    if not isinstance(weight, RowCodes):
+        y = _with_dense(masked, weight.reshape(matrix_shape(weight)))
     else:
-        dense = weight.reshape(matrix_shape(weight))
-        parts = [
-            _dense_part(keep(x, t).astype(jnp.float32), dense, start, stop - start)
-            for t, (start, stop) in zip(thresholds, column_ranges(splits), strict=True)
-        ]
-        y = jnp.concatenate(parts, axis=1)
+        y = _with_codes(masked, weight)
+        if weight.offsets is not None:
+            y += add_offsets(masked, weight)
     return y.astype(x.dtype)
 
 
-def _dense_part(x: jax.Array, weight: jax.Array, start: int, size: int) -> jax.Array:
-    """``x @ weight[:, start : start + size]`` from the rows where ``x`` is not zero."""
+def _with_dense(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """``x @ weight`` from the rows where ``x`` is not zero."""
+    n = weight.shape[1]
     live, count = _live_rows(x, _DENSE_STEP)
 
     def body(step, y):
         for i in range(_DENSE_STEP):
             k = live[step * _DENSE_STEP + i]
-            row = lax.dynamic_slice(weight, (k, np.int32(start)), (1, size)).astype(jnp.float32)
+            row = lax.dynamic_slice(weight, (k, _ZERO), (1, n)).astype(jnp.float32)
             y += _column(x, k, step * _DENSE_STEP + i < count) * row
         return y
 
-    y = vary_over(jnp.zeros((x.shape[0], size), jnp.float32), varying_axes(x, weight))
+    y = vary_over(jnp.zeros((x.shape[0], n), jnp.float32), varying_axes(x, weight))
     return lax.fori_loop(0, -(-count // _DENSE_STEP), body, y)
-
-
-def _fused_codes(
-    x: jax.Array, weight: RowCodes, thresholds: jax.Array, splits: tuple[int, ...]
-) -> jax.Array:
-    parts = []
-    for t, (start, stop) in zip(thresholds, column_ranges(splits), strict=True):
-        masked = keep(x, t).astype(jnp.float32)
-        y = _codes_part(masked, weight)[:, start:stop]
-        if weight.offsets is not None:
-            y += add_offsets(masked, weight)[:, start:stop]
-        parts.append(y)
-    return jnp.concatenate(parts, axis=1)
 
 
 def add_offsets(x: jax.Array, weight: RowCodes) -> jax.Array:
@@ -102,7 +82,7 @@ def add_offsets(x: jax.Array, weight: RowCodes) -> jax.Array:
     return jnp.matmul(sums, weight.offsets.astype(jnp.float32), precision=lax.Precision.HIGHEST)
 
 
-def _codes_part(x: jax.Array, weight: RowCodes) -> jax.Array:
+def _with_codes(x: jax.Array, weight: RowCodes) -> jax.Array:
     """``x @ weight`` without offsets; sums of a group are scaled once."""
     (k, n), size, fields = weight.shape, weight.group_size, weight.fields
     _, blocks, lanes = weight.words.shape

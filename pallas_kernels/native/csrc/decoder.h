@@ -156,8 +156,8 @@ class Decoder {
   // table entry of column 4 i + j of the tile, counted from the first one.
   template <class Use>
   inline __attribute__((always_inline)) void Block(int64_t block, int tile, Use use) const {
-    const uint8_t* words = p_.words + block * kBits * p_.stride + columns_.first + tile * kTile;
-    int64_t stride = p_.stride;
+    const uint8_t* words = p_.words + block * kBits * p_.n + columns_.first + tile * kTile;
+    int64_t stride = p_.n;
     uint8_t padded[kBits * kTile];
     if (!columns_.whole()) {
       for (int i = 0; i < kBits; ++i) {

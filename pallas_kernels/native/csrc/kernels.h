@@ -24,14 +24,13 @@ struct Problem {
   int64_t tables;
   int bits;
   ScaleType scale_type;
-  int64_t stride;  // columns in memory: n, or more if the problem is a range of a wider weight
 };
 
-// One product with a dense weight: columns [0, n) of a row-major matrix.
+// One product with a dense weight, a row-major matrix.
 struct DenseProblem {
   const void* weight;  // float32 or bfloat16
-  float* y;            // [m, n], rows stride apart
-  int64_t m, n, stride;
+  float* y;            // [m, n]
+  int64_t m, n;
   bool bfloat16;
 };
 

@@ -33,7 +33,7 @@ void FewRows(const Problem& p, int64_t m0, int64_t tile) {
   const int64_t ahead = Min(kAhead / kBits, blocks), ahead_groups = ahead / group_blocks + 1;
   for (int64_t g = 0; g < groups; ++g) {
     if (g + ahead_groups < groups)
-      PrefetchScales(p, (g + ahead_groups) * p.stride + columns.first, kTiles * kTile);
+      PrefetchScales(p, (g + ahead_groups) * p.n + columns.first, kTiles * kTile);
     Float sum[kM][kTiles][4];
     LUT_UNROLL
     for (int m = 0; m < kM; ++m)
@@ -44,12 +44,12 @@ void FewRows(const Problem& p, int64_t m0, int64_t tile) {
     for (int64_t b = g * group_blocks; b < Min(blocks, (g + 1) * group_blocks); ++b) {
       // Behind the last rows come the first ones of the next columns.
       const bool here = b + ahead < blocks;
-      const uint8_t* words = p.words + (here ? b + ahead : b + ahead - blocks) * kBits * p.stride +
+      const uint8_t* words = p.words + (here ? b + ahead : b + ahead - blocks) * kBits * p.n +
                              columns.first + (here ? 0 : kTiles * kTile);
       if (here || columns.first + 2 * kTiles * kTile <= p.n)
         for (int i = 0; i < kBits; ++i)
           for (int byte = 0; byte < kTiles * kTile; byte += 64)
-            __builtin_prefetch(words + i * p.stride + byte);
+            __builtin_prefetch(words + i * p.n + byte);
       LUT_UNROLL
       for (int t = 0; t < kTiles; ++t)
         decoder.Block(b, t, [&](int row, int j, Float value) __attribute__((always_inline)) {
@@ -61,7 +61,7 @@ void FewRows(const Problem& p, int64_t m0, int64_t tile) {
     }
     LUT_UNROLL  // with a variable t, the sums would lie in memory
     for (int t = 0; t < kTiles; ++t) {
-      const int64_t at = g * p.stride + columns.first + t * kTile;
+      const int64_t at = g * p.n + columns.first + t * kTile;
       Float scale[4], offset[4];
       LoadScales(p.scales, p.scale_type, at, columns, scale);
       if (p.offsets) LoadScales(p.offsets, p.scale_type, at, columns, offset);
@@ -78,14 +78,14 @@ void FewRows(const Problem& p, int64_t m0, int64_t tile) {
   }
   for (int m = 0; m < kM; ++m)
     for (int t = 0; t < kTiles; ++t)
-      StoreColumns(p.y + (m0 + m) * p.stride + columns.first + t * kTile, columns, total[m][t]);
+      StoreColumns(p.y + (m0 + m) * p.n + columns.first + t * kTile, columns, total[m][t]);
 }
 
 // One block of 8 rows of the weight, scaled: [8][4][kLanes], rows `stride` floats apart.
 template <int kBits, Tables kTables>
 void Dequantize(const Problem& p, const Decoder<kBits, kTables>& decoder, int64_t block,
                 const Columns& columns, int64_t stride, float* out) {
-  const int64_t at = block * kBlock / p.group * p.stride + columns.first;
+  const int64_t at = block * kBlock / p.group * p.n + columns.first;
   Float scale[4], offset[4];
   for (int j = 0; j < 4; ++j) offset[j] = Simd::Zero();
   LoadScales(p.scales, p.scale_type, at, columns, scale);
@@ -164,7 +164,7 @@ void ManyRows(const Problem& p, int64_t first, int64_t last, float* scratch) {
       for (int64_t m = 0; m < count; ++m) {
         Float values[4];
         for (int j = 0; j < 4; ++j) values[j] = Simd::Load(c + m * kTile + j * kLanes);
-        StoreColumns(p.y + (m0 + m) * p.stride + columns.first, columns, values);
+        StoreColumns(p.y + (m0 + m) * p.n + columns.first, columns, values);
       }
     }
   }

@@ -76,8 +76,7 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U
                            group_size,
                            tables,
                            static_cast<int>(bits),
-                           type,
-                           n};
+                           type};
   const int64_t units = transpose ? blocks : (n + kernels->columns - 1) / kernels->columns;
   const bool ok = lut::Parallel(pool, units, 8 * blocks * n * m, [=](int64_t first, int64_t last) {
     const int64_t floats = kernels->scratch(problem, transpose);

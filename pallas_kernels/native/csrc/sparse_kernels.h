@@ -29,7 +29,7 @@ void AddPackedRows(const Problem& p, const Live& live, int64_t i, int64_t m0, co
     next[r] = p.words + live.rows[Min(i + kRows + r, live.count - 1)].start + column;
     for (int m = 0; m < kM; ++m) x[r][m] = live.x[(i + r) * p.m + m0 + m];
   }
-  int64_t stride = p.stride;
+  int64_t stride = p.n;
   if (kRows == 1 && count < kTile) {
     std::memcpy(padded, rows[0], count);
     if (kCrosses) std::memcpy(padded + kTile, rows[0] + stride, count);
@@ -97,7 +97,7 @@ void SparsePacked(const Problem& p, const Live& live, int64_t m0, int64_t first,
       i = stop;
       for (int64_t t = 0; t < tiles; ++t) {
         const Columns columns = {column + t * kTile, Min(kTile, p.n - column - t * kTile)};
-        const int64_t at = g * p.stride + columns.first;
+        const int64_t at = g * p.n + columns.first;
         Float scale[4], offset[4];
         LoadScales(p.scales, p.scale_type, at, columns, scale);
         if (p.offsets) LoadScales(p.offsets, p.scale_type, at, columns, offset);
@@ -117,7 +117,7 @@ void SparsePacked(const Problem& p, const Live& live, int64_t m0, int64_t first,
         Float values[4];
         for (int j = 0; j < 4; ++j)
           values[j] = Simd::Load(totals + (t * kM + m) * kTile + j * kLanes);
-        StoreColumns(p.y + (m0 + m) * p.stride + columns.first, columns, values);
+        StoreColumns(p.y + (m0 + m) * p.n + columns.first, columns, values);
       }
   }
 }
@@ -194,7 +194,7 @@ void DenseRows(const DenseProblem& p, const Live& live, int64_t first, int64_t l
     for (; i < live.count; ++i)
       AddRows<Element, kM, 1>(p, live, i, column, count, kColumns, sums);
     for (int m = 0; m < kM; ++m)
-      std::memcpy(p.y + m * p.stride + column, sums + m * kColumns, count * sizeof(float));
+      std::memcpy(p.y + m * p.n + column, sums + m * kColumns, count * sizeof(float));
   }
 }
 

@@ -1,5 +1,5 @@
-// The XLA custom calls of sparse_matmul: check the buffers, list the live rows of every range of
-// columns, split the tiles over threads.
+// The XLA custom calls of sparse_matmul: check the buffers, list the live rows, split the tiles of
+// columns over threads.
 
 #include <cmath>
 #include <vector>
@@ -17,9 +17,7 @@ using lut::LiveRow;
 using lut::Problem;
 using lut::Shape;
 
-using Splits = ffi::Span<const int64_t>;
-
-// The live rows of one range of columns.
+// What a lut::Live points to.
 struct LiveRows {
   std::vector<LiveRow> rows;
   std::vector<float> x;
@@ -46,18 +44,21 @@ struct PackedRow {
 
 // |x| <= t is false for NaN, which is therefore kept.
 template <class Row>
-LiveRows FindLiveRows(const float* x, int64_t m, int64_t k, const float* thresholds, bool per_row,
+LiveRows FindLiveRows(const ffi::Buffer<ffi::F32>& x, const ffi::Buffer<ffi::F32>& thresholds,
                       int64_t group, Row row) {
+  const int64_t m = x.dimensions()[0], k = x.dimensions()[1];
+  const bool per_row = thresholds.dimensions()[0] > 1;
+  const float *values = x.typed_data(), *levels = thresholds.typed_data();
   LiveRows live;
   live.rows.resize(k + 1);
   live.x.resize((k + 1) * m);
   const auto add = [&](int64_t first, int64_t last, bool crosses) {
     for (int64_t i = first; i < last; ++i) {
       if (row.crosses(i) != crosses) continue;
-      const float threshold = thresholds[per_row ? i : 0];
+      const float threshold = levels[per_row ? i : 0];
       bool alive = false;
       for (int64_t j = 0; j < m; ++j) {
-        const float value = x[j * k + i];
+        const float value = values[j * k + i];
         const bool kept = !(std::fabs(value) <= threshold);
         live.x[live.count * m + j] = kept ? value : 0;
         alive |= kept;
@@ -75,55 +76,37 @@ LiveRows FindLiveRows(const float* x, int64_t m, int64_t k, const float* thresho
   return live;
 }
 
-// Calls run(range, first tile, last tile) on XLA's threads; tiles are those of `columns` of a range.
-template <class Run>
-void ParallelRanges(ffi::ThreadPool& pool, Splits splits, int64_t columns, int64_t operations,
-                    const Run& run) {
-  std::vector<int64_t> starts = {0};
-  for (int64_t size : splits) starts.push_back(starts.back() + (size + columns - 1) / columns);
-  lut::Parallel(pool, starts.back(), operations, [&](int64_t first, int64_t last) {
-    for (size_t i = 0; i < splits.size(); ++i) {
-      const int64_t from = std::max(first, starts[i]), to = std::min(last, starts[i + 1]);
-      if (from < to) run(i, from - starts[i], to - starts[i]);
-    }
-    return true;
-  });
-}
-
-std::string Describe(Splits splits) {
-  std::ostringstream s;
-  for (int64_t size : splits) s << (s.tellp() ? "," : "") << size;
-  return "(" + s.str() + ")";
-}
-
 // What is wrong with the arguments that both calls have, or null.
 const char* Check(const ffi::Buffer<ffi::F32>& x, const ffi::Buffer<ffi::F32>& thresholds,
-                  const ffi::Buffer<ffi::F32>& y, int64_t k, int64_t n, Splits splits,
-                  const Kernels* kernels) {
+                  const ffi::Buffer<ffi::F32>& y, int64_t k, int64_t n, const Kernels* kernels) {
   if (x.dimensions().size() != 2) return "wrong number of axes";
-  const int64_t m = x.dimensions()[0], ranges = splits.size();
+  const int64_t m = x.dimensions()[0];
   if (m > lut::kFewRows) return "too many rows of x";
   if (!Has(x, {m, k})) return "x does not fit the weight";
   if (!Has(y, {m, n})) return "y does not fit x and the weight";
-  int64_t total = 0;
-  for (int64_t size : splits) {
-    if (size < 1 || size > n) return "splits must be positive and add up to n";
-    total += size;
-  }
-  if (total != n) return "splits must be positive and add up to n";
-  if (!Has(thresholds, {ranges, 1}) && !Has(thresholds, {ranges, k}))
-    return "thresholds do not fit the splits and x";
+  if (!Has(thresholds, {1}) && !Has(thresholds, {k})) return "thresholds do not fit x";
   if (!kernels) return "this machine lacks the instruction set";
   return nullptr;
 }
 
+// Calls run(first tile, last tile) on XLA's threads.
+template <class Run>
+void RunTiles(ffi::ThreadPool& pool, const Kernels* kernels, const LiveRows& live, int64_t m,
+              int64_t n, const Run& run) {
+  const int64_t tiles = (n + kernels->columns - 1) / kernels->columns;
+  lut::Parallel(pool, tiles, live.count * n * m, [&](int64_t first, int64_t last) {
+    run(first, last);
+    return true;
+  });
+}
+
 ffi::Error Dense(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> thresholds,
-                 ffi::AnyBuffer weight, ffi::Result<ffi::Buffer<ffi::F32>> y, Splits splits,
+                 ffi::AnyBuffer weight, ffi::Result<ffi::Buffer<ffi::F32>> y,
                  std::string_view instructions) {
   const auto error = [&](const char* what) {
     std::ostringstream s;
     s << "sparse_matmul: " << what << "; x" << Shape(x) << " thresholds" << Shape(thresholds)
-      << " weight" << Shape(weight) << " y" << Shape(*y) << " splits=" << Describe(splits)
+      << " weight" << Shape(weight) << " y" << Shape(*y)
       << " instructions=" << std::string(instructions);
     return ffi::Error::InvalidArgument(s.str());
   };
@@ -132,43 +115,31 @@ ffi::Error Dense(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi:
   if (type != ffi::F32 && type != ffi::BF16) return error("the weight must be float32 or bfloat16");
   const int64_t k = weight.dimensions()[0], n = weight.dimensions()[1];
   const Kernels* kernels = lut::Find(std::string(instructions));
-  if (const char* what = Check(x, thresholds, *y, k, n, splits, kernels)) return error(what);
-  const int64_t m = x.dimensions()[0], width = thresholds.dimensions()[1];
+  if (const char* what = Check(x, thresholds, *y, k, n, kernels)) return error(what);
+  const int64_t m = x.dimensions()[0];
   if (m == 0 || k == 0 || n == 0) {
     std::fill_n(y->typed_data(), m * n, 0.0f);
     return ffi::Error::Success();
   }
 
-  std::vector<LiveRows> live;
-  std::vector<DenseProblem> problems;
-  const bool bfloat16 = type == ffi::BF16;
-  int64_t start = 0, operations = 0;
-  for (size_t i = 0; i < splits.size(); ++i) {
-    live.push_back(FindLiveRows(x.typed_data(), m, k, thresholds.typed_data() + i * width,
-                                width > 1, k, DenseRow{n}));
-    const char* columns = static_cast<const char*>(weight.untyped_data()) + start * (bfloat16 ? 2 : 4);
-    problems.push_back({columns, y->typed_data() + start, m, splits[i], n, bfloat16});
-    start += splits[i];
-    operations += live[i].count * splits[i] * m;
-  }
-  ParallelRanges(pool, splits, kernels->columns, operations,
-                 [&](size_t i, int64_t first, int64_t last) {
-                   kernels->sparse_dense(problems[i], live[i].view(), first, last);
-                 });
+  const LiveRows live = FindLiveRows(x, thresholds, k, DenseRow{n});
+  const DenseProblem problem = {weight.untyped_data(), y->typed_data(), m, n, type == ffi::BF16};
+  RunTiles(pool, kernels, live, m, n, [&](int64_t first, int64_t last) {
+    kernels->sparse_dense(problem, live.view(), first, last);
+  });
   return ffi::Error::Success();
 }
 
 ffi::Error Packed(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> thresholds,
                   ffi::Buffer<ffi::U8> words, ffi::AnyBuffer scales, ffi::Buffer<ffi::F32> lut,
-                  ffi::AnyBuffer offsets, ffi::Result<ffi::Buffer<ffi::F32>> y, Splits splits,
-                  int64_t k, int64_t group_size, std::string_view instructions) {
+                  ffi::AnyBuffer offsets, ffi::Result<ffi::Buffer<ffi::F32>> y, int64_t k,
+                  int64_t group_size, std::string_view instructions) {
   const auto error = [&](const char* what) {
     std::ostringstream s;
     s << "sparse_matmul: " << what << "; x" << Shape(x) << " thresholds" << Shape(thresholds)
       << " words" << Shape(words) << " scales" << Shape(scales) << " lut" << Shape(lut)
-      << " offsets" << Shape(offsets) << " y" << Shape(*y) << " splits=" << Describe(splits)
-      << " k=" << k << " group_size=" << group_size
-      << " instructions=" << std::string(instructions);
+      << " offsets" << Shape(offsets) << " y" << Shape(*y) << " k=" << k
+      << " group_size=" << group_size << " instructions=" << std::string(instructions);
     return ffi::Error::InvalidArgument(s.str());
   };
   if (words.dimensions().size() != 3 || lut.dimensions().size() != 2)
@@ -187,48 +158,33 @@ ffi::Error Packed(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi
   if (!lut::FindScaleType(scales, &type) || offsets.element_type() != scales.element_type())
     return error("scales and offsets must both be float32, bfloat16 or float16");
   const Kernels* kernels = lut::Find(std::string(instructions));
-  if (const char* what = Check(x, thresholds, *y, k, n, splits, kernels)) return error(what);
-  const int64_t m = x.dimensions()[0], width = thresholds.dimensions()[1];
+  if (const char* what = Check(x, thresholds, *y, k, n, kernels)) return error(what);
+  const int64_t m = x.dimensions()[0];
   if (m == 0 || n == 0) return ffi::Error::Success();
 
-  std::vector<LiveRows> live;
-  std::vector<std::vector<float>> sums;
-  std::vector<Problem> problems;
-  const int64_t element = type == lut::ScaleType::kFloat32 ? 4 : 2;
-  int64_t start = 0, operations = 0;
-  for (size_t i = 0; i < splits.size(); ++i) {
-    live.push_back(FindLiveRows(x.typed_data(), m, k, thresholds.typed_data() + i * width,
-                                width > 1, group_size, PackedRow{n, bits}));
-    sums.emplace_back(shifted ? m * groups : 0);
-    for (int64_t g = 0, at = 0; shifted && g < groups; ++g)
-      for (; at < live[i].ends[2 * g + 1]; ++at)
-        for (int64_t j = 0; j < m; ++j) sums[i][j * groups + g] += live[i].x[at * m + j];
-    const auto columns = [&](const ffi::AnyBuffer& buffer) {
-      return static_cast<const char*>(buffer.untyped_data()) + start * element;
-    };
-    problems.push_back({nullptr,
-                        words.typed_data() + start,
-                        columns(scales),
-                        shifted ? columns(offsets) : nullptr,
-                        lut.typed_data(),
-                        y->typed_data() + start,
-                        sums[i].data(),
-                        m,
-                        k,
-                        splits[i],
-                        k,
-                        group_size,
-                        1,
-                        static_cast<int>(bits),
-                        type,
-                        n});
-    start += splits[i];
-    operations += live[i].count * splits[i] * m;
-  }
-  ParallelRanges(pool, splits, kernels->columns, operations,
-                 [&](size_t i, int64_t first, int64_t last) {
-                   kernels->sparse(problems[i], live[i].view(), first, last);
-                 });
+  const LiveRows live = FindLiveRows(x, thresholds, group_size, PackedRow{n, bits});
+  std::vector<float> sums(shifted ? m * groups : 0);
+  for (int64_t g = 0, at = 0; shifted && g < groups; ++g)
+    for (; at < live.ends[2 * g + 1]; ++at)
+      for (int64_t j = 0; j < m; ++j) sums[j * groups + g] += live.x[at * m + j];
+  const Problem problem = {nullptr,
+                           words.typed_data(),
+                           scales.untyped_data(),
+                           shifted ? offsets.untyped_data() : nullptr,
+                           lut.typed_data(),
+                           y->typed_data(),
+                           sums.data(),
+                           m,
+                           k,
+                           n,
+                           k,
+                           group_size,
+                           1,
+                           static_cast<int>(bits),
+                           type};
+  RunTiles(pool, kernels, live, m, n, [&](int64_t first, int64_t last) {
+    kernels->sparse(problem, live.view(), first, last);
+  });
   return ffi::Error::Success();
 }
 
@@ -241,7 +197,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SparseDense, Dense,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<ffi::Span<const int64_t>>("splits")
                                   .Attr<std::string_view>("instructions"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(SparsePacked, Packed,
@@ -254,7 +209,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SparsePacked, Packed,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<ffi::Span<const int64_t>>("splits")
                                   .Attr<int64_t>("k")
                                   .Attr<int64_t>("group_size")
                                   .Attr<std::string_view>("instructions"));

@@ -51,7 +51,7 @@ def ptx(m, weight):
 def dead_rows_are_not_loaded(text):
     """Whether every load of the weight is behind a comparison of activations in float32."""
     program = Program(text, "sparse_matmul")
-    x, weight = "sparse_matmul_param_0", "sparse_matmul_param_3"
+    x, weight = "sparse_matmul_param_0", "sparse_matmul_param_2"
     loads = program.loads_of(weight)
     assert loads and program.loads_of(x)
 

@@ -36,7 +36,6 @@ class Problem(ctypes.Structure):
         *((name, i64) for name in ("m", "k", "n", "rows", "group", "tables")),
         ("bits", ctypes.c_int32),
         ("scale_type", ctypes.c_int32),
-        ("stride", i64),
     ]
 
 
@@ -46,7 +45,8 @@ class DenseProblem(ctypes.Structure):
     _fields_ = [
         ("weight", pointer),
         ("y", pointer),
-        *((name, i64) for name in ("m", "n", "stride")),
+        ("m", i64),
+        ("n", i64),
         ("bfloat16", ctypes.c_bool),
     ]
 

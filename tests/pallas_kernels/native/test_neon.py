@@ -39,7 +39,7 @@ def weight(rng, k, n, bits, group, *, tables=1, offsets=False, linear=False, dty
         dense = dense + shifts.astype(np.float64)[at]
     words = np.asarray(pack(codes, bits))
     fields = {"words": words, "scales": scales, "offsets": shifts, "lut": lut}
-    static = {"n": n, "rows": k, "group": group, "tables": tables, "bits": bits, "stride": n}
+    static = {"n": n, "rows": k, "group": group, "tables": tables, "bits": bits}
     return fields, static | {"scale_type": SCALE_TYPES.index(dtype)}, dense
 
 
@@ -130,7 +130,7 @@ def test_sparse_products_with_dense_weights(emulator, dtype, m):
     x = np.where(dead, 0, rng.standard_normal((m, k))).astype(np.float32)
     table, values, ends = live_rows(x, dead, 0, k, n)
     at = emulator.put(np.full((m, n), np.nan, np.float32))
-    problem = DenseProblem(emulator.put(dense), at, m, n, n, dtype != np.float32)
+    problem = DenseProblem(emulator.put(dense), at, m, n, dtype != np.float32)
     live = Live(emulator.put(table), emulator.put(values), emulator.put(ends), len(values))
     emulator.run(SPARSE_DENSE, dense=problem, live=live)
     expected = x.astype(np.float64) @ dense.astype(np.float64)

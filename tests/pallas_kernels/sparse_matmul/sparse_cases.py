@@ -31,7 +31,6 @@ class Case:
     lanes: int | None = None
     canonical: bool = False  # words as lut_matmul takes them instead of rows on their own
     dtype: str = "bfloat16"
-    splits: tuple[int, ...] | None = None
     per_row: bool = False
     offsets: bool = False
     tables: int = 1
@@ -44,7 +43,6 @@ class Case:
         flags = "".join(
             f"-{flag}"
             for flag, on in (
-                ("splits", self.splits),
                 ("rows", self.per_row),
                 ("offsets", self.offsets),
                 ("channel", self.tables > 1),
@@ -55,10 +53,6 @@ class Case:
         )
         return f"{kind}-m{self.m}-k{self.k}-n{self.n}-{self.dtype}{flags}"
 
-    @property
-    def ranges(self) -> tuple[int, ...]:
-        return self.splits or (self.n,)
-
 
 CASES = [
     *(Case(dtype=d) for d in ("bfloat16", "float16", "float32")),
@@ -67,9 +61,6 @@ CASES = [
     Case(k=200, n=72, dtype="float32"),  # nothing is a multiple of a tile
     Case(k=77, n=33, m=3, dtype="float32", per_row=True),
     *(Case(sparsity=s, dtype="float32") for s in (0.0, 0.9, 1.0)),
-    Case(splits=(128, 128)),
-    Case(splits=(128, 128), per_row=True, m=2),
-    Case(splits=(100, 156), dtype="float32"),
     Case(tiled=True, dtype="float32"),
     Case(tiled=True, m=4, per_row=True),
     *(Case(bits=b, lanes=lanes) for b in (2, 3, 4) for lanes in (32, 128)),
@@ -80,17 +71,17 @@ CASES = [
     Case(bits=3, lanes=128, k=200, n=500, group_size=96, offsets=True, dtype="float32"),
     Case(bits=3, lanes=32, k=200, n=500, group_size=96, offsets=True, m=2, dtype="float32"),
     Case(bits=2, lanes=16, k=77, n=33, group_size=77, dtype="float32"),
-    Case(bits=4, lanes=32, splits=(256, 256), n=512, offsets=True, per_row=True, dtype="float32"),
+    Case(bits=4, lanes=32, n=512, offsets=True, per_row=True, dtype="float32"),
     Case(bits=4, tables=256, dtype="float32", m=2),
     Case(bits=4, lanes=128, sparsity=1.0, dtype="float32"),
     Case(bits=4, lanes=32, k=256, group_size=256, dtype="float32"),
     *(Case(bits=b, canonical=True, n=584, dtype="float32") for b in (2, 3, 4, 8)),
     *(Case(bits=b, canonical=True, k=77, n=33, m=2, per_row=True) for b in (2, 3, 4)),
     *(Case(bits=3, canonical=True, n=300, m=m, offsets=True, dtype="float32") for m in (1, 3, 4)),
-    Case(bits=3, canonical=True, k=200, n=96, group_size=88, splits=(31, 65), dtype="float32"),
-    Case(bits=4, canonical=True, n=96, tables=96, splits=(64, 32), offsets=True, dtype="float16"),
+    Case(bits=3, canonical=True, k=200, n=96, group_size=88, dtype="float32"),
+    Case(bits=4, canonical=True, n=96, tables=96, offsets=True, dtype="float16"),
     *(Case(bits=4, canonical=True, sparsity=s, dtype="float32") for s in (0.0, 1.0)),
-    Case(bits=4, canonical=True, m=9, splits=(128, 128), per_row=True, dtype="float32"),
+    Case(bits=4, canonical=True, m=9, per_row=True, dtype="float32"),
 ]
 
 
@@ -101,8 +92,8 @@ def make(case: Case, seed: int = 0) -> tuple[tuple, np.ndarray]:
     x[:, 3] = 0
     level = float(np.quantile(np.abs(x), case.sparsity)) if case.sparsity else 0.0
     width = case.k if case.per_row else 1
-    thresholds = level * (0.5 + rng.random((len(case.ranges), width)) if case.sparsity < 1 else 2)
-    thresholds = jnp.asarray(np.broadcast_to(thresholds, (len(case.ranges), width)), jnp.float32)
+    thresholds = level * (0.5 + rng.random(width) if case.sparsity < 1 else 2)
+    thresholds = jnp.asarray(np.broadcast_to(thresholds, width), jnp.float32)
     x = jnp.asarray(x, case.dtype)
     if not case.bits:
         dense = jnp.asarray(rng.standard_normal((case.k, case.n)), case.dtype)
@@ -131,22 +122,17 @@ def make(case: Case, seed: int = 0) -> tuple[tuple, np.ndarray]:
     return (x, weight, thresholds), dense + (0 if offsets is None else offsets[group])
 
 
-def oracle(case: Case, operands: tuple, dense: np.ndarray) -> np.ndarray:
+def oracle(operands: tuple, dense: np.ndarray) -> np.ndarray:
     """The product in float64, from the formula."""
     x, thresholds = np.asarray(operands[0], np.float64), np.asarray(operands[2], np.float64)
-    stops = np.cumsum(case.ranges)
-    parts = [
-        np.where(np.abs(x) > t[None, :], x, 0) @ dense[:, stop - size : stop]
-        for t, size, stop in zip(thresholds, case.ranges, stops, strict=True)
-    ]
-    return np.concatenate(parts, axis=1)
+    return np.where(np.abs(x) > thresholds[None], x, 0) @ dense
 
 
-def run(name: str, case: Case, operands: tuple) -> jax.Array | str:
+def run(name: str, operands: tuple) -> jax.Array | str:
     """The product by an implementation, interpreted if it is a kernel; or its reason against."""
     module = backend(name)
     assert not isinstance(module, str), module
-    reason = module.supports(*operands, splits=case.ranges)
+    reason = module.supports(*operands)
     if reason is not None:
         return reason
     options: dict[str, Any] = {}
@@ -154,7 +140,7 @@ def run(name: str, case: Case, operands: tuple) -> jax.Array | str:
         options["interpret"] = True
     if name == "mosaic_tpu":
         options["interpret"] = pltpu.InterpretParams()
-    return jax.jit(lambda *a: module.sparse_matmul(*a, splits=case.ranges, **options))(*operands)
+    return jax.jit(lambda *a: module.sparse_matmul(*a, **options))(*operands)
 
 
 def relative_error(actual: jax.Array, expected: np.ndarray) -> float:

@@ -19,20 +19,13 @@ from pallas_kernels.sparse_matmul import (
     unpack_rows,
 )
 
-DENSE = Case(m=3, k=40, n=24, dtype="float32", per_row=True, splits=(16, 8))
+DENSE = Case(m=3, k=40, n=24, dtype="float32", per_row=True)
 CODES = Case(m=2, k=40, n=24, bits=4, group_size=16, dtype="float32", offsets=True, lanes=8)
 
 
-def masked(x, weight, thresholds, splits):
+def masked(x, weight, thresholds):
     dense = dequantize_rows(weight) if isinstance(weight, RowCodes) else weight
-    stops = np.cumsum(splits)
-    return jnp.concatenate(
-        [
-            jnp.where(jnp.abs(x) > t[None], x, 0.0) @ dense[:, stop - size : stop]
-            for t, size, stop in zip(thresholds, splits, stops, strict=True)
-        ],
-        axis=1,
-    )
+    return jnp.where(jnp.abs(x) > thresholds[None], x, 0.0) @ dense
 
 
 @pytest.mark.parametrize("case", [DENSE, CODES], ids=str)
@@ -45,15 +38,14 @@ def test_gradients_are_those_of_the_masked_product(case):
 
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2), allow_int=True))(x, weight, thresholds)
 
-    actual = grads(lambda *a: sparse_matmul(*a, splits=case.ranges))
-    expected = grads(lambda *a: masked(*a, case.ranges))
+    actual, expected = grads(sparse_matmul), grads(masked)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         if a.dtype == jax.dtypes.float0:
             continue
         # sin of sums of 40 products in float32, computed in another order
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-    dead = np.abs(x)[None] <= np.asarray(thresholds)[:, None, :]
-    assert dead.all(axis=0).any() and not np.asarray(actual[0])[dead.all(axis=0)].any()
+    dead = np.abs(x) <= np.asarray(thresholds)[None]
+    assert dead.any() and not np.asarray(actual[0])[dead].any()
 
 
 @pytest.mark.parametrize("case", [DENSE, CODES], ids=str)
@@ -66,8 +58,7 @@ def test_gradients_of_gradients(case):
 
         return jax.jit(jax.grad(lambda x: jnp.sum(jax.grad(loss)(x) ** 2)))(x)
 
-    actual = slope(lambda *a: sparse_matmul(*a, splits=case.ranges))
-    expected = slope(lambda *a: masked(*a, case.ranges))
+    actual, expected = slope(sparse_matmul), slope(masked)
     # sums of sums of 40 products in float32, computed in another order
     np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
 
@@ -75,21 +66,20 @@ def test_gradients_of_gradients(case):
 @pytest.mark.parametrize("case", [DENSE, CODES], ids=str)
 def test_vmap_over_activations_and_weights(case):
     (x, weight, thresholds), _ = make(case)
-    f = lambda *a: sparse_matmul(*a, splits=case.ranges)  # noqa: E731
     xs = jnp.stack([x, -x])
     np.testing.assert_allclose(
-        jax.vmap(f, in_axes=(0, None, None))(xs, weight, thresholds)[1],
-        -f(x, weight, thresholds),
+        jax.vmap(sparse_matmul, in_axes=(0, None, None))(xs, weight, thresholds)[1],
+        -sparse_matmul(x, weight, thresholds),
         rtol=1e-5,
         atol=1e-5,
     )
     two = jax.tree.map(lambda a: jnp.stack([a, a]), weight)
     levels = jnp.stack([thresholds, 0 * thresholds])
-    both = jax.jit(jax.vmap(f, in_axes=(None, 0, 0)))(x, two, levels)
-    np.testing.assert_allclose(both[0], f(x, weight, thresholds), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(both[1], f(x, weight, 0 * thresholds), rtol=1e-5, atol=1e-5)
+    both = jax.jit(jax.vmap(sparse_matmul, in_axes=(None, 0, 0)))(x, two, levels)
+    for y, level in zip(both, levels, strict=True):
+        np.testing.assert_allclose(y, sparse_matmul(x, weight, level), rtol=1e-5, atol=1e-5)
     summed = jax.grad(
-        lambda w: jax.vmap(f, in_axes=(None, 0, 0))(x, w, levels).sum(), allow_int=True
+        lambda w: jax.vmap(sparse_matmul, in_axes=(None, 0, 0))(x, w, levels).sum(), allow_int=True
     )
     assert all(
         a.shape == b.shape for a, b in zip(*map(jax.tree.leaves, (summed(two), two)), strict=True)
@@ -174,8 +164,7 @@ def test_leading_axes_and_no_rows():
     [
         ({"x": lambda x: x[:, :-1]}, r"x of shape \(2, 39\) must end in K=40"),
         ({"x": lambda x: x.astype(jnp.int32)}, "x must be floating point, got int32"),
-        ({"t": lambda t: t[:, :-1]}, r"thresholds of shape \(2, 39\) must have shape"),
-        ({"splits": (16, 9)}, r"splits=\(16, 9\) must be positive and add up to N=24"),
+        ({"t": lambda t: t[:-1]}, r"thresholds of shape \(39,\) must have shape"),
         ({"words": lambda w: w.astype(jnp.uint8)}, "words must be uint32"),
         ({"words": lambda w: w[:, :-1]}, "N=24 needs"),
         ({"lut": lambda t: t[:, :5]}, r"lut of shape \(1, 5, 1\)"),
@@ -185,7 +174,7 @@ def test_leading_axes_and_no_rows():
     ],
 )
 def test_bad_arguments(change, message):
-    case = dataclasses.replace(CODES, splits=(16, 8), per_row=True, lanes=3)
+    case = dataclasses.replace(CODES, per_row=True, lanes=3)
     (x, weight, t), _ = make(case)
     same = lambda a: a  # noqa: E731
     for field in ("words", "lut", "scales", "offsets"):
@@ -194,7 +183,7 @@ def test_bad_arguments(change, message):
     weight = change.get("weight", same)(weight)
     x, t = change.get("x", same)(x), change.get("t", same)(t)
     with pytest.raises((ValueError, TypeError), match=message):
-        sparse_matmul(x, weight, t, splits=change.get("splits", case.splits))
+        sparse_matmul(x, weight, t)
 
 
 def test_bad_implementation():
