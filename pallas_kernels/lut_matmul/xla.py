@@ -20,6 +20,7 @@ import numpy as np
 
 from pallas_kernels.layout import BLOCK, unpack
 from pallas_kernels.lut_matmul import dispatch, reference
+from pallas_kernels.lut_matmul.epilogue import add_offsets
 from pallas_kernels.manual_axes import is_partitioned_automatically, vary_over, varying_axes
 
 MAX_FOLDED_ROWS = 2
@@ -211,11 +212,7 @@ def _folded(x, words, scales, lut, offsets, *, k, group_size):
 
     most = max(_LOOKUPS * _codes_per_field(words.shape[1]) // unit // _ALIGNED, 1) * _ALIGNED
     y = _over_columns(columns, words, unit_scales, lut, None, most=most)
-    if offsets is None:
-        return y
-    whole = jnp.pad(x, [(0, 0), (0, scales.shape[0] * group - padded)])
-    sums = whole.reshape(x.shape[0], -1, group).sum(axis=-1)
-    return y + _dot(sums, offsets.astype(jnp.float32), transpose=False)
+    return add_offsets(y, x, offsets, k=k, group_size=group, transpose=False)
 
 
 def _folded_row(x, words, scales, table, unit: int):

@@ -18,12 +18,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.lut_matmul.epilogue import add_offsets
 from pallas_kernels.manual_axes import shape_struct
 from pallas_kernels.sparse_matmul.blocks import ROWS_TOGETHER, BlockCodes
 from pallas_kernels.sparse_matmul.checks import matrix_shape
 from pallas_kernels.sparse_matmul.reference import keep
 from pallas_kernels.sparse_matmul.rows import RowCodes
-from pallas_kernels.sparse_matmul.xla import add_offsets
 
 MAX_ROWS = 8
 _LANES = 128
@@ -122,8 +122,9 @@ def sparse_matmul(
         name="sparse_matmul",
     )(live, count, factors, *operands, rows)
     y = y.swapaxes(1, 2).reshape(m, -1)[:, :n]
-    if isinstance(weight, RowCodes) and weight.offsets is not None:
-        y += add_offsets(masked, weight)
+    if isinstance(weight, RowCodes):
+        size = weight.group_size
+        y = add_offsets(y, masked, weight.offsets, k=k, group_size=size, transpose=False)
     return y.astype(x.dtype)
 
 

@@ -18,12 +18,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.lut_matmul.epilogue import add_offsets
 from pallas_kernels.manual_axes import shape_struct
 from pallas_kernels.sparse_matmul.blocks import ROWS_TOGETHER, BlockCodes
 from pallas_kernels.sparse_matmul.checks import matrix_shape
 from pallas_kernels.sparse_matmul.reference import keep
 from pallas_kernels.sparse_matmul.rows import RowCodes, field_codes
-from pallas_kernels.sparse_matmul.xla import add_offsets
 
 MAX_ROWS = 8
 _BLOCK_N = 128
@@ -116,8 +116,9 @@ def sparse_matmul(
         name="sparse_matmul",
     )(x, thresholds, *operands)
     y = y.sum(axis=0).reshape(m, -1)[:, :n]
-    if isinstance(weight, RowCodes) and weight.offsets is not None:
-        y += add_offsets(keep(x, thresholds), weight)
+    if isinstance(weight, RowCodes):
+        kept, size = keep(x, thresholds), weight.group_size
+        y = add_offsets(y, kept, weight.offsets, k=k, group_size=size, transpose=False)
     return y.astype(x.dtype)
 
 

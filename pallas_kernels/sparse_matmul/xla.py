@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.lut_matmul.epilogue import add_offsets
 from pallas_kernels.manual_axes import vary_over, varying_axes
 from pallas_kernels.sparse_matmul.blocks import ROWS_TOGETHER, BlockCodes
 from pallas_kernels.sparse_matmul.checks import matrix_shape
@@ -51,9 +52,9 @@ def sparse_matmul(x: jax.Array, weight: jax.Array | RowCodes, thresholds: jax.Ar
     if not isinstance(weight, RowCodes):
         y = _with_dense(masked, weight.reshape(matrix_shape(weight)))
     else:
+        k, size = x.shape[1], weight.group_size
         y = _with_codes(masked, weight)
-        if weight.offsets is not None:
-            y += add_offsets(masked, weight)
+        y = add_offsets(y, masked, weight.offsets, k=k, group_size=size, transpose=False)
     return y.astype(x.dtype)
 
 
@@ -71,15 +72,6 @@ def _with_dense(x: jax.Array, weight: jax.Array) -> jax.Array:
 
     y = vary_over(jnp.zeros((x.shape[0], n), jnp.float32), varying_axes(x, weight))
     return lax.fori_loop(0, -(-count // _DENSE_STEP), body, y)
-
-
-def add_offsets(x: jax.Array, weight: RowCodes) -> jax.Array:
-    """What the offsets add to the product: group sums of ``x`` times the offsets."""
-    assert weight.offsets is not None
-    m, k = x.shape
-    padded = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -k % weight.group_size)))
-    sums = padded.reshape(m, -1, weight.group_size).sum(axis=-1)
-    return jnp.matmul(sums, weight.offsets.astype(jnp.float32), precision=lax.Precision.HIGHEST)
 
 
 def _with_codes(x: jax.Array, weight: RowCodes) -> jax.Array:
