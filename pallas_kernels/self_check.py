@@ -17,7 +17,6 @@ import numpy as np
 from pallas_kernels.layout import pack, packed_shape
 from pallas_kernels.lut_matmul import (
     dequantize,
-    dispatch,
     lut_matmul,
     packed_columns,
     packed_matmul,
@@ -25,6 +24,7 @@ from pallas_kernels.lut_matmul import (
     prepack,
     zero_of_line,
 )
+from pallas_kernels.lut_matmul.dispatch import LUT_MATMUL
 from pallas_kernels.sparse_matmul import (
     KERNEL_LANES,
     BlockCodes,
@@ -120,7 +120,7 @@ class Check:
         """
         x, weight = self._x(), self._weight()
         static = {**self._static, "transpose": self.transpose}
-        reason = dispatch.reason_against_here(implementation, (x, *weight, None), static)
+        reason = LUT_MATMUL.reason_against_here(implementation, (x, *weight, None), static)
         if reason is not None:
             return Outcome("refused", reason)
         if self.weights > 1:

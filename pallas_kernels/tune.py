@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import platforms
 from pallas_kernels.device_time import busy_seconds, copies_beyond_cache
 from pallas_kernels.layout import packed_shape
-from pallas_kernels.lut_matmul import dispatch, mosaic_gpu, reference, tuning
+from pallas_kernels.lut_matmul import mosaic_gpu, reference, tuning
 
 GROUP = 128
 MOST = 24
@@ -92,7 +93,7 @@ def main() -> int:
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 64, 512])
     args = parser.parse_args()
-    kind = dispatch.device_kind("cuda")
+    kind = platforms.device_kind("cuda")
     if kind is None:
         print(f"the tuner needs an NVIDIA GPU; the default backend is {jax.default_backend()!r}")
         return 2

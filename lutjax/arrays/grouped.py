@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.lut_matmul.dispatch import compiling_for
+from pallas_kernels.platforms import compiling_for
 
 
 def entry(weight: Any, index: jax.Array) -> Any:

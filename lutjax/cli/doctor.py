@@ -5,8 +5,10 @@ from __future__ import annotations
 import collections
 import dataclasses
 import sys
-from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pallas_kernels.operation import Operation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,17 +83,10 @@ def _native_library() -> list[str]:
 
 def _lut_matmul() -> dict[str, str]:
     """For every implementation, whether it runs here, or why not."""
-    import jax
-
-    from pallas_kernels.lut_matmul import IMPLEMENTATIONS, dispatch
+    from pallas_kernels.lut_matmul.dispatch import LUT_MATMUL
 
     static = {"k": 4096, "group_size": 128, "transpose": False}
-    arrays = (*_product(), None)
-    default, other = dispatch.best_per_platform(arrays, static)
-    best = default.get(_platform(jax.default_backend()), other)
-    reasons = {n: dispatch.reason_against_here(n, arrays, static) for n in IMPLEMENTATIONS}
-    reasons |= _disabled(reasons)
-    return {name: _said(reason, name == best) for name, reason in reasons.items()}
+    return _reasons(LUT_MATMUL, (*_product(), None), static)
 
 
 def _sparse_matmul() -> dict[str, str]:
@@ -101,14 +96,8 @@ def _sparse_matmul() -> dict[str, str]:
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels.sparse_matmul import (
-        IMPLEMENTATIONS,
-        KERNEL_LANES,
-        BlockCodes,
-        RowCodes,
-        dispatch,
-        pack_rows,
-    )
+    from pallas_kernels.sparse_matmul import KERNEL_LANES, BlockCodes, RowCodes, pack_rows
+    from pallas_kernels.sparse_matmul.dispatch import SPARSE_MATMUL
 
     x, words, scales, lut = _product()
     lanes = KERNEL_LANES.get(jax.default_backend())
@@ -117,18 +106,16 @@ def _sparse_matmul() -> dict[str, str]:
         codes = jax.ShapeDtypeStruct((4096, 4096), jnp.uint8)
         rows = jax.eval_shape(functools.partial(pack_rows, bits=4, lanes=lanes), codes)
         weight = RowCodes(rows, scales, lut, None, 128)
-    arrays = (x, weight, jax.ShapeDtypeStruct((1,), jnp.float32))
-    default, other = dispatch.best_per_platform(arrays)
-    best = default.get(_platform(jax.default_backend()), other)
-    reasons = {n: dispatch.reason_against_here(n, arrays) for n in IMPLEMENTATIONS}
-    reasons |= _disabled(reasons)
+    return _reasons(SPARSE_MATMUL, (x, weight, jax.ShapeDtypeStruct((1,), jnp.float32)), {})
+
+
+def _reasons(operation: Operation, arrays: tuple, static: dict) -> dict[str, str]:
+    from pallas_kernels.platforms import DISABLED, disabled
+
+    names, best = operation.implementations, operation.best_here(arrays, static)
+    reasons = {name: operation.reason_against_here(name, arrays, static) for name in names}
+    reasons |= dict.fromkeys(disabled().intersection(names), f"{DISABLED} names it")
     return {name: _said(reason, name == best) for name, reason in reasons.items()}
-
-
-def _disabled(names: Iterable[str]) -> dict[str, str]:
-    from pallas_kernels.lut_matmul import dispatch
-
-    return dict.fromkeys(dispatch.disabled().intersection(names), f"{dispatch.DISABLED} names it")
 
 
 def _all_are_right() -> bool:
@@ -154,10 +141,6 @@ def _all_are_right() -> bool:
                 if outcome.status == "FAILED":
                     print(f"    {check}: {outcome.describe(check.limit)}", flush=True)
     return not failed
-
-
-def _platform(backend: str) -> str:
-    return {"gpu": "cuda"}.get(backend, backend)
 
 
 def _said(reason: str | None, is_default: bool) -> str:

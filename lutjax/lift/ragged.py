@@ -14,8 +14,8 @@ from lutjax.arrays import CompressedArray, DenseArray, is_compressed
 from lutjax.arrays.grouped import entry, map_tiles
 from lutjax.lift.products import fits_kernel, plan_product, transposed
 from lutjax.lift.registry import NEEDS_DENSE, rule
-from pallas_kernels.lut_matmul.dispatch import compiling_for
 from pallas_kernels.manual_axes import is_partitioned_automatically
+from pallas_kernels.platforms import compiling_for
 
 MAX_TILE = 512
 """Rows that are multiplied together, at most; only tiles are ever padded."""

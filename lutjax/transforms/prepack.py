@@ -19,7 +19,9 @@ from lutjax.arrays import (
     SumArray,
 )
 from lutjax.paths import map_named
-from pallas_kernels.lut_matmul import dispatch, hopper
+from pallas_kernels import platforms
+from pallas_kernels.lut_matmul import hopper
+from pallas_kernels.lut_matmul.dispatch import LUT_MATMUL
 from pallas_kernels.sparse_matmul import KERNEL_LANES
 
 _GPU_LANES, _TPU_LANES = KERNEL_LANES["gpu"], KERNEL_LANES["tpu"]
@@ -101,13 +103,13 @@ def prepack(
 
 
 def _of_this_device() -> str | None:
-    disabled = dispatch.disabled()
-    if dispatch.compiling_for("tpu"):
+    disabled = platforms.disabled()
+    if platforms.compiling_for("tpu"):
         return None if "mosaic_tpu" in disabled else "mosaic_tpu"
-    kind = dispatch.device_kind("cuda")
+    kind = platforms.device_kind("cuda")
     if kind is None or "mosaic_gpu" in disabled:
         return None
-    if not hopper.is_hopper(kind) or isinstance(dispatch.backend("mosaic_gpu"), str):
+    if not hopper.is_hopper(kind) or isinstance(LUT_MATMUL.backend("mosaic_gpu"), str):
         return None
     return "mosaic_gpu"
 
@@ -116,7 +118,7 @@ def _lanes(implementation: str | None) -> int | None:
     """Columns that lie together in a row; None where gated weights stay as they are."""
     if implementation == "mosaic_tpu":
         return _TPU_LANES
-    on_a_gpu = implementation is None and dispatch.compiling_for("cuda")
+    on_a_gpu = implementation is None and platforms.compiling_for("cuda")
     return _GPU_LANES if implementation == "mosaic_gpu" or on_a_gpu else None
 
 

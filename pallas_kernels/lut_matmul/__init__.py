@@ -2,7 +2,6 @@
 
 from pallas_kernels.lut_matmul.api import IMPLEMENTATIONS, lut_matmul
 from pallas_kernels.lut_matmul.columns import take_columns
-from pallas_kernels.lut_matmul.dispatch import interpret_kernels
 from pallas_kernels.lut_matmul.equally_spaced import zero_of_line
 from pallas_kernels.lut_matmul.packed import (
     packed_columns,
@@ -12,6 +11,7 @@ from pallas_kernels.lut_matmul.packed import (
 )
 from pallas_kernels.lut_matmul.packed_weight import PackedWeight
 from pallas_kernels.lut_matmul.reference import dequantize
+from pallas_kernels.platforms import interpret_kernels
 
 __all__ = [
     "IMPLEMENTATIONS",

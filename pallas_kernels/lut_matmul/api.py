@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from pallas_kernels.lut_matmul import dispatch
 from pallas_kernels.lut_matmul.checks import check_arguments
+from pallas_kernels.lut_matmul.dispatch import LUT_MATMUL
 from pallas_kernels.lut_matmul.gradients import parameter_gradients
 from pallas_kernels.manual_axes import in_manual_axes, vary_over, varying_axes
 from pallas_kernels.static_flags import flag, is_on
 
-IMPLEMENTATIONS = dispatch.IMPLEMENTATIONS
+IMPLEMENTATIONS = LUT_MATMUL.implementations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,26 +92,16 @@ def lut_matmul(
 
     The mechanism is that of FLUTE (arXiv 2407.10960).
     """
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation={implementation!r} is unknown; use None or one of {IMPLEMENTATIONS}"
-        )
-    interpret = implementation in dispatch.KERNEL_PLATFORM and dispatch.interpreting()
+    LUT_MATMUL.check_name(implementation)
+    interpret = LUT_MATMUL.interprets(implementation)
     spec = _Spec(k, group_size, transpose, implementation, interpret)
     check_arguments(x, words, scales, lut, offsets, **spec.static)
-    if implementation is not None:
-        _require(implementation, (x, words, scales, lut, offsets), spec)
+    LUT_MATMUL.check_runs_here(implementation, (x, words, scales, lut, offsets), spec.static)
     rows = x.reshape(-1, x.shape[-1])
     operands = (rows, words, scales, lut, offsets)
     axes = varying_axes(*operands)
     y = _product(spec, *(None if a is None else vary_over(a, axes) for a in operands))
     return y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-def _require(name: str, arrays: tuple, spec: _Spec) -> None:
-    reason = dispatch.reason_against_here(name, arrays, spec.static)
-    if reason is not None:
-        raise NotImplementedError(f"implementation {name!r} cannot run this product: {reason}")
 
 
 def _product(spec: _Spec, *operands):
@@ -166,7 +155,7 @@ def _bwd(spec: _Spec, residuals, cotangent):
         back = spec.transposed
         arrays = (cotangent, words, scales, lut, offsets)
         name = spec.implementation  # if it cannot run backwards, any other may
-        if name is not None and dispatch.reason_against(name, arrays, back.static) is not None:
+        if name is not None and LUT_MATMUL.reason_against(name, arrays, back.static) is not None:
             back = dataclasses.replace(back, implementation=None, interpret=False)
         dx = _product(back, *arrays)
     dscales = dlut = doffsets = None
@@ -199,19 +188,7 @@ def _columns(spec: _Spec, words) -> int:
 @functools.partial(jax.jit, static_argnums=0)
 def _run(spec: _Spec, x, words, scales, lut, offsets=None):
     """Runs one implementation, or lets the platform that is lowered for choose among several."""
-    arrays = (x, words, scales, lut, offsets)
     if x.shape[0] == 0:
         return jnp.zeros((0, _columns(spec, words)), x.dtype)
-
-    def call(name: str):
-        module: Any = dispatch.backend(name)
-        options = {"interpret": True} if spec.interpret else {}
-        return lambda *arrays: module.lut_matmul(*arrays, **spec.static, **options)
-
-    if spec.implementation is not None:
-        return call(spec.implementation)(*arrays)
-    per_platform, other = dispatch.best_per_platform(arrays, spec.static)
-    branches = {p: call(name) for p, name in per_platform.items() if name != other}
-    if not branches:
-        return call(other)(*arrays)
-    return jax.lax.platform_dependent(*arrays, default=call(other), **branches)
+    static = spec.static | ({"interpret": True} if spec.interpret else {})
+    return LUT_MATMUL.run(spec.implementation, (x, words, scales, lut, offsets), static)

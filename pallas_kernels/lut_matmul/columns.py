@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.lut_matmul import dispatch
+from pallas_kernels import platforms
 from pallas_kernels.manual_axes import is_partitioned_automatically
 
 _LANES = 128  # of a tile of a TPU
@@ -21,7 +21,7 @@ def take_columns(array: jax.Array, columns: jax.Array) -> jax.Array:
     """
     columns = columns.astype(jnp.int32)  # the number of columns may not fit a narrower dtype
     few = columns.size * _LANES <= array.shape[-1]
-    if few and dispatch.compiling_for("tpu") and not is_partitioned_automatically(array):
+    if few and platforms.compiling_for("tpu") and not is_partitioned_automatically(array):
         return columns_by_tiles(array, columns)
     return jnp.take(array, columns, axis=-1, mode="clip")
 

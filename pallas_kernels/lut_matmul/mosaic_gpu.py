@@ -27,7 +27,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-from pallas_kernels.lut_matmul import dispatch, hopper, mosaic_gpu_asm, mosaic_gpu_tile, tuning
+from pallas_kernels import platforms
+from pallas_kernels.lut_matmul import hopper, mosaic_gpu_asm, mosaic_gpu_tile, tuning
 from pallas_kernels.lut_matmul.epilogue import add_offsets
 from pallas_kernels.lut_matmul.mosaic_gpu_layout import (
     SLICE_K,
@@ -110,8 +111,8 @@ def supports(
     reason = mosaic_gpu_asm.available()
     if reason is not None:
         return reason
-    kind = dispatch.device_kind("cuda")
-    if dispatch.interpreting():
+    kind = platforms.device_kind("cuda")
+    if platforms.interpreting():
         if not hasattr(plgpu, "InterpretGPUParams"):
             return f"jax {jax.__version__} has no interpret mode for Mosaic GPU"
         return None
@@ -139,7 +140,7 @@ def default_config(m: int, bits: int, *, n: int, k: int, group: int, tiles: int 
     the busiest has about as little to do as possible.
     """
     n = -(-n // _PADDED_N) * _PADDED_N
-    most = hopper.multiprocessors(dispatch.device_kind("cuda"))
+    most = hopper.multiprocessors(platforms.device_kind("cuda"))
     # Steps of many rows leave the fewest parts, steps of many columns cost least.
     sizes = ((2, 1), (1, 2), (1, 1)) if tiles == 1 else ((1, 2), (2, 1), (1, 1))
     found = []
@@ -181,7 +182,7 @@ def _load(config: Config, *, n: int, k: int, tiles: int, most: int) -> float:
 
 
 def _tuned(m: int, bits: int, *, k: int, n: int) -> Config | mosaic_gpu_tile.Config | None:
-    kind = dispatch.device_kind("cuda")
+    kind = platforms.device_kind("cuda")
     found = tuning.lookup("mosaic_gpu", kind, bits=bits, m=m, k=k, n=n)
     if found is None or ("rows" in found) != (m > _DECODE_ROWS):
         return None

@@ -24,7 +24,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-from pallas_kernels.lut_matmul import dispatch, hopper, mosaic_gpu_asm
+from pallas_kernels import platforms
+from pallas_kernels.lut_matmul import hopper, mosaic_gpu_asm
 from pallas_kernels.lut_matmul.mosaic_gpu_layout import (
     SLICE_K,
     TILE_N,
@@ -118,7 +119,7 @@ def clocks(
         2.4 * block_n / 128,
     )
     blocks = -(-columns // block_n) * -(-m // rows) * config.splits * tiles
-    waves = -(-blocks // hopper.multiprocessors(dispatch.device_kind("cuda")))
+    waves = -(-blocks // hopper.multiprocessors(platforms.device_kind("cuda")))
     streamed = tiles * columns * contracted * bits / 8 / 2700
     parts = 8 * config.splits * tiles * m * columns / 2700 if config.splits > 1 else 0
     return max(waves * contracted / config.splits * step, streamed) + 2000 * waves + parts

@@ -20,7 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.lut_matmul import dispatch
+from pallas_kernels import platforms
 from pallas_kernels.lut_matmul.epilogue import add_offsets
 from pallas_kernels.lut_matmul.mosaic_tpu_layout import (
     PLANES,
@@ -257,7 +257,7 @@ def make_problem(
     _, bits, n = words.shape
     p = lut.shape[-1]
     codes, group = -(-k // p), _group_codes(k, group_size, p)
-    kind = device_kind or dispatch.device_kind("tpu")
+    kind = device_kind or platforms.device_kind("tpu")
     config = config or default_config(
         x.shape[0],
         bits,

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import platforms
 from pallas_kernels.layout import pack
-from pallas_kernels.lut_matmul import dispatch, mosaic_tpu
+from pallas_kernels.lut_matmul import mosaic_tpu
 from pallas_kernels.lut_matmul.columns import take_columns
 from pallas_kernels.lut_matmul.equally_spaced import centred, step_of_line
 from pallas_kernels.lut_matmul.mosaic_tpu_layout import COMPUTED, unpack_planes
@@ -30,7 +31,7 @@ def reorder(weight: PackedWeight, *, device_kind: str | None, zero: int | None) 
         k=weight.k,
         group_size=weight.group_size,
         transpose=False,
-        device_kind=device_kind or dispatch.device_kind("tpu"),
+        device_kind=device_kind or platforms.device_kind("tpu"),
         computed=zero is not None,
     )
     if zero is not None and problem.config.lookup in COMPUTED:

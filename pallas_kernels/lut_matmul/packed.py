@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.lut_matmul import dispatch
+from pallas_kernels import platforms
 from pallas_kernels.lut_matmul.api import lut_matmul
 from pallas_kernels.lut_matmul.columns import take_columns
+from pallas_kernels.lut_matmul.dispatch import LUT_MATMUL
 from pallas_kernels.lut_matmul.epilogue import add_offsets
 from pallas_kernels.lut_matmul.packed_weight import LAYOUTS, PACKED_ROWS, PackedWeight, layout_of
 from pallas_kernels.lut_matmul.reference import dequantize
@@ -66,7 +67,7 @@ def prepack(
     _, bits, n = words.shape
     x = jax.ShapeDtypeStruct((PACKED_ROWS, k), dtype)
     static: dict[str, Any] = {"k": k, "group_size": group_size, "transpose": False}
-    reason = dispatch.reason_against(implementation, (x, words, scales, lut, offsets), static)
+    reason = LUT_MATMUL.reason_against(implementation, (x, words, scales, lut, offsets), static)
     if reason is not None:
         raise NotImplementedError(f"implementation {implementation!r} cannot run this: {reason}")
     weight = PackedWeight(
@@ -124,7 +125,7 @@ def packed_matmul(
     out_dtype = np.dtype(x.dtype if out_dtype is None else out_dtype)
     if not x.size:
         return jnp.zeros((*x.shape[:-1], columns), out_dtype)
-    interpret = interpret or dispatch.interpreting()
+    interpret = interpret or platforms.interpreting()
     rows, weight = _vary_alike(x.reshape(-1, contracted), weight)
     y = _apply(rows, weight, transpose, out_dtype, interpret)
     return y.reshape(*x.shape[:-1], columns)
@@ -166,7 +167,7 @@ def packed_matmul_grouped(
     if not x.size:
         return jnp.zeros((*x.shape[:-1], weight.n), out_dtype)
     operands = _vary_alike(x, weight, groups, sizes)
-    return _apply_grouped(*operands, out_dtype, interpret or dispatch.interpreting())
+    return _apply_grouped(*operands, out_dtype, interpret or platforms.interpreting())
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from pallas_kernels import platforms
 from pallas_kernels.layout import BLOCK
-from pallas_kernels.lut_matmul import dispatch
 from pallas_kernels.manual_axes import shape_struct
 
 
@@ -61,7 +61,7 @@ def supports(
     del words, scales, lut, offsets, k, group_size, transpose
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"activations of {x.dtype}; use bfloat16, float16 or float32"
-    if not dispatch.interpreting() and dispatch.device_kind("cuda") is None:
+    if not platforms.interpreting() and platforms.device_kind("cuda") is None:
         return "no GPU is compiled for here"
     return None
 

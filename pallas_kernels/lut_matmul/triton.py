@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import platforms
 from pallas_kernels.layout import BLOCK
-from pallas_kernels.lut_matmul import dispatch, triton_kernel, triton_ptx
+from pallas_kernels.lut_matmul import triton_kernel, triton_ptx
 from pallas_kernels.lut_matmul.epilogue import add_offsets
 from pallas_kernels.manual_axes import vary_over, varying_axes
 
@@ -52,9 +53,9 @@ def supports(
     del words, scales, lut, offsets, k, group_size, transpose
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"activations of {x.dtype}; use bfloat16, float16 or float32"
-    if dispatch.interpreting():
+    if platforms.interpreting():
         return "jax-triton has no interpret mode; use 'pallas_triton' for numbers on a CPU"
-    kind = dispatch.device_kind("cuda")
+    kind = platforms.device_kind("cuda")
     if kind is None:
         return "no GPU is compiled for here"
     try:
@@ -220,7 +221,7 @@ def lut_matmul(
 def _call(launch: Launch) -> jax.Array:
     import jax_triton
 
-    kind = dispatch.device_kind("cuda")
+    kind = platforms.device_kind("cuda")
     assert kind is not None
     x = launch.operands[0]
     y = jax_triton.triton_call(

@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import platforms
 from pallas_kernels.layout import BLOCK, unpack
-from pallas_kernels.lut_matmul import dispatch, reference
+from pallas_kernels.lut_matmul import reference
 from pallas_kernels.lut_matmul.epilogue import add_offsets
 from pallas_kernels.manual_axes import is_partitioned_automatically, vary_over, varying_axes
 
@@ -105,7 +106,7 @@ def _tiled(x, words, scales, lut, offsets, *, k, group_size, transpose):
         return over_tiles(product, x, words, groups, zeros, block=block, transpose=transpose)
 
     # Tiles of few rows would add to all sums again and again.
-    wide = not transpose and dispatch.compiling_for("cpu")
+    wide = not transpose and platforms.compiling_for("cpu")
     most = _TILE_COLUMNS if wide else words.shape[-1]
     return _over_columns(columns, words, scales, lut, offsets, most=most)
 
@@ -173,7 +174,7 @@ def over_tiles(product, x, words, groups, zeros, *, block, transpose):
 
 def _tile_rows(n: int, block: int) -> int:
     """Rows of a tile: whole blocks of codes."""
-    weights = _TILE if dispatch.compiling_for("cpu") else _TILE_ACCELERATOR
+    weights = _TILE if platforms.compiling_for("cpu") else _TILE_ACCELERATOR
     return max(weights // n // block, 1) * block
 
 

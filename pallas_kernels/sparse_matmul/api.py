@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.manual_axes import vary_over, varying_axes
-from pallas_kernels.sparse_matmul import dispatch, masked
+from pallas_kernels.sparse_matmul import masked
 from pallas_kernels.sparse_matmul.blocks import BlockCodes
 from pallas_kernels.sparse_matmul.checks import check_arguments, matrix_shape
+from pallas_kernels.sparse_matmul.dispatch import SPARSE_MATMUL
 from pallas_kernels.sparse_matmul.rows import RowCodes
 
-IMPLEMENTATIONS = dispatch.IMPLEMENTATIONS
+IMPLEMENTATIONS = SPARSE_MATMUL.implementations
 
 
 def sparse_matmul(
@@ -59,22 +60,14 @@ def sparse_matmul(
     >>> sparse_matmul(x, jnp.array([[1.0, 2.0], [10.0, 20.0]]), 0.5).tolist()
     [[-30.0, -60.0]]
     """
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation={implementation!r} is unknown; use None or one of {IMPLEMENTATIONS}"
-        )
+    SPARSE_MATMUL.check_name(implementation)
     thresholds = jnp.asarray(thresholds, jnp.float32)
     check_arguments(x, weight, thresholds)
     k, n = matrix_shape(weight)
     if n == 0:
         return jnp.zeros((*x.shape[:-1], 0), x.dtype)
     arrays = (x.reshape(-1, k), weight, jnp.atleast_1d(thresholds))
-    if implementation is not None:
-        reason = dispatch.reason_against_here(implementation, arrays)
-        if reason is not None:
-            raise NotImplementedError(
-                f"implementation {implementation!r} cannot run this product: {reason}"
-            )
+    SPARSE_MATMUL.check_runs_here(implementation, arrays, {})
     axes = varying_axes(*jax.tree.leaves(arrays))
     operands = jax.tree.map(lambda a: vary_over(a, axes), arrays)
     return _product(implementation, *operands).reshape(*x.shape[:-1], n)
@@ -129,17 +122,6 @@ _product.defvjp(_fwd, _bwd)
 @functools.partial(jax.jit, static_argnums=0)
 def _run(implementation: str | None, x: Any, weight: Any, thresholds: Any) -> Any:
     """Runs one implementation, or lets the platform that is lowered for choose among several."""
-    arrays = (x, weight, thresholds)
     if x.shape[0] == 0:
         return jnp.zeros((0, matrix_shape(weight)[1]), x.dtype)
-
-    def call(name: str) -> Any:
-        return dispatch.backend(name).sparse_matmul
-
-    if implementation is not None:
-        return call(implementation)(*arrays)
-    per_platform, other = dispatch.best_per_platform(arrays)
-    branches = {p: call(name) for p, name in per_platform.items() if name != other}
-    if not branches:
-        return call(other)(*arrays)
-    return jax.lax.platform_dependent(*arrays, default=call(other), **branches)
+    return SPARSE_MATMUL.run(implementation, (x, weight, thresholds), {})

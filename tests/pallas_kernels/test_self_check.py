@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import native
-from pallas_kernels.lut_matmul import dispatch, interpret_kernels, reference
+from pallas_kernels import native, platforms
+from pallas_kernels.lut_matmul import interpret_kernels, reference
+from pallas_kernels.lut_matmul.dispatch import LUT_MATMUL
 from pallas_kernels.self_check import CHECKS, SPARSE_CHECKS, Check, SparseCheck
 
 WITH_A_LAYOUT = [
@@ -98,16 +99,16 @@ class TestDisabledKernels:
         words = jnp.zeros((8, 4, 32), jnp.uint8)
         arrays = (x, words, jnp.ones((1, 32)), jnp.ones((1, 16, 1)), None)
         static = {"k": 64, "group_size": 64, "transpose": False}
-        return dispatch.best_per_platform(arrays, static)[0]["cpu"]
+        return LUT_MATMUL.best_here(arrays, static)
 
     @pytest.mark.skipif(native.availability() is not None, reason=str(native.availability()))
     def test_none_goes_on_without_them(self, monkeypatch):
         assert self.best() == "cpu_native"
-        monkeypatch.setenv(dispatch.DISABLED, " cpu_native,mosaic_tpu ")
+        monkeypatch.setenv(platforms.DISABLED, " cpu_native,mosaic_tpu ")
         assert self.best() == "xla"
         assert Check(4, 1, k=64).run("cpu_native").status == "ok"  # by its name it still runs
 
     def test_what_is_no_kernel_is_refused(self, monkeypatch):
-        monkeypatch.setenv(dispatch.DISABLED, "xla,cpu_native")
+        monkeypatch.setenv(platforms.DISABLED, "xla,cpu_native")
         with pytest.raises(ValueError, match=r"PALLAS_KERNELS_DISABLE names xla; it takes cpu_n"):
             self.best()

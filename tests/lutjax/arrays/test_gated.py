@@ -209,11 +209,13 @@ def test_row_layout_of_dense_weights_runs_the_tpu_kernel():
     np.testing.assert_allclose(
         rows.matmul_transposed(y), gated.matmul_transposed(y), rtol=1e-5, atol=1e-5
     )
-    kernels = [
-        jax.jit(lambda w, x: w.matmul(x)).trace(jax.tree.map(lambda a: a[0], array), x[0])
-        .lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call")
-        for array in (gated, rows)
-    ]  # fmt: skip
+    device = jax.sharding.AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        kernels = [
+            jax.jit(lambda w, x: w.matmul(x)).trace(jax.tree.map(lambda a: a[0], array), x[0])
+            .lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call")
+            for array in (gated, rows)
+        ]  # fmt: skip
     assert kernels == [0, 1]
     assert part_specs(rows, P(None, "data", "model"), {"data": 2, "model": 2}).base.blocks == P(
         None, "data", "model", None

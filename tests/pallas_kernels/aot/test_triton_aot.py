@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.lut_matmul import dispatch, lut_matmul
+from pallas_kernels.lut_matmul import lut_matmul
+from pallas_kernels.lut_matmul.dispatch import LUT_MATMUL
+from pallas_kernels.operation import Operation
 
 K = N = 4096
 TOLERANCE = {"bfloat16": 1.1e-2, "float16": 2e-3, "float32": 1e-5}
@@ -159,16 +161,14 @@ def test_the_public_function_lowers_through_jax_triton(kind, number):
 def test_a_gpu_takes_what_is_fastest_for_so_many_rows(installed, rows, best, monkeypatch):
     compilers.need_triton()
     if not installed:
-        load = dispatch.backend
-        without = lambda name: "no jax-triton" if name == "triton" else load(name)  # noqa: E731
-        monkeypatch.setattr(dispatch, "backend", without)
+        load = LUT_MATMUL.backend
+        without = lambda _, name: "no jax-triton" if name == "triton" else load(name)  # noqa: E731
+        monkeypatch.setattr(Operation, "backend", without)
     _, *weight = jax.eval_shape(lambda: arguments(3, 4, 64))
     x = jax.ShapeDtypeStruct((rows, K), jnp.bfloat16)
     with compilers.abstract_device("NVIDIA H200"):
-        found, _ = dispatch.best_per_platform(
-            (x, *weight, None), {"k": K, "group_size": 64, "transpose": False}
-        )
-    assert found["cuda"] == best
+        static = {"k": K, "group_size": 64, "transpose": False}
+        assert LUT_MATMUL.best_here((x, *weight, None), static) == best
 
 
 def test_an_unknown_device_is_refused():

@@ -12,8 +12,14 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from lut_cases import CASES, TOLERANCE, Case, make, operands, oracle, relative_error
 
-from pallas_kernels.lut_matmul import lut_matmul, mosaic_gpu, mosaic_tpu, reference
-from pallas_kernels.lut_matmul.dispatch import interpret_kernels, reason_against
+from pallas_kernels.lut_matmul import (
+    interpret_kernels,
+    lut_matmul,
+    mosaic_gpu,
+    mosaic_tpu,
+    reference,
+)
+from pallas_kernels.lut_matmul.dispatch import LUT_MATMUL
 
 
 def small_tpu(case: Case, lookup: str | None = None):
@@ -97,7 +103,7 @@ def quick_compilation():
 def test_matches_the_oracle(name, case):
     data = make(case)
     with interpret_kernels():
-        if reason_against(name, operands(data), case.static) is not None:
+        if LUT_MATMUL.reason_against(name, operands(data), case.static) is not None:
             with pytest.raises(NotImplementedError, match="cannot run"):
                 lut_matmul(*operands(data), **case.static, implementation=name)
             return
@@ -164,7 +170,7 @@ def test_identity_reproduces_the_dense_weight_bit_for_bit(dtype, m_rows, offsets
 def interpretable(name: str, case: Case) -> None:
     """Skips where this jax cannot interpret the kernel."""
     with interpret_kernels():
-        reason = reason_against(name, operands(make(case)), case.static)
+        reason = LUT_MATMUL.reason_against(name, operands(make(case)), case.static)
     if reason is not None:
         assert "interpret mode" in reason
         pytest.skip(reason)

@@ -12,10 +12,10 @@ from jax.experimental.pallas import mosaic_gpu
 from jax.experimental.pallas import tpu as pltpu
 from lut_cases import CASES, TOLERANCE, Case, make, operands, oracle, relative_error
 
+from pallas_kernels import platforms
 from pallas_kernels.layout import unpack
 from pallas_kernels.lut_matmul import (
     dequantize,
-    dispatch,
     interpret_kernels,
     mosaic_gpu_layout,
     packed_columns,
@@ -260,7 +260,7 @@ def test_columns_out_of_range_are_clipped_in_either_way():
 @pytest.fixture
 def for_a_tpu(monkeypatch):
     """Programs as they are for a TPU, as far as that is XLA's own operations."""
-    monkeypatch.setattr(dispatch, "compiling_for", lambda platform: platform == "tpu")
+    monkeypatch.setattr(platforms, "compiling_for", lambda platform: platform == "tpu")
 
 
 @pytest.mark.parametrize(("count", "by_tiles"), [(2, True), (3, False)])

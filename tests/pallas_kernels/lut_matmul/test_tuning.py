@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_kernels import tune
+from pallas_kernels import platforms, tune
 from pallas_kernels.lut_matmul import mosaic_gpu, mosaic_gpu_tile, tuning
 
 
@@ -91,7 +91,7 @@ def test_a_candidate_needs_no_parts():
     ],
 )
 def test_a_persistent_block_for_every_multiprocessor(kind, count, monkeypatch):
-    monkeypatch.setattr(mosaic_gpu.dispatch, "device_kind", lambda platform: kind)
+    monkeypatch.setattr(platforms, "device_kind", lambda platform: kind)
     config = mosaic_gpu.default_config(16, 4, n=28672, k=4096, group=128)
     assert config.blocks == count
 

@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.layout import pack
 from pallas_kernels.sparse_matmul import BlockCodes, RowCodes, pack_rows
-from pallas_kernels.sparse_matmul.dispatch import backend
+from pallas_kernels.sparse_matmul.dispatch import SPARSE_MATMUL
 
 # Relative Frobenius error: a few roundings of weight and result to the activation dtype (unit
 # roundoff 2^-9, 2^-11, 2^-24) plus float32 accumulation.
@@ -130,7 +130,7 @@ def oracle(operands: tuple, dense: np.ndarray) -> np.ndarray:
 
 def run(name: str, operands: tuple) -> jax.Array | str:
     """The product by an implementation, interpreted if it is a kernel; or its reason against."""
-    module = backend(name)
+    module = SPARSE_MATMUL.backend(name)
     assert not isinstance(module, str), module
     reason = module.supports(*operands)
     if reason is not None:

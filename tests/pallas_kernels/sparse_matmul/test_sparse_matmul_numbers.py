@@ -12,6 +12,7 @@ from sparse_cases import CASES, TOLERANCE, Case, make, oracle, relative_error, r
 from pallas_kernels import native
 from pallas_kernels.lut_matmul import xla
 from pallas_kernels.sparse_matmul import IMPLEMENTATIONS, row_matmul
+from pallas_kernels.sparse_matmul.dispatch import SPARSE_MATMUL
 
 # What an implementation must run at least, so that a change cannot quietly give cases up.
 AT_LEAST = {
@@ -84,9 +85,8 @@ def test_numbers_in_x64_mode(name, case):
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_support_is_not_given_up(name):
-    from pallas_kernels.sparse_matmul.dispatch import backend
-
-    supported = [backend(name).supports(*make(case)[0]) is None for case in CASES]
+    module = SPARSE_MATMUL.backend(name)
+    supported = [module.supports(*make(case)[0]) is None for case in CASES]
     assert sum(supported) >= AT_LEAST.get(name, 8)
 
 
