@@ -26,24 +26,12 @@ import jax.numpy as jnp
 from kernels import best_implementation
 
 import lutjax
-from lutjax.models import Decoder, DecoderConfig, init_cache
+from lutjax.models import MODELS, Decoder, DecoderConfig, init_cache
 from pallas_kernels.lut_matmul import IMPLEMENTATIONS
 
 GROUP = 128
 SLOTS = 256
-LLAMA_3_8B = DecoderConfig(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    max_position_embeddings=8192,
-    rope_theta=500000.0,
-    tie_embeddings=False,
-    dtype=jnp.bfloat16,
-)
+LLAMA_3_8B = dataclasses.replace(MODELS["llama-3-8b"], dtype=jnp.bfloat16)
 SMOKE = dataclasses.replace(
     LLAMA_3_8B,
     vocab_size=64,

@@ -4,7 +4,6 @@ from lutjax.allocate.budget import Budget
 from lutjax.allocate.grid import candidate_grid, higgs_grid, nominal_bits, prune, stored_bytes
 from lutjax.allocate.plan import Choice, CostTable, Matrix, Plan, allocate
 from lutjax.allocate.plot import plot_plan
-from lutjax.allocate.shapes import MODELS, ModelShapes, model_shapes
 from lutjax.allocate.solvers import (
     SOLVERS,
     InfeasibleBudgetError,
@@ -16,19 +15,16 @@ from lutjax.allocate.solvers import (
 )
 
 __all__ = [
-    "MODELS",
     "SOLVERS",
     "Budget",
     "Choice",
     "CostTable",
     "InfeasibleBudgetError",
     "Matrix",
-    "ModelShapes",
     "Plan",
     "allocate",
     "candidate_grid",
     "higgs_grid",
-    "model_shapes",
     "nominal_bits",
     "pareto",
     "plot_plan",

@@ -13,7 +13,7 @@ from lutjax.cli.options import check_plot, refuse_beside, refuse_without
 
 if TYPE_CHECKING:
     from lutjax import LutConfig
-    from lutjax.allocate import Budget, CostTable, Matrix, ModelShapes
+    from lutjax.allocate import Budget, CostTable, Matrix
     from lutjax.io import Tokenizer
     from lutjax.models import Decoder
 
@@ -106,7 +106,7 @@ class Allocate:
             if file is not None and not file.absolute().parent.is_dir():
                 raise FileNotFoundError(f"the directory of {file} does not exist")
         # Sizes first: a budget that cannot be kept is found before anything is measured.
-        table, others = self._from_shapes() if self.model is None else self._from_model()
+        table, others = self._costs()
         adapters = self._adapter_bytes(table.matrices)
         plan = allocate(table, self._budget(adapters, *others), solver=self.solver)
         print(plan if self.full else plan.by_kind())
@@ -155,17 +155,8 @@ class Allocate:
         grid = [c for c in candidate_grid() if all(fits(m.k, c) for m in matrices)]
         return prune(grid or candidate_grid(), most=self.candidates)
 
-    def _from_shapes(self) -> tuple[CostTable, tuple[int, int]]:
-        from lutjax.allocate import CostTable
-
-        assert self.shapes is not None
-        shapes = _read_shapes(self.shapes)
-        others = shapes.embedding_weights + shapes.norm_weights
-        matrices = shapes.matrices()
-        table = CostTable.of_shapes(matrices, self._candidates(tuple(matrices)))
-        return table, (2 * others, others)  # in bfloat16
-
-    def _from_model(self) -> tuple[CostTable, tuple[int, int]]:
+    def _costs(self) -> tuple[CostTable, tuple[int, int]]:
+        """The costs of the matrices, and the bytes and weights of everything else."""
         import jax
 
         from lutjax import load, summarize
@@ -173,14 +164,18 @@ class Allocate:
         from lutjax.calibrate import measure_costs, plannable
         from lutjax.cli.calibration import fisher_for
 
-        assert self.model is not None
-        model, params, tokenizer = load(self.model)
+        if self.model is None:
+            assert self.shapes is not None
+            params = _abstract_params(self.shapes)
+        else:
+            model, params, tokenizer = load(self.model)
         matrices = plannable(params)
         candidates = self._candidates(matrices)
-        summary = summarize(params)
         planned = {matrix.path for matrix in matrices}
-        others = [leaf for leaf in summary.leaves if leaf.path not in planned]
+        others = [leaf for leaf in summarize(params).leaves if leaf.path not in planned]
         sizes = (sum(leaf.nbytes for leaf in others), sum(leaf.size for leaf in others))
+        if self.model is None:
+            return CostTable.of_shapes(matrices, candidates), sizes
         self._check_feasible(matrices, candidates, sizes)
         if self.higgs:
             sensitivities = self._sensitivities(model, params, tokenizer)
@@ -238,29 +233,21 @@ class Allocate:
         allocate(table, self._budget(adapters, *others), solver=solver)
 
 
-def _read_shapes(name: str) -> ModelShapes:
-    from lutjax.allocate import ModelShapes, model_shapes
+def _abstract_params(name: str) -> dict[str, Any]:
+    """The bfloat16 parameters of a known model, or of a config.json, without values."""
+    import jax
+    import jax.numpy as jnp
 
-    if not name.endswith(".json"):
-        return model_shapes(name)
+    from lutjax.io.checkpoint import nest, parameter_shapes
     from lutjax.io.configs import config_from_hf
     from lutjax.io.safetensors import read_json
+    from lutjax.models import MODELS
 
-    config = config_from_hf(read_json(Path(name)), name)
-    if config.num_experts is not None:
-        raise ValueError(
-            f"{name} describes {config.num_experts} experts, which plans from shapes alone do not "
-            "know; plan from the checkpoint"
-        )
-    return ModelShapes(
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_layers,
-        config.num_heads,
-        config.num_kv_heads,
-        config.head_dim,
-        config.vocab_size,
-        config.tie_embeddings,
-        config.post_norms,
-        config.qk_norm,
-    )
+    if name.endswith(".json"):
+        config = config_from_hf(read_json(Path(name)), name)
+    elif name in MODELS:
+        config = MODELS[name]
+    else:
+        raise ValueError(f"unknown model {name!r}; known shapes: {', '.join(MODELS)}")
+    shapes = parameter_shapes(config)
+    return nest({path: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for path, shape in shapes.items()})

@@ -4,10 +4,12 @@ from lutjax.models.cache import KVCache, LayerCache, init_cache
 from lutjax.models.config import DecoderConfig, RopeScaling
 from lutjax.models.decoder import Decoder, abstract_params
 from lutjax.models.generate import decode_step, generate, prefill
+from lutjax.models.known import MODELS
 from lutjax.models.sampling import greedy, sample
 from lutjax.models.stacking import stack_layers, unstack_layers
 
 __all__ = [
+    "MODELS",
     "Decoder",
     "DecoderConfig",
     "KVCache",

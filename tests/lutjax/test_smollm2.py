@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lutjax.evaluate import perplexity
-from lutjax.models import generate
+from lutjax.models import MODELS, generate
 
 PROMPTS = ("france", "chat")
 
@@ -18,6 +18,7 @@ PROMPTS = ("france", "chat")
 def test_the_file_is_the_one_the_figures_were_taken_with(smollm2):
     digest = hashlib.sha256(smollm2.path.read_bytes()).hexdigest()
     assert digest == smollm2.reference["gguf_sha256"]
+    assert smollm2.model.config == MODELS["smollm2-135m"]
 
 
 @pytest.mark.parametrize("name", PROMPTS)

@@ -106,14 +106,30 @@ def test_allocate_from_shapes(capsys, tmp_path, source):
     assert "14 matrices" in ok(capsys, "allocate", "--shapes", config, "--budget", 6)
 
 
+def test_all_parameters_of_a_configuration_are_planned_or_counted(capsys, tmp_path):
+    mixtral = Path(__file__).parents[2] / "data" / "mixtures" / "mixtral" / "config.json"
+    printed = ok(capsys, "allocate", "--shapes", mixtral, "--budget", 7)
+    # In each of 2 layers 4 matrices of attention and 3 for all of 4 experts; the rest has a router.
+    assert "14 matrices, 24,576 weights" in printed
+    assert "gate_proj         2" in printed
+    others = 2 * 64 * 32 + 2 * (32 * 4 + 2 * 32) + 32
+    assert f"embeddings, head, norms {2 * others / 1e3:.1f} kB" in printed
+    # Qwen2 has biases.
+    qwen2 = json.loads(mixtral.read_text()) | {"model_type": "qwen2"}
+    (tmp_path / "config.json").write_text(json.dumps(qwen2))
+    printed = ok(capsys, "allocate", "--shapes", tmp_path / "config.json", "--budget", 7)
+    assert "14 matrices" in printed
+    others = 2 * 64 * 32 + 2 * (32 + 2 * 16 + 2 * 32) + 32
+    assert f"embeddings, head, norms {2 * others / 1e3:.1f} kB" in printed
+
+
 def test_bad_input(capsys, tmp_path, source):
     shapes = ("allocate", "--shapes", "smollm2-135m")
     assert "smallest feasible one is" in fails(capsys, *shapes, "--budget", 1)
     assert "either --budget or --budget-mb" in fails(capsys, *shapes)
     assert "either a MODEL or --shapes" in fails(capsys, "allocate", "--budget", 3)
-    assert "unknown model" in fails(capsys, "allocate", "--shapes", "gpt", "--budget", 3)
-    experts = Path(__file__).parents[2] / "data" / "mixtures" / "mixtral" / "config.json"
-    assert "describes 4 experts" in fails(capsys, "allocate", "--shapes", experts, "--budget", 3)
+    unknown = fails(capsys, "allocate", "--shapes", "gpt", "--budget", 3)
+    assert "unknown model" in unknown and "llama-2-70b" in unknown
     assert "does not exist" in fails(capsys, *shapes, "--budget", 3, "-o", tmp_path / "no" / "p")
     # Known before anything is measured or calibrated.
     assert "smallest feasible" in fails(capsys, "allocate", source, "--budget", 1, "--rank", 2)

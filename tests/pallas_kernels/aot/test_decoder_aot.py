@@ -12,25 +12,14 @@ import pytest
 import lutjax
 from lutjax import LutConfig, Recipe, Rule
 from lutjax.arrays import LutArray
-from lutjax.models import Decoder, DecoderConfig, init_cache
+from lutjax.models import MODELS, Decoder, init_cache
 
 S = jax.ShapeDtypeStruct
 BATCH = 16
 FOUR_BITS = LutConfig(bits=4, group_size=128)
 INTEGERS = LutConfig(8, 128, "int")
 RECIPE = Recipe((Rule("*", FOUR_BITS),))
-SHAPE_OF_LLAMA_3_8B = DecoderConfig(
-    vocab_size=128256,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_layers=2,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    max_position_embeddings=8192,
-    tie_embeddings=False,
-    dtype=jnp.bfloat16,
-)
+SHAPE_OF_LLAMA_3_8B = dataclasses.replace(MODELS["llama-3-8b"], num_layers=2, dtype=jnp.bfloat16)
 
 
 def quantized(model, tokens):
