@@ -77,7 +77,6 @@ def compress_on_text(
     from lutjax import save
     from lutjax.cli.models import evaluation_text, text_windows
     from lutjax.io import load_params, load_tokenizer, open_checkpoint, require_tokenizer
-    from lutjax.io.compress import stored_dtype
     from lutjax.io.new_directory import check_destination
     from lutjax.paths import map_named
 
@@ -88,5 +87,5 @@ def compress_on_text(
     tokens = jnp.asarray(rows)
     params = compress(checkpoint.config, load_params(checkpoint), tokens)
     # What stays dense is stored as it was.
-    params = map_named(lambda path, leaf: leaf.astype(stored_dtype(checkpoint, path)), params)
+    params = map_named(lambda path, leaf: leaf.astype(checkpoint.abstract(path).dtype), params)
     save(output, params, checkpoint.config, tokenizer)

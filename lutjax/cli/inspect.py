@@ -45,9 +45,10 @@ def summary_of(path: str, *, keep_quantized: bool = False) -> Summary:
       FileNotFoundError: if a file is missing.
       ValueError: if the checkpoint is not sound or not supported.
     """
-    from lutjax.io import open_compressed
+    from lutjax.io import open_checkpoint, open_compressed
     from lutjax.io.checkpoint import nest
     from lutjax.io.compressed import is_compressed_directory
+    from lutjax.io.grid import abstract_params, kept_paths
     from lutjax.transforms import summarize
 
     specs: dict[str, Any]
@@ -55,7 +56,8 @@ def summary_of(path: str, *, keep_quantized: bool = False) -> Summary:
         compressed = open_compressed(path)
         specs = {name: compressed.abstract(name) for name in compressed.descriptions}
     else:
-        specs = _dense_specs(path, keep_quantized)
+        checkpoint = open_checkpoint(path)
+        specs = abstract_params(checkpoint, kept_paths(checkpoint, keep_quantized))
     return summarize(nest(specs))
 
 
@@ -83,21 +85,3 @@ def print_compressed(output: Path, what: str) -> None:
     ]
     if paths:
         print(f"{len(paths)} matrices stay dense, such as {paths[0]}")
-
-
-def _dense_specs(path: str, keep_quantized: bool) -> dict[str, Any]:
-    import jax
-
-    from lutjax.io import open_checkpoint
-    from lutjax.io.compress import stored_dtype
-    from lutjax.io.grid import abstract_grid_array, check_keeps_quantized, has_grid
-
-    checkpoint = open_checkpoint(path)
-    if keep_quantized:
-        check_keeps_quantized(checkpoint)
-    return {
-        name: abstract_grid_array(checkpoint, name)
-        if keep_quantized and has_grid(checkpoint, name)
-        else jax.ShapeDtypeStruct(shape, stored_dtype(checkpoint, name))
-        for name, shape in checkpoint.shapes.items()
-    }

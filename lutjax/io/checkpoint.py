@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from lutjax.io import gpt_oss
@@ -81,6 +82,16 @@ class Checkpoint:
     def name(self, path: str) -> str:
         """The name in the checkpoint of the parameter at `path`."""
         return _stored_name(path, self.config, self.fmt, self.reader)
+
+    def abstract(self, path: str) -> jax.ShapeDtypeStruct:
+        """The shape of one parameter, and the dtype that it is kept in, from the headers alone.
+
+        That is the stored dtype, and float32 for float64 and for what is quantised.
+        """
+        dtype = self.reader.dtype(self.name(path))
+        return jax.ShapeDtypeStruct(
+            self.shapes[path], np.dtype(np.float32) if dtype == np.float64 else dtype
+        )
 
     def read(self, path: str) -> np.ndarray:
         """Reads one parameter in the decoder's layout (kernels `[in, out]`).

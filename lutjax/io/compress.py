@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from lutjax.io.checkpoint import Checkpoint, nest
-from lutjax.io.compressed import write_checkpoint
-from lutjax.io.grid import abstract_grid_array, check_keeps_quantized, grid_array, has_grid
-from lutjax.io.load import load_tokenizer, open_checkpoint
+from lutjax.io.convert import convert_checkpoint, plan_checkpoint
+from lutjax.io.grid import kept_paths
+from lutjax.io.load import open_checkpoint
 from lutjax.io.new_directory import check_destination
 from lutjax.io.safetensors_writer import MAX_SHARD_BYTES
-from lutjax.transforms.quantize import match_rules, quantize_array
+from lutjax.transforms.quantize import quantize_array
 from lutjax.transforms.recipe import Recipe
 
 
@@ -54,48 +50,18 @@ def compress_checkpoint(
     """
     check_destination(destination)
     checkpoint = open_checkpoint(source, allow_nonfinite=allow_nonfinite)
-    if keep_quantized:
-        check_keeps_quantized(checkpoint)
-    tokenizer = load_tokenizer(checkpoint)
-    kept = {path for path in checkpoint.shapes if keep_quantized and has_grid(checkpoint, path)}
-    dense = {
-        path: jax.ShapeDtypeStruct(shape, stored_dtype(checkpoint, path))
-        for path, shape in checkpoint.shapes.items()
-        if path not in kept
-    }
-    plan = match_rules(recipe or Recipe.uniform(), nest(dense), kept)
+    kept = kept_paths(checkpoint, keep_quantized)
+    plan = plan_checkpoint(checkpoint, recipe or Recipe.uniform(), kept)
 
-    def convert(path: str) -> Any:
-        if path in kept:
-            return grid_array(checkpoint, path)
-        value = checkpoint.read(path).astype(dense[path].dtype, copy=False)
-        if path not in plan:
-            return value
-        return quantize_array(
-            jnp.asarray(value), plan[path], path=path, allow_nonfinite=allow_nonfinite
-        )
+    def quantized(path: str, weight: jax.Array) -> tuple[Any, None]:
+        return quantize_array(weight, plan[path], path=path, allow_nonfinite=allow_nonfinite), None
 
-    def spec(path: str) -> Any:
-        if path in kept:
-            return abstract_grid_array(checkpoint, path)
-        if path not in plan:
-            return dense[path]
-        return jax.eval_shape(
-            functools.partial(quantize_array, rule=plan[path], path=path), dense[path]
-        )
-
-    write_checkpoint(
+    convert_checkpoint(
+        checkpoint,
         destination,
-        {path: spec(path) for path in checkpoint.shapes},
-        convert,
-        config=checkpoint.config,
-        tokenizer=tokenizer,
+        plan,
+        quantized,
+        kept=kept,
         max_shard_bytes=max_shard_bytes,
         progress="quantize" if progress else None,
     )
-
-
-def stored_dtype(checkpoint: Checkpoint, path: str) -> np.dtype:
-    """The dtype a parameter is kept in: the stored one, float32 for float64 and quantised ones."""
-    dtype = checkpoint.reader.dtype(checkpoint.name(path))
-    return np.dtype(np.float32) if dtype == np.float64 else dtype

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from lutjax.io.checkpoint import nest
-from lutjax.io.compress import stored_dtype
-from lutjax.io.compressed import write_checkpoint
-from lutjax.io.load import load_tokenizer, open_checkpoint
+from lutjax.io.convert import convert_checkpoint, plan_checkpoint
+from lutjax.io.load import open_checkpoint
 from lutjax.io.new_directory import check_destination
 from lutjax.transforms.decompose import Method, check_decomposition, decompose_array
-from lutjax.transforms.quantize import match_rules
 from lutjax.transforms.recipe import Recipe
 from lutjax.transforms.svd import SvdMethod
 
@@ -63,55 +59,32 @@ def decompose_checkpoint(
     """
     check_destination(destination)
     checkpoint = open_checkpoint(source)
-    tokenizer = load_tokenizer(checkpoint)
-    dense = {
-        path: jax.ShapeDtypeStruct(shape, stored_dtype(checkpoint, path))
-        for path, shape in checkpoint.shapes.items()
-    }
-    plan = match_rules(recipe, nest(dense))
+    plan = plan_checkpoint(checkpoint, recipe)
     check_decomposition(
-        {path: (dense[path].shape, rule) for path, rule in plan.items()},
+        {path: (checkpoint.shapes[path], rule) for path, rule in plan.items()},
         rank=rank,
         method=method,
         rounds=rounds,
         svd=svd,
         fisher=fisher,
     )
-    errors: dict[str, float] = {}
 
-    def decomposed(path: str, weight: Any, fisher: Any) -> Any:
-        return decompose_array(
+    def decomposed(path: str, weight: jax.Array) -> tuple[Any, jax.Array]:
+        result = decompose_array(
             weight,
             plan[path],
             rank=rank,
             method=method,
             key=key,
-            fisher=fisher,
+            fisher=None if fisher is None else fisher[path],
             rounds=rounds,
             svd=svd,
             path=path,
             allow_nonfinite=True,  # reading a weight looks for NaN already
         )
+        return result.array, jnp.linalg.norm(result.error)
 
-    def convert(path: str) -> Any:
-        value = checkpoint.read(path).astype(dense[path].dtype, copy=False)
-        if path not in plan:
-            return value
-        result = decomposed(path, jnp.asarray(value), None if fisher is None else fisher[path])
-        errors[path] = float(jnp.linalg.norm(result.error))
-        return result.array
-
-    def spec(path: str) -> Any:
-        if path not in plan:
-            return dense[path]
-        return jax.eval_shape(functools.partial(decomposed, path, fisher=None), dense[path]).array
-
-    write_checkpoint(
-        destination,
-        {path: spec(path) for path in checkpoint.shapes},
-        convert,
-        config=checkpoint.config,
-        tokenizer=tokenizer,
-        progress="decompose" if progress else None,
+    errors = convert_checkpoint(
+        checkpoint, destination, plan, decomposed, progress="decompose" if progress else None
     )
-    return errors
+    return {path: float(error) for path, error in errors.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -23,17 +24,29 @@ def has_grid(checkpoint: Checkpoint, path: str) -> bool:
     return checkpoint.grid_spec(path) is not None
 
 
-def check_keeps_quantized(checkpoint: Checkpoint) -> None:
-    """Checks that there is something to keep.
+def kept_paths(checkpoint: Checkpoint, keep_quantized: bool) -> frozenset[str]:
+    """The parameters that stay quantised: those that are, if `keep_quantized` says so.
 
     Raises:
-      ValueError: if none of the checkpoint's matrices is stored as codes with scales.
+      ValueError: if there is nothing to keep.
     """
-    if not any(has_grid(checkpoint, path) for path in checkpoint.shapes):
+    if not keep_quantized:
+        return frozenset()
+    kept = frozenset(path for path in checkpoint.shapes if has_grid(checkpoint, path))
+    if not kept:
         raise ValueError(
             f"keep_quantized: {checkpoint.source} has no matrix of the GGUF types "
             f"{', '.join(BLOCK_TYPES)}, or quantised by {', '.join((*METHODS, QUANT_METHOD))}"
         )
+    return kept
+
+
+def abstract_params(checkpoint: Checkpoint, kept: Collection[str]) -> dict[str, Any]:
+    """All parameters by path with `jax.ShapeDtypeStruct` for arrays; those `kept` are quantised."""
+    return {
+        path: abstract_grid_array(checkpoint, path) if path in kept else checkpoint.abstract(path)
+        for path in checkpoint.shapes
+    }
 
 
 def grid_array(checkpoint: Checkpoint, path: str) -> LutArray | ReorderedArray:

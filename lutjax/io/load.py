@@ -15,7 +15,7 @@ from lutjax.arrays import is_compressed
 from lutjax.io.checkpoint import Checkpoint, nest, open_gguf
 from lutjax.io.compressed import CompressedCheckpoint, is_compressed_directory, open_compressed
 from lutjax.io.gguf import GGUFReader
-from lutjax.io.grid import check_keeps_quantized, grid_array, has_grid
+from lutjax.io.grid import grid_array, kept_paths
 from lutjax.io.huggingface import download, is_hub_id, open_directory, refuse_pickle
 from lutjax.io.tokenizer import Tokenizer, can_rebuild
 from lutjax.models.decoder import Decoder
@@ -119,12 +119,11 @@ def load_params(
     Raises:
       ValueError: if a file is truncated, a weight holds NaN or Inf, or there is nothing to keep.
     """
-    if keep_quantized:
-        check_keeps_quantized(checkpoint)
+    kept = kept_paths(checkpoint, keep_quantized)
     target = jnp.dtype(dtype)
 
     def leaf(path: str) -> Any:
-        if keep_quantized and has_grid(checkpoint, path):
+        if path in kept:
             return grid_array(checkpoint, path).astype(target)
         value = checkpoint.read(path).astype(target, copy=False)
         return jax.device_put(np.ascontiguousarray(value))

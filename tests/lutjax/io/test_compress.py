@@ -15,7 +15,13 @@ from tiny_checkpoint import assert_same_bits, bfloat16, dense_params, write_hf
 
 import lutjax
 from lutjax import LutArray, LutConfig, Recipe, Rule
-from lutjax.io import Checkpoint, compress_checkpoint, load_params, open_checkpoint
+from lutjax.io import (
+    Checkpoint,
+    compress_checkpoint,
+    decompose_checkpoint,
+    load_params,
+    open_checkpoint,
+)
 from lutjax.io.checkpoint import open_gguf
 from lutjax.io.grid import abstract_grid_array, grid_array, has_grid
 from lutjax.io.names import checkpoint_name, is_transposed
@@ -76,6 +82,18 @@ def test_a_recipe_that_does_not_fit_is_refused_before_reading(
     monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("a weight was read"))
     with pytest.raises(ValueError, match=message):
         compress_checkpoint(source, tmp_path / "out", recipe)
+    assert [file.name for file in tmp_path.iterdir()] == ["source"]
+
+
+def test_fisher_information_of_another_shape_is_refused_before_reading(
+    tmp_path, source, tiny_config, monkeypatch
+):
+    monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("a weight was read"))
+    fisher = {path: np.ones((3, 5), np.float32) for path in dense_params(tiny_config)}
+    with pytest.raises(ValueError, match=r"Fisher information of .* has the shape \(3, 5\)"):
+        decompose_checkpoint(
+            source, tmp_path / "out", UNIFORM, rank=2, key=jax.random.key(0), fisher=fisher
+        )
     assert [file.name for file in tmp_path.iterdir()] == ["source"]
 
 
