@@ -116,12 +116,12 @@ def integer_blocks(
     the scale times an integer of at most 9 bits.
 
     Args:
-      codes: uint8 `[out, in]`.
+      codes: uint8 `[out, in]`, in the order of the matrix.
       zeros: integers `[out, groups]`, or one number.
       scales: `[out, groups]`, of float16 or bfloat16 if `zeros` is an array.
       bits: bits of a code.
       group_size: codes that share a scale.
-      columns: see `GridBlocks`.
+      columns: integers `[in]`, the order in which columns are grouped; None if it is the same.
 
     Returns:
       The matrix; scales are of float32 if there are offsets.
@@ -138,6 +138,7 @@ def integer_blocks(
     else:
         scales = scales.astype(np.float32)  # of one dtype, the CPU kernels read both as they are
         offsets = -(zeros.astype(np.float32) * scales)
+    codes = codes if columns is None else codes[:, columns]
     return GridBlocks(codes, levels, scales, offsets, group_size, columns)
 
 

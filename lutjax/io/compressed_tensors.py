@@ -107,18 +107,16 @@ class CompressedTensors:
         """Reads a layer; see `QuantizationMethod`."""
         spec = self.check(module)
         scales = module.read("weight_scale")
-        columns = None
-        if module.has("weight_g_idx"):
-            columns = read_columns(
-                module, "weight_g_idx", groups=scales.shape[1], group_size=spec.group_size
-            )
+        columns = read_columns(
+            module, "weight_g_idx", groups=scales.shape[1], group_size=spec.group_size
+        )
         codes = unpack_words(module.read("weight_packed"), self.bits)
         zeros: np.ndarray | int = 2 ** (self.bits - 1)
         if not self.symmetric:
             packed = module.read("weight_zero_point")
             zeros = unpack_words(packed.T, self.bits).T[: spec.shape[0]]
         return integer_blocks(
-            codes if columns is None else codes[:, columns],
+            codes,
             zeros,
             scales,
             bits=self.bits,

@@ -111,11 +111,7 @@ class GPTQ:
         codes = unpack_words(module.read("qweight").T, self.bits)
         zeros = unpack_words(module.read("qzeros"), self.bits).T
         zeros = (zeros + np.uint8(self.zero_shift)) & np.uint8(2**self.bits - 1)
-        columns = None
-        if module.has("g_idx"):
-            columns = read_columns(
-                module, "g_idx", groups=zeros.shape[1], group_size=spec.group_size
-            )
+        columns = read_columns(module, "g_idx", groups=zeros.shape[1], group_size=spec.group_size)
         middle = 2 ** (self.bits - 1)
         if self.symmetric and (zeros != middle).any():
             raise module.error(
@@ -125,7 +121,7 @@ class GPTQ:
                 f"'gptq_v2' if all are {middle + 1}, its sym to false if they differ",
             )
         return integer_blocks(
-            codes if columns is None else codes[:, columns],
+            codes,
             middle if self.symmetric else zeros,
             module.read("scales").T,
             bits=self.bits,

@@ -150,9 +150,13 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
         if can_rebuild(metadata) or not (path.parent / "tokenizer.json").is_file():
             return Tokenizer.from_gguf(metadata, str(path))
         return Tokenizer.beside_gguf(path, metadata)
-    if (checkpoint.source / "tokenizer.json").is_file():
-        return Tokenizer.from_directory(checkpoint.source)
-    return None
+    return _directory_tokenizer(checkpoint.source)
+
+
+def _directory_tokenizer(directory: Path) -> Tokenizer | None:
+    """The tokenizer of a directory, if it has one."""
+    has_one = (directory / "tokenizer.json").is_file()
+    return Tokenizer.from_directory(directory) if has_one else None
 
 
 def _local_directory(path: str | Path) -> Path | None:
@@ -187,7 +191,5 @@ def _load_compressed(
         config = dataclasses.replace(config, dtype=dtype)
         target = jnp.dtype(dtype)
         parameters = ((path, leaf.astype(target)) for path, leaf in parameters)
-    tokenizer = None
-    if (checkpoint.source / "tokenizer.json").is_file():
-        tokenizer = Tokenizer.from_directory(checkpoint.source)
+    tokenizer = _directory_tokenizer(checkpoint.source)
     return Decoder(config), nest(dict(parameters)), tokenizer

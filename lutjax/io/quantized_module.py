@@ -115,16 +115,19 @@ def read_columns(
 
     Args:
       module: the layer.
-      suffix: its tensor of group indices, integers `[in]`.
+      suffix: its tensor of group indices, integers `[in]`, if it has one.
       groups: how many groups there are.
       group_size: columns in a group; the last group may be smaller.
 
     Returns:
-      The columns' order, in which each group's are neighbours; None if they are so already.
+      The columns' order, in which each group's are neighbours; None if they are so already
+      or the layer has no such tensor.
 
     Raises:
       ValueError: if an index is out of range or a group has another size.
     """
+    if not module.has(suffix):
+        return None
     index = module.read(suffix)
     if index.min() < 0 or index.max() >= groups:
         raise module.error(
