@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
 import jax
+import optax
 
 from lutjax.arrays import LutArray
 from lutjax.paths import path_string
@@ -69,7 +70,10 @@ def _own_keys(key_path: _KeyPath, parameters: Collection[_KeyPath]) -> _KeyPath:
 
 
 def needs_precision(state: Any, parameters: Mapping[_KeyPath, str]) -> list[bool]:
-    """For each leaf of a state whether small changes add up in it: copies of parameters, sums.
+    """For each leaf of a state whether it must stay as it is.
+
+    Small changes add up in copies of parameters and in sums. A variance that is the difference of
+    two moments (centred RMSProp) would be negative if they were rounded apart.
 
     Args:
       state: The state of any optax transformation; a coded moment is one leaf.
@@ -77,9 +81,22 @@ def needs_precision(state: Any, parameters: Mapping[_KeyPath, str]) -> list[bool
     """
     exact = _ITERATES | _ACCUMULATORS
     return [
-        any(_name(key) in exact for key in _own_keys(key_path, parameters))
-        for key_path in _key_paths(state)
+        centred or any(_name(key) in exact for key in _own_keys(key_path, parameters))
+        for key_path, centred in zip(_key_paths(state), _is_centred(state), strict=True)
     ]
+
+
+def _is_centred(state: Any) -> list[bool]:
+    """For each leaf whether its state subtracts the square of one moment from the other."""
+
+    def stops(x: Any) -> bool:
+        return isinstance(x, optax.ScaleByRStdDevState) or is_coded(x)
+
+    found: list[bool] = []
+    for node in jax.tree.leaves(state, is_leaf=stops):
+        leaves = jax.tree.leaves(node, is_leaf=is_coded)
+        found += [isinstance(node, optax.ScaleByRStdDevState)] * len(leaves)
+    return found
 
 
 def find_moments(

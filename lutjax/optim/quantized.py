@@ -111,7 +111,8 @@ def quantized_state(
     Every floating array of the state with at least `min_size` entries is a :class:`lutjax.LutArray`
     between steps: blocks along its last axis but one, scaled by their largest entry. One of which
     that axis is so short that scales would cost more than codes save stays as it is. So do copies
-    of parameters, and gradients that accumulate: small changes add up in them. Fields that hold
+    of parameters, and gradients that accumulate: small changes add up in them; and the moments of
+    centred RMSProp, whose difference must not be negative. Fields that hold
     second moments (``nu``, ``v``, ...) have tables without zero and negative values. A step decodes
     the state, runs `inner`, and encodes again.
 

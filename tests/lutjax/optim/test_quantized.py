@@ -157,6 +157,17 @@ def test_what_small_changes_add_up_in_is_kept_as_it_is():
     assert any(map(is_compressed, jax.tree.leaves(free, is_leaf=is_compressed)))
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_moments_of_which_one_is_subtracted_are_kept_as_they_are(bits):
+    inner = optax.chain(optax.rmsprop(1e-3, centered=True), optax.scale_by_adam())
+    params = {"w": jnp.zeros((64, 64))}
+    state = quantized_state(inner, bits, min_size=1).init(params)
+    centred, adam = state[0][0], state[1]
+    assert isinstance(centred, optax.ScaleByRStdDevState)
+    assert not any(map(is_compressed, jax.tree.leaves(centred, is_leaf=is_compressed)))
+    assert is_compressed(adam.mu["w"]) and is_compressed(adam.nu["w"])
+
+
 def test_momentum_of_sm3_has_signs():
     gradients = {"w": jnp.tile(jnp.array([-1.0, 1.0]), (64, 4))}
     plain = optax.sm3(1e-2, momentum=0.9)
