@@ -25,6 +25,7 @@ from pallas_kernels.lut_matmul import (
     zero_of_line,
 )
 from pallas_kernels.lut_matmul.dispatch import LUT_MATMUL
+from pallas_kernels.lut_matmul.packed_weight import LAYOUTS, layout_of
 from pallas_kernels.sparse_matmul import (
     KERNEL_LANES,
     BlockCodes,
@@ -32,6 +33,7 @@ from pallas_kernels.sparse_matmul import (
     pack_rows,
     sparse_matmul,
 )
+from pallas_kernels.sparse_matmul.dispatch import SPARSE_MATMUL
 
 GROUP = 128
 LIMITS = {"bfloat16": 1.1e-2, "float16": 2e-3, "float32": 1e-5}
@@ -81,7 +83,10 @@ class Check:
       p: Rows that share a code.
       weights: Several are multiplied at once, each by a tile of ``m`` rows of its own, of which one
         is empty.
-      spaced: Whether entries are equally spaced, which a kernel may compute once prepacked.
+      spaced: Whether entries are equally spaced, which a kernel may compute once prepacked; with
+        offsets the first entry is zero, else the middle one.
+      offsets: Whether groups have offsets.
+      per_column: Whether every column has a table of its own.
       columns: Looks ``m`` columns of a prepacked weight up instead.
     """
 
@@ -94,6 +99,8 @@ class Check:
     p: int = 1
     weights: int = 1
     spaced: bool = False
+    offsets: bool = False
+    per_column: bool = False
     columns: bool = False
 
     @property
@@ -107,6 +114,8 @@ class Check:
             *(["identity"] if self.identity else []),
             *(["pairs"] if self.p > 1 else []),
             *(["equally spaced"] if self.spaced else []),
+            *(["offsets"] if self.offsets else []),
+            *(["a table a column"] if self.per_column else []),
             *([f"{self.weights} weights"] if self.weights > 1 else []),
         ]
         what = "columns" if self.columns else "rows of x"
@@ -119,8 +128,7 @@ class Check:
         'ok'
         """
         x, weight = self._x(), self._weight()
-        static = {**self._static, "transpose": self.transpose}
-        reason = LUT_MATMUL.reason_against_here(implementation, (x, *weight, None), static)
+        reason = self._reason_against(implementation, x, weight)
         if reason is not None:
             return Outcome("refused", reason)
         if self.weights > 1:
@@ -131,19 +139,41 @@ class Check:
             product, expected = self._one(x, weight, implementation), self._expected(x, weight)
         return _outcome(product, expected, self.limit)
 
+    def _reason_against(self, implementation: str, x: jax.Array, weight: tuple) -> str | None:
+        """What is known to be no product of theirs; whatever else is raised is a failure."""
+        static = {**self._static, "transpose": self.transpose}
+        reason = LUT_MATMUL.reason_against_here(implementation, (x, *weight), static)
+        if reason is not None or not (self.spaced or self.columns or self.weights > 1):
+            return reason
+        if self.weights > 1 and implementation not in LAYOUTS:
+            return "it has no product with several weights"
+        try:
+            packed = jax.eval_shape(self._pack(implementation, zero_of_line(weight[2])), *weight)
+        except NotImplementedError as error:
+            return str(error)
+        if not self.transpose or packed.layout is None:
+            return None
+        return layout_of(implementation).reason_against_transposed(packed)
+
     @property
     def _static(self) -> dict[str, Any]:
         k = self.m if self.identity else self.k
         return {"k": k, "group_size": min(GROUP, k)}
 
     def _weight(self) -> tuple:
-        words, scales, lut = random_weight(
-            jax.random.key(self.bits), self._static["k"], _COLUMNS, self.bits, self.p
-        )
+        key = jax.random.key(self.bits)
+        words, scales, lut = random_weight(key, self._static["k"], _COLUMNS, self.bits, self.p)
+        offsets = None
+        if self.offsets:
+            offsets = jax.random.uniform(key, scales.shape, jnp.float32, -0.5, 0.5)
+            offsets = offsets.astype(scales.dtype)
         if self.spaced:
             half = 2 ** (self.bits - 1)
-            lut = (jnp.arange(-half, half, dtype=jnp.float32) / half).reshape(1, -1, 1)
-        return words, scales, lut
+            first = 0 if self.offsets else -half
+            lut = (jnp.arange(first, first + 2 * half, dtype=jnp.float32) / half)[None, :, None]
+        if self.per_column:
+            lut = jnp.stack([jnp.roll(lut[0], column, axis=0) for column in range(_COLUMNS)])
+        return words, scales, lut, offsets
 
     def _x(self) -> jax.Array:
         k = self._static["k"]
@@ -221,6 +251,11 @@ CHECKS = (  # the simplest first: a kernel that hangs takes the rest with it
     Check(4, 9, columns=True),
     Check(3, 130, "float16", columns=True),
     Check(8, 3, columns=True, spaced=True),
+    Check(4, 5, offsets=True),
+    Check(3, 9, "float32", transpose=True, offsets=True),
+    Check(4, 16, spaced=True, offsets=True),
+    Check(3, 9, columns=True, offsets=True),
+    Check(4, 3, per_column=True),
 )
 
 
@@ -265,6 +300,11 @@ class SparseCheck:
         else:
             dense = jax.random.normal(keys[1], (k, _COLUMNS), jnp.float32).astype(self.dtype)
             weight = dense
+        if implementation is not None:
+            arrays = (x, weight, jnp.float32([_THRESHOLD]))
+            reason = SPARSE_MATMUL.reason_against_here(implementation, arrays, {})
+            if reason is not None:
+                return Outcome("refused", reason)
         live = np.where(np.abs(np.asarray(x, np.float64)) > np.float32(_THRESHOLD), x, 0)
         expected = live.astype(np.float64) @ np.asarray(dense, np.float64)
         product = functools.partial(
@@ -307,8 +347,6 @@ def _weight_for_rows(
 def _outcome(product: Callable[[], jax.Array], expected: np.ndarray, limit: float) -> Outcome:
     try:
         y, again = np.asarray(product()), np.asarray(product())
-    except NotImplementedError as error:
-        return Outcome("refused", str(error))
     except Exception as error:  # whatever a compiler or a device raises is the result
         return Outcome("FAILED", f"{type(error).__name__}: {str(error)[:300]}")
     if not np.array_equal(y, again):

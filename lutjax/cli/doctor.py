@@ -135,7 +135,8 @@ def _all_are_right() -> bool:
             outcomes = {check: check.run(name) for check in bar}
             counts = collections.Counter(outcome.status for outcome in outcomes.values())
             taken = len(outcomes) - counts["refused"]
-            print(f"  {operation} {name}: {counts['ok']} of {taken} right", flush=True)
+            refused = f" ({counts['refused']} refused)" if counts["refused"] else ""
+            print(f"  {operation} {name}: {counts['ok']} of {taken} right{refused}", flush=True)
             failed += counts["FAILED"]
             for check, outcome in outcomes.items():
                 if outcome.status == "FAILED":

@@ -12,12 +12,15 @@ from pallas_kernels import native, platforms
 from pallas_kernels.lut_matmul import interpret_kernels, reference
 from pallas_kernels.lut_matmul.dispatch import LUT_MATMUL
 from pallas_kernels.self_check import CHECKS, SPARSE_CHECKS, Check, SparseCheck
+from pallas_kernels.sparse_matmul import masked
 
 WITH_A_LAYOUT = [
     Check(4, 16, k=130, spaced=True),
     Check(8, 3, k=64, columns=True, spaced=True),
     Check(3, 2, "float32", k=96, transpose=True),
     Check(4, 2, k=64, weights=3),
+    Check(4, 3, k=130, spaced=True, offsets=True),
+    Check(4, 2, k=64, per_column=True),
 ]
 
 
@@ -62,6 +65,32 @@ def test_a_wrong_kernel_fails(monkeypatch):
     assert outcome.status == "FAILED" and outcome.result == pytest.approx(0.01, rel=1e-3)
     assert outcome.describe(check.limit) == "relative error 0.01, at most 1e-05 is right"
     assert identity.run("reference").describe(0) == "other bits than the dense weight"
+
+
+@pytest.mark.parametrize("part", ["offsets", "tables"])
+def test_a_kernel_that_forgets_something_fails(monkeypatch, part):
+    right = reference.lut_matmul
+
+    def forgets(x, words, scales, lut, offsets=None, **static):
+        return right(x, words, scales, lut[:1], None if part == "offsets" else offsets, **static)
+
+    monkeypatch.setattr(reference, "lut_matmul", forgets)
+    wrong = [c for c in CHECKS if (c.offsets if part == "offsets" else c.per_column)]
+    # Of another size than in other tests, as traces of products are kept.
+    wrong = [dataclasses.replace(c, k=200) for c in wrong if not (c.columns or c.spaced)]
+    outcomes = [check.run("reference").status for check in wrong]
+    assert outcomes and set(outcomes) == {"FAILED"}
+
+
+def test_a_kernel_that_does_not_compile_fails(monkeypatch):
+    def cannot_be_lowered(*_, **__):
+        raise NotImplementedError("unimplemented primitive in Pallas TPU lowering")
+
+    monkeypatch.setattr(reference, "lut_matmul", cannot_be_lowered)
+    assert Check(4, 3, k=72).run("reference").describe(1.0).endswith("Pallas TPU lowering")
+    assert Check(4, 3, k=72).run("reference").status == "FAILED"
+    monkeypatch.setattr(masked, "sparse_matmul", cannot_be_lowered)
+    assert SparseCheck(2).run("masked").status == "FAILED"
 
 
 def test_runs_that_differ_and_errors_are_failures(monkeypatch):
