@@ -94,8 +94,11 @@ class Operation:
     def best_here(self, arrays: tuple, static: dict) -> str:
         """The implementation that None takes on the platform that programs are compiled for here.
 
-        Kernels that ``PALLAS_KERNELS_DISABLE`` names are left out.
+        Kernels that ``PALLAS_KERNELS_DISABLE`` names are left out, and if a dimension is symbolic
+        (:func:`jax.export.symbolic_shape`) all of them, as they are made for one size.
         """
+        if not all(isinstance(size, int) for a in jax.tree.leaves(arrays) for size in a.shape):
+            return self.fallback
         names = (*self.preference.get(platform_here(), ()), self.fallback)
         without = disabled()
         left = (name for name in names if name not in without)

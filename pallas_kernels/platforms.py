@@ -21,7 +21,8 @@ KERNEL_PLATFORM = {
 DISABLED = "PALLAS_KERNELS_DISABLE"
 """The environment variable with names of kernels, and commas between them, that None never takes.
 
-For a kernel that fails or is slow on some device. Read while a program is traced.
+For a kernel that fails or is slow on some device. It is read while a product is traced, and traces
+are kept: set it before Python starts, or call :func:`jax.clear_caches` afterwards.
 """
 
 _interpreted = contextvars.ContextVar("interpreted", default=False)

@@ -193,7 +193,7 @@ def _dot(x, weight, transpose):
 
 
 def _folds(x, words, lut, k: int, group_size: int) -> bool:
-    few = x.shape[0] <= MAX_FOLDED_ROWS
+    few = isinstance(x.shape[0], int) and x.shape[0] <= MAX_FOLDED_ROWS  # else it is symbolic
     one_table = lut.shape[0] == 1 and lut.shape[-1] == 1
     return few and one_table and (group_size % BLOCK == 0 or group_size >= k)
 

@@ -9,6 +9,7 @@ import pytest
 from lift_checks import normal, weight
 
 import lutjax
+from pallas_kernels import native
 
 W, X = weight(32, 24), normal(2, 32)
 
@@ -23,6 +24,23 @@ def test_static_arguments_and_results_pass_through():
     np.testing.assert_allclose(out["y"], 2 * X @ W.materialize(), rtol=1e-5, atol=1e-5)
     jitted = jax.jit(lambda p, x: lutjax.lift(fn)(p, x, "twice", times=2)["y"])
     np.testing.assert_allclose(jitted({"w": W}, X), out["y"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", ["b, 32", "b, t, 32"])
+def test_exported_functions_take_any_number_of_rows_and_need_no_kernels(shape):
+    leaves, treedef = jax.tree.flatten({"w": W})
+
+    def run(leaves, x):
+        params = jax.tree.unflatten(treedef, leaves)
+        return lutjax.lift(lambda p, x: jnp.tanh(x @ p["w"]), strict=True)(params, x)
+
+    x = jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), jnp.float32)
+    exported = jax.export.export(jax.jit(run), platforms=("cpu", "tpu"))(leaves, x)
+    assert native.LUT_MATMUL not in exported.mlir_module()
+    for rows in (1, 7):
+        actual = normal(rows, 32) if shape.count(",") == 1 else normal(2, rows, 32)
+        y = jax.jit(exported.call)(leaves, actual)
+        np.testing.assert_allclose(y, run(leaves, actual), rtol=1e-5, atol=1e-5)
 
 
 def test_static_argnames_of_an_outer_jit():
