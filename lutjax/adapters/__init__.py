@@ -4,13 +4,13 @@ from lutjax.adapters import lora, multi
 from lutjax.adapters.array import AdapterArray, is_adapter
 from lutjax.adapters.build import (
     kronecker,
-    merge,
     one_sided,
     trainable,
     two_sided,
     with_trainable,
 )
 from lutjax.adapters.dual import AdapterState, AdapterTraining, dual
+from lutjax.adapters.lora import merge
 from lutjax.adapters.workers import merge_workers, start_worker
 
 __all__ = [

@@ -183,7 +183,15 @@ def trainable(adapted: Any, *, others: bool = False) -> Any:
     Returns:
       For each adapter its latent, or ``{"factor": ..., "latent": ...}`` if both are trained; other
       leaves, or None in their place.
+
+    Raises:
+      ValueError: If nothing would be trained.
     """
+    if not others and not any(map(is_adapter, jax.tree.leaves(adapted, is_leaf=is_compressed))):
+        raise ValueError(
+            "there is no adapter to train; those of lora.attach are trained as the argument that "
+            "they are, or by lutjax.partition"
+        )
 
     def pick(leaf: Any) -> Any:
         if is_adapter(leaf):
@@ -216,18 +224,3 @@ def with_trainable(adapted: Any, values: Any) -> Any:
         return dataclasses.replace(leaf, latent=value)
 
     return jax.tree.map(put, adapted, values, is_leaf=is_compressed)
-
-
-def merge(adapted: Any) -> Any:
-    """Dense weights `W_0 + S^T lambda` in the place of adapters; other leaves as they are.
-
-    >>> import jax.numpy as jnp
-    >>> adapted = one_sided({"w": jnp.ones((4, 6))}, Gaussian(2), jax.random.key(0))
-    >>> bool((merge(adapted)["w"] == 1).all())
-    True
-    """
-    return jax.tree.map(
-        lambda leaf: leaf.materialize() if is_adapter(leaf) else leaf,
-        adapted,
-        is_leaf=is_compressed,
-    )

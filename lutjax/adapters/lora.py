@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
+from lutjax.adapters.array import is_adapter
 from lutjax.arrays import (
     CompressedArray,
     DenseArray,
@@ -132,11 +133,14 @@ def detach(params: Any) -> tuple[Any, dict[str, LowRankArray]]:
     The low-rank part of a decomposition counts as an adapter, too.
 
     Raises:
-      TypeError: If a quantised adapter is on; it is for inference.
+      TypeError: If a quantised adapter is on, which is for inference, or an
+        :class:`lutjax.adapters.AdapterArray`.
     """
     adapter: dict[str, LowRankArray] = {}
 
     def take(path: str, leaf: Any) -> Any:
+        if is_adapter(leaf):
+            raise TypeError(f"{path!r} has an adapter that is no low-rank part; merge it: {leaf}")
         if not isinstance(leaf, SumArray):
             return leaf
         if any(isinstance(part, ProductArray) for part in leaf.parts):
@@ -155,13 +159,19 @@ def detach(params: Any) -> tuple[Any, dict[str, LowRankArray]]:
 
 
 def merge(params: Any) -> Any:
-    """Dense weights ``W + left @ right`` in the place of adapted ones; other leaves as they are."""
+    """Dense weights in the place of adapted ones, of every kind; other leaves as they are.
+
+    >>> from lutjax.adapters import two_sided
+    >>> adapted = two_sided({"w": jnp.ones((4, 6))}, 2, jax.random.key(0))
+    >>> bool((merge(adapted)["w"] == 1).all())
+    True
+    """
 
     def add(leaf: Any) -> Any:
         adapted = isinstance(leaf, SumArray) and any(
             isinstance(part, LowRankArray | ProductArray) for part in leaf.parts
         )
-        return leaf.materialize() if adapted else leaf
+        return leaf.materialize() if adapted or is_adapter(leaf) else leaf
 
     return jax.tree.map(add, params, is_leaf=is_compressed)
 

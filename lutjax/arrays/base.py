@@ -112,8 +112,11 @@ class CompressedArray(abc.ABC):
         return dataclasses.replace(self, view=view)  # type: ignore[type-var]
 
     def astype(self, dtype: Any) -> Self:
-        """The same data standing for a weight of another dtype."""
-        return dataclasses.replace(self, dtype=np.dtype(dtype))  # type: ignore[type-var]
+        """The same data standing for a weight of another dtype, which is floating point."""
+        dtype = np.dtype(dtype)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"{self!r} cannot stand for {dtype} numbers; materialize() it first")
+        return dataclasses.replace(self, dtype=dtype)  # type: ignore[type-var]
 
     def summary(self) -> str:
         """What :func:`repr` says of it in parentheses; never the arrays."""
@@ -279,8 +282,11 @@ class CompressedArray(abc.ABC):
         return self.with_view(self.view.transpose([p - batch for p in permutation[batch:]]))
 
     def reshape(self, shape: Sequence[int]) -> Self | None:
-        """The weight in another logical shape without moving data, or None if impossible."""
-        shape = tuple(shape)
+        """The weight in another logical shape without moving data, or None if impossible.
+
+        One of the sizes may be -1, which is what remains.
+        """
+        shape = tuple(self.size // -math.prod(shape) if s == -1 else s for s in shape)
         count = len(self.batch_shape)
         splits = sorted(range(len(shape) + 1), key=lambda split: abs(split - count))
         inner = self.shape[count:]
@@ -304,6 +310,10 @@ class CompressedArray(abc.ABC):
             fields = dataclasses.fields(self)  # type: ignore[arg-type]
             values = ", ".join(f"{field.name}={getattr(self, field.name)!r}" for field in fields)
             return f"{type(self).__name__}({values})"
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        """No array of its codes: NumPy would make one of objects."""
+        raise TypeError(f"{self!r} is compressed; materialize() gives the dense weight")
 
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
         """``x @ W`` for a weight whose logical axes are ``(K, N)``, or ``(N, K)`` stored."""

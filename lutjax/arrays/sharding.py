@@ -69,6 +69,8 @@ def part_specs(array: CompressedArray, spec: PartitionSpec, sizes: Mapping[str, 
       ValueError: If the weight cannot be split that way; says what can be done.
     """
     count = len(array.batch_shape)
+    if len(spec) > array.ndim:
+        raise ValueError(f"the spec is for {len(spec)} axes, but the weight has {array.ndim}")
     entries = [*spec, *[None] * (array.ndim - len(spec))]
     split = Split(
         tuple(entries[:count]),

@@ -287,7 +287,12 @@ def _flat_leaves(params: Any) -> dict[str, Any]:
 def _abstract(leaf: Any, name: str) -> Any:
     def spec(array: Any) -> jax.ShapeDtypeStruct:
         if not isinstance(array, jax.Array | np.ndarray):
-            raise TypeError(f"{name!r} holds a {type(array).__name__}; only arrays can be saved")
+            raise TypeError(
+                f"{name!r} holds a {type(array).__name__}; only nested dictionaries of arrays can "
+                f"be saved (of Flax NNX: nnx.to_pure_dict(state))"
+            )
+        if jnp.issubdtype(array.dtype, jax.dtypes.extended):
+            raise TypeError(f"{name!r} holds {array.dtype}; save jax.random.key_data of it")
         return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
     if not is_compressed(leaf):

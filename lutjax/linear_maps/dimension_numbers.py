@@ -109,6 +109,11 @@ def matching(*patterns: str, numbers: DimensionNumbers | None = None) -> Callabl
         hits = set()
         for pattern in patterns:
             matched = [path for path in paths if fnmatch.fnmatchcase(path, pattern)]
+            if paths == [""]:  # not parameters but one number, such as a step
+                raise ValueError(
+                    f"matching({pattern!r}) was called on {params}, not on parameters; in "
+                    f"optax.inject_hyperparams name weight_dimension_numbers in static_args"
+                )
             if paths and not matched:
                 raise ValueError(f"no parameter matches {pattern!r}; the paths are {paths}")
             hits.update(matched)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from lutjax.models.config import DecoderConfig
@@ -32,10 +33,23 @@ def decoder_blocks(
       and the input of the first block. `y` of one block is `x` of the next.
 
     Raises:
-      ValueError: if the layers are stacked.
+      ValueError: if the layers are stacked, there are none in `params`, or `tokens` are not
+        `[B, T]` of the vocabulary.
     """
     if config.scan_layers:
         raise ValueError("the layers are stacked; use unstack_layers and scan_layers=False")
+    if "layers" not in params:
+        raise ValueError(f"params has {', '.join(params)} but no layers; give variables['params']")
+    numbers = np.asarray(tokens)
+    if numbers.ndim != 2 or not np.issubdtype(numbers.dtype, np.integer):
+        raise ValueError(
+            f"tokens of shape {numbers.shape} and dtype {numbers.dtype} must be integers [B, T]"
+        )
+    if numbers.size and not 0 <= numbers.min() <= numbers.max() < config.vocab_size:
+        raise ValueError(
+            f"tokens go from {numbers.min()} to {numbers.max()}; those of this model are "
+            f"0 … {config.vocab_size - 1}"
+        )
     block = Block(config)
 
     def run(windowed: bool, block_params: Any, x: Array) -> Array:

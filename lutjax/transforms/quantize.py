@@ -293,7 +293,7 @@ def fit_scales(
 
     Returns:
       ``(max |w|, None)``, ``(max w - min w, min w)`` or ``(sqrt(mean w**2), None)``, each
-      ``float32[ceil(K/G), N]``.
+      ``float32[ceil(K/G), N]``; a group with NaN has a scale of NaN.
     """
     k, n = matrix.shape
     edge = [(0, -k % group_size), (0, 0)]
@@ -303,10 +303,12 @@ def fit_scales(
         counts = np.minimum(group_size, k - first).astype(np.float32)  # the last may be shorter
         return jnp.sqrt(squares.sum(axis=1) / counts[:, None]), None
     groups = jnp.pad(matrix, edge, mode="edge").reshape(-1, group_size, n)
+    # The largest of numbers and NaN may be a number, but no code stands for NaN.
+    mark = jnp.where(jnp.isnan(groups).any(axis=1), jnp.nan, 1.0)
     if kind == "absmax":
-        return jnp.abs(groups).max(axis=1), None
+        return mark * jnp.abs(groups).max(axis=1), None
     low = groups.min(axis=1)
-    return groups.max(axis=1) - low, low
+    return mark * (groups.max(axis=1) - low), low
 
 
 # Multiples of a group's usual scale to choose from; of those that are alike the first wins. The

@@ -240,3 +240,16 @@ def test_factors_of_wide_weights_are_as_wide():
     with jax.enable_x64(True):
         adapted = two_sided({"w": jnp.ones((6, 8), jnp.float64)}, 2, jax.random.key(0))
         assert trainable(adapted)["w"]["factor"].dtype == jnp.float64
+
+
+def test_both_kinds_of_adapters_are_merged_by_one_function_and_told_apart():
+    params = {"w": lutjax.quantize(jnp.eye(32), bits=4, group_size=32)}
+    low_rank = lora.attach(params, lora.init(params, 2, jax.random.key(0), targets=("w",)))
+    mapped = two_sided(params, 2, jax.random.key(0))
+    for adapted in (low_rank, mapped):
+        np.testing.assert_array_equal(merge(adapted)["w"], params["w"].materialize())
+    assert lora.merge is merge
+    with pytest.raises(ValueError, match=r"no adapter to train; those of lora\.attach"):
+        trainable(low_rank)
+    with pytest.raises(TypeError, match="'w' has an adapter that is no low-rank part; merge it"):
+        lora.detach(mapped)

@@ -317,6 +317,7 @@ def test_views_of_three_axes():
     )
     assert heads.outer_axis(1) == ("n", 6) and heads.outer_axis(2) is None
     assert heads.reshape((K, 24)).shape == (K, 24) and heads.reshape((4, 6, K)) is None
+    assert heads.reshape((K, -1)).shape == (K, 24)
 
 
 @pytest.mark.parametrize(
@@ -338,7 +339,16 @@ def test_errors(make, message):
 
 def test_it_never_becomes_dense_by_itself():
     array, _ = make_lut()
-    for convert in (jnp.asarray, jnp.exp, lambda w: jnp.ones((2, K)) + w):
+    for convert in (np.asarray, jnp.asarray, jnp.exp, lambda w: jnp.ones((2, K)) + w):
         with pytest.raises(TypeError):
             convert(array)
     assert lutjax.is_compressed(array) and not lutjax.is_compressed(jnp.ones(2))
+    with pytest.raises(TypeError, match="cannot stand for int8 numbers"):
+        array.astype("int8")
+
+
+def test_a_sharding_for_more_axes_than_there_are_is_refused():
+    mesh = jax.make_mesh((1,), ("m",))
+    by_a_third = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None, "m"))
+    with pytest.raises(ValueError, match="the spec is for 3 axes, but the weight has 2"):
+        lutjax.shardings_like(make_lut()[0], by_a_third)

@@ -254,6 +254,16 @@ def test_a_rank_that_does_not_fit_is_refused_before_anything_runs(decoder):
 def test_bad_arguments_are_refused_before_anything_runs(decoder):
     model, params, tokens = decoder
     fns, blocks, x = decoder_blocks(model.config, params, tokens)
+    for wrong, message in (
+        (np.asarray(tokens) + 10**6, "tokens go from 10000.*; those of this model are 0 … "),
+        (np.asarray(tokens) - 10**6, "tokens go from -"),
+        (tokens[0], "must be integers"),
+        (tokens.astype("float32"), "must be integers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            quantize_decoder(model.config, params, wrong)
+    with pytest.raises(ValueError, match="but no layers; give variables"):
+        quantize_decoder(model.config, {"params": params}, tokens, Recipe.uniform(4, 32))
     with pytest.raises(TypeError, match="the recipe is a LutConfig; give a Recipe"):
         quantize_blocks(fns, blocks, x, LutConfig())
     with pytest.raises(ValueError, match="'layers/7/\\*' matches no parameter"):

@@ -486,6 +486,17 @@ def test_what_is_no_array_is_left_out_of_a_summary():
     assert [leaf.path for leaf in lutjax.summarize(module).leaves] == ["layer/kernel", "rate"]
 
 
+@pytest.mark.parametrize("codebook", ["nf", "affine"])
+def test_groups_with_nan_stay_nan(codebook):
+    weight = jnp.ones((64, 8)).at[3, 5].set(jnp.nan)
+    found = np.isnan(
+        lutjax.quantize(
+            weight, bits=4, group_size=32, codebook=codebook, allow_nonfinite=True
+        ).materialize()
+    )
+    assert found[:32, 5].all() and found.sum() == 32
+
+
 def test_nonfinite_weights_may_be_let_through():
     array = lutjax.quantize(jnp.full((64, 8), jnp.inf), allow_nonfinite=True)
     assert array.shape == (64, 8)
