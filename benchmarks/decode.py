@@ -36,7 +36,7 @@ PROMPT = "The capital of France is"
 def variants(dense: Any) -> dict[str, Callable[[], Any]]:
     return {
         "dense": lambda: dense,
-        "nf8": lambda: lutjax.quantize(dense, bits=8),
+        "nf8": lambda: lutjax.quantize(dense, bits=8, codebook="nf"),
         "nf4": lambda: lutjax.quantize(dense, bits=4),
         "nf3": lambda: lutjax.quantize(dense, bits=3),
         "nf4-embed8": lambda: lutjax.quantize(dense, bits=4, embedding_bits=8),

@@ -49,8 +49,9 @@ class Decompose:
     """Bits of a code, 1 to 8."""
     group_size: int | Literal["column"] = 64
     """Weights that share a scale, at least 16, or 'column' for one scale a column."""
-    codebook: str = "nf"
-    """Table of values: nf (NormalFloat), int, affine, fp4, nf_flute, kmeans, gaussian."""
+    codebook: str = "default"
+    """Table of values: nf (NormalFloat; the default up to 5 bits), int (from 6 bits on), affine,
+    fp4, nf_flute, kmeans, gaussian (at 1 bit)."""
     double_quant: bool = False
     """Quantise the scales too, to 8 bits."""
     plan: Path | None = None

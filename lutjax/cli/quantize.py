@@ -50,8 +50,9 @@ class Quantize:
     higgs: bool = False
     """Rotate the weights and use the best tables for normal numbers: the least error for 1 to 4
     bits; decoding is slower on a CPU. Instead of a codebook."""
-    codebook: str = "nf"
-    """Table of values: nf (NormalFloat), int, affine, fp4, nf_flute, kmeans, gaussian."""
+    codebook: str = "default"
+    """Table of values: nf (NormalFloat; the default up to 5 bits), int (from 6 bits on), affine,
+    fp4, nf_flute, kmeans, gaussian (at 1 bit)."""
     scale_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """How the scales are stored."""
     double_quant: bool = False

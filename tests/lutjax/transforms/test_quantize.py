@@ -198,6 +198,20 @@ PARAMS = {
 C = LutConfig(bits=4, group_size=16)
 
 
+@pytest.mark.parametrize(
+    ("bits", "name"), [(1, "gaussian"), (2, "nf"), (5, "nf"), (6, "int"), (8, "int")]
+)
+def test_the_default_codebook_exists_and_is_the_better_of_two(bits, name):
+    assert LutConfig(bits).codebook == Recipe.uniform(bits).rules[0].config.codebook == name
+
+    def error(**codebook):
+        found = lutjax.quantize(WEIGHT, bits=bits, **codebook).materialize()
+        return float(np.linalg.norm(found - WEIGHT))
+
+    if bits > 5:
+        assert error() == error(codebook="int") < error(codebook="nf")
+
+
 def compressed_paths(recipe):
     summary = lutjax.summarize(lutjax.quantize(PARAMS, recipe))
     return [leaf.path for leaf in summary.leaves if leaf.compressed]
