@@ -24,7 +24,9 @@ def partition(params: Any, trainable: Callable[[str, Any], bool] | None = None) 
       params: A pytree of parameters, dense or compressed.
       trainable: Whether an array learns, given its path and itself; the parts of a compressed
         weight have paths too, such as ``layers/0/q_proj/kernel/parts/1/left``. By default all dense
-        floating-point parameters and low-rank factors learn; codes, scales and tables do not.
+        floating-point parameters and low-rank factors learn; codes, scales and tables do not, nor
+        do the adapters of :func:`lutjax.adapters.one_sided` and its like, which have a
+        :func:`lutjax.adapters.trainable` of their own.
 
     Returns:
       ``(trainable, frozen)``.

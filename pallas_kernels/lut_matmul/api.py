@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +98,7 @@ def lut_matmul(
     spec = _Spec(k, group_size, transpose, implementation, interpret)
     check_arguments(x, words, scales, lut, offsets, **spec.static)
     LUT_MATMUL.check_runs_here(implementation, (x, words, scales, lut, offsets), spec.static)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     operands = (rows, words, scales, lut, offsets)
     axes = varying_axes(*operands)
     y = _product(spec, *(None if a is None else vary_over(a, axes) for a in operands))
@@ -188,7 +189,7 @@ def _columns(spec: _Spec, words) -> int:
 @functools.partial(jax.jit, static_argnums=0)
 def _run(spec: _Spec, x, words, scales, lut, offsets=None):
     """Runs one implementation, or lets the platform that is lowered for choose among several."""
-    if x.shape[0] == 0:
-        return jnp.zeros((0, _columns(spec, words)), x.dtype)
+    if x.shape[0] == 0 or words.shape[-1] == 0:
+        return jnp.zeros((x.shape[0], _columns(spec, words)), x.dtype)
     static = spec.static | ({"interpret": True} if spec.interpret else {})
     return LUT_MATMUL.run(spec.implementation, (x, words, scales, lut, offsets), static)

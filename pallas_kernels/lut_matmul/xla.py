@@ -115,7 +115,8 @@ def _over_columns(product, words, scales, lut, offsets, *, most: int):
     """``product(words, scales, lut, offsets)`` for one range of columns after another.
 
     A range has ``most`` columns, the last one maybe fewer. All of them are one if they are no more,
-    or lie on several devices, where a slice would bring them together.
+    or are known to lie on several devices, where a slice would bring them together; of the
+    ``in_shardings`` of a ``jax.jit`` a traced array knows nothing.
     """
     n = words.shape[-1]
     if n <= most or is_partitioned_automatically(words):

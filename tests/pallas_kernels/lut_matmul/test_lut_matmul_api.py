@@ -45,6 +45,15 @@ def test_gradients_match_the_dense_product(transpose, tables, p):
 
 
 @pytest.mark.parametrize("implementation", [None, "xla", "reference"])
+def test_weights_without_columns_give_empty_products_and_zeros(implementation):
+    weight = jnp.zeros((8, 4, 0), jnp.uint8), jnp.ones((2, 0)), jnp.ones((1, 16, 1))
+    options = {"k": 64, "group_size": 32, "implementation": implementation}
+    assert lut_matmul(jnp.ones((2, 3, 64)), *weight, **options).shape == (2, 3, 0)
+    y = lut_matmul(jnp.ones((2, 3, 0)), *weight, **options, transpose=True)
+    np.testing.assert_array_equal(y, np.zeros((2, 3, 64)))
+
+
+@pytest.mark.parametrize("implementation", [None, "xla", "reference"])
 def test_gradients_have_gradients(args, implementation):
     x, words, scales, *rest = args
 
