@@ -11,10 +11,11 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from lutjax.arrays.grouped import entry, map_tiles
-from lutjax.arrays.split import Split
+from lutjax.arrays.split import Split, typed_entries
 from lutjax.arrays.view import MatrixView
 
 
@@ -317,12 +318,18 @@ class CompressedArray(abc.ABC):
 
     def __rmatmul__(self, x: jax.Array) -> jax.Array:
         """``x @ W`` for a weight whose logical axes are ``(K, N)``, or ``(N, K)`` stored."""
+        from lutjax.arrays.typed_shardings import logical_sharding, run_with_auto_axes
+
         if self.batch_shape or len(self.view.order) != 2:
             raise ValueError(f"x @ weight needs a matrix, got {self}; use jnp.einsum inside lift")
         x = jnp.asarray(x)
-        if self.view.k_axes == (0,):
-            return self.matmul(x)
-        return self.matmul_transposed(x)
+        stored = self.view.k_axes == (0,)
+        product = type(self).matmul if stored else type(self).matmul_transposed
+        sharding = logical_sharding(self)
+        if sharding is None:
+            return product(self, x)
+        spec = PartitionSpec(*typed_entries(x)[:-1], sharding.spec[1])
+        return run_with_auto_axes(product, [self, x], NamedSharding(sharding.mesh, spec))
 
 
 def cut(a: jax.Array, start: Any, size: int, axis: int) -> jax.Array:

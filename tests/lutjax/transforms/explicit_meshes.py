@@ -122,6 +122,20 @@ def adapter_type():
         return list(jax.typeof(jax.jit(run)(params, jnp.ones((4, 128)))).sharding.spec)
 
 
+def outside_lift():
+    """Products with the weight and its transpose, not lifted: sharding, and distance from dense."""
+    with jax.set_mesh(MESH):
+        weight = lutjax.quantize(place(tree())["both"], RECIPES["nf4"])
+        dense = np.asarray(weight.materialize())
+        found = []
+        for w, matrix in ((weight, dense), (weight.T, dense.T)):
+            x = np.ones((4, matrix.shape[0]), np.float32)
+            y = jnp.asarray(x) @ w
+            distance = float(np.abs(np.asarray(y) - x @ matrix).max())
+            found.append([list(y.sharding.spec), distance])
+        return found
+
+
 print(
     json.dumps(
         {
@@ -133,6 +147,7 @@ print(
             "fisher full": fisher("full"),
             "refused": refused(),
             "adapter": adapter_type(),
+            "outside lift": outside_lift(),
         }
     )
 )

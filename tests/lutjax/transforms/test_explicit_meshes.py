@@ -34,3 +34,9 @@ def test_weights_that_do_not_split_are_named(results):
 
 def test_products_of_adapters_are_typed_as_those_of_their_base(results):
     assert results["adapter"] == [None, "y"]
+
+
+def test_products_outside_lift_are_sharded_as_the_weight(results):
+    (right, a), (transposed, b) = results["outside lift"]
+    assert right == [None, "y"] and transposed == [None, "x"]
+    assert max(a, b) < 1e-4
