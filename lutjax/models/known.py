@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lutjax.models.config import DecoderConfig
 
+# Tokens, width, width of MLPs, layers, heads, heads of keys, width of a head, context.
 MODELS: dict[str, DecoderConfig] = {
     "smollm2-135m": DecoderConfig(
         49152, 576, 1536, 30, 9, 3, 64, 8192, rope_theta=1e5, tie_embeddings=True
