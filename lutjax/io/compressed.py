@@ -162,6 +162,8 @@ def write_checkpoint(
       ValueError: if the parameters do not fit the configuration.
       OSError: if the disk is full.
     """
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes={max_shard_bytes} must be at least 1")
     destination = check_destination(destination)
     decoder = None if config is None else _decoder_fields(config)
     if config is not None:

@@ -145,7 +145,9 @@ class SparsityPlan:
                 raise ValueError(f"score {data['score']!r} is neither 'magnitude' nor 'wina'")
             gates = {path: _gate(fields) for path, fields in data["gates"].items()}
             return cls(data["method"], data["target"], gates, data["score"])
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except KeyError as error:
+            raise ValueError(f"not a sparsity plan: it has no {error}") from error
+        except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"not a sparsity plan: {error}") from error
 
     @classmethod

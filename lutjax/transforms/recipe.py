@@ -217,6 +217,9 @@ class Recipe:
     embeddings: LutConfig | None = None
 
     def __post_init__(self):
+        if not isinstance(self.rules, list | tuple):
+            raise TypeError(f"rules={self.rules!r}; give a tuple of them, such as (Rule(...),)")
+        object.__setattr__(self, "rules", tuple(self.rules))
         for rule in self.rules:
             if not isinstance(rule, Rule):
                 raise TypeError(f"{rule!r} is no rule; give Rule(pattern, config)")

@@ -149,6 +149,10 @@ def test_a_dense_model_that_was_saved_can_be_compressed(tmp_path, tiny_config):
 
 def test_shards(tmp_path):
     arrays = {f"w{i}": weight((16, 16), i).astype(jnp.bfloat16) for i in range(5)}
+    with pytest.raises(ValueError, match="max_shard_bytes=0 must be at least 1"):
+        lutjax.save(tmp_path / "out", arrays, max_shard_bytes=0)
+    with pytest.raises(TypeError, match=r"'key' holds key<fry>; save jax\.random\.key_data of it"):
+        lutjax.save(tmp_path / "out", {"key": jax.random.key(0)})
     lutjax.save(tmp_path / "out", arrays, max_shard_bytes=1024)
     files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
     assert files == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]

@@ -238,6 +238,12 @@ def test_names_in_full_may_have_brackets():
     assert lutjax.quantize(params, recipe)["a[0]"]["kernel"].bits == 3
 
 
+def test_rules_are_a_tuple():
+    assert hash(Recipe([Rule("*", C)])) == hash(Recipe((Rule("*", C),)))
+    with pytest.raises(TypeError, match=r"give a tuple of them, such as \(Rule"):
+        Recipe(Rule("*", C))
+
+
 def test_recipes_survive_json():
     double = lutjax.DoubleQuant(bits=6)
     rules = (
