@@ -46,10 +46,25 @@ def compress_with_auto_axes(
             raise ValueError(f"{path!r} {leaf!r} sharded by {spec}: {error}") from error
         return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
-    replicated = jax.sharding.auto_axes(compress, out_sharding=PartitionSpec())
-    shapes = jax.eval_shape(replicated, weight, *operands)
-    shardings = jax.tree.map(place, shapes, is_leaf=is_compressed)
-    return jax.sharding.auto_axes(compress, out_sharding=shardings)(weight, *operands)
+    def shardings(result: Any) -> Any:
+        return jax.tree.map(place, result, is_leaf=is_compressed)
+
+    return place_with_auto_axes(compress, [weight, *operands], shardings)
+
+
+def place_with_auto_axes(
+    compute: Callable[..., Any], operands: Sequence[Any], shardings: Callable[[Any], Any]
+) -> Any:
+    """Like :func:`run_with_auto_axes`, with shardings that depend on the shapes of the result.
+
+    Args:
+      compute: What to run.
+      operands: Pytrees of arrays.
+      shardings: From the result with ``jax.ShapeDtypeStruct`` for arrays to a sharding for each.
+    """
+    replicated = jax.sharding.auto_axes(compute, out_sharding=PartitionSpec())
+    wanted = shardings(jax.eval_shape(replicated, *operands))
+    return jax.sharding.auto_axes(compute, out_sharding=wanted)(*operands)
 
 
 def run_with_auto_axes(

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lutjax.arrays.sharding import part_specs
 from lutjax.arrays.split import explicit_mesh
+from lutjax.arrays.typed_shardings import place_with_auto_axes
 from lutjax.optim._state import is_coded
 from lutjax.paths import path_string
 
@@ -48,10 +49,10 @@ def init_with_auto_axes(init: Callable[[Any], Any], params: Any) -> Any:
                 specs = jax.tree.map(lambda _: PartitionSpec(), leaf)
         return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
-    replicated = jax.sharding.auto_axes(init, out_sharding=PartitionSpec())
-    shapes = jax.eval_shape(replicated, params)
-    shardings = jax.tree_util.tree_map_with_path(place, shapes, is_leaf=is_coded)
-    return jax.sharding.auto_axes(init, out_sharding=shardings)(params)
+    def shardings(state: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(place, state, is_leaf=is_coded)
+
+    return place_with_auto_axes(init, [params], shardings)
 
 
 def update_with_auto_axes(
