@@ -99,6 +99,8 @@ class LutConfig:
                 object.__setattr__(self, name, int(value))
         if not isinstance(self.bits, int) or not 1 <= self.bits <= MAX_BITS:
             raise ValueError(f"bits={self.bits!r} is not supported; use 1 to {MAX_BITS}")
+        if not isinstance(self.codebook, str):
+            object.__setattr__(self, "codebook", tuple(float(v) for v in self.codebook))
         if self.codebook == DEFAULT:
             name = "gaussian" if self.bits == 1 else "nf" if self.bits < 6 else "int"
             object.__setattr__(self, "codebook", name)
@@ -113,8 +115,6 @@ class LutConfig:
             raise ValueError(
                 f"scale_dtype={self.scale_dtype!r}; use 'bfloat16', 'float16' or 'float32'"
             )
-        if not isinstance(self.codebook, str):
-            object.__setattr__(self, "codebook", tuple(float(v) for v in self.codebook))
         if type(self.vector_size) is not int or self.vector_size not in (1, 2):
             raise ValueError(f"vector_size={self.vector_size!r} is not supported; use 1 or 2")
         if not isinstance(self.rotate, bool):

@@ -238,6 +238,11 @@ def test_names_in_full_may_have_brackets():
     assert lutjax.quantize(params, recipe)["a[0]"]["kernel"].bits == 3
 
 
+def test_a_codebook_may_be_an_array():
+    values = np.linspace(-1, 1, 16)
+    assert LutConfig(codebook=values) == LutConfig(codebook=tuple(values))
+
+
 def test_rules_are_a_tuple():
     assert hash(Recipe([Rule("*", C)])) == hash(Recipe((Rule("*", C),)))
     with pytest.raises(TypeError, match=r"give a tuple of them, such as \(Rule"):
