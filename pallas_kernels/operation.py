@@ -35,6 +35,7 @@ class Operation:
       preference: For a platform the implementations that are faster than the fallback, best first.
       fallback: The implementation that computes everything on every platform.
       loses: Whether the fallback is faster than the named one for these arrays and static keywords.
+      operands: The arrays in the form that the named implementation reads.
       interpretable: Whether kernels run inside ``interpret_kernels()``.
     """
 
@@ -43,6 +44,7 @@ class Operation:
     preference: Mapping[str, tuple[str, ...]]
     fallback: str
     loses: Callable[[str, tuple, dict], bool] = lambda *_: False
+    operands: Callable[[str, tuple], tuple] = lambda _, arrays: arrays
     interpretable: bool = False
 
     def backend(self, name: str) -> Any:
@@ -115,7 +117,7 @@ class Operation:
 
         def by(name: str) -> Callable[..., Any]:
             product = getattr(self.backend(name), self.name)
-            return lambda *arrays: product(*arrays, **static)
+            return lambda *arrays: product(*self.operands(name, arrays), **static)
 
         if name is not None:
             return by(name)(*arrays)

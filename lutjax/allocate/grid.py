@@ -91,7 +91,7 @@ def stored_bytes(k: int, n: int, config: LutConfig) -> int:
     if config.double_quant is None:
         return total + _scales_of_group(config) * groups * n * _ITEMSIZE[config.scale_dtype]
     second = config.double_quant
-    codes = -(-n // 8) * second.bits * groups
+    codes = -(-groups // 8) * second.bits * n
     steps = groups * -(-n // second.block) * _ITEMSIZE[second.dtype]
     return total + codes + steps + 4
 

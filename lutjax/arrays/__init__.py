@@ -12,7 +12,7 @@ from lutjax.arrays.reordered import ReorderedArray
 from lutjax.arrays.rotated import RotatedArray
 from lutjax.arrays.row_dense_array import RowDenseArray
 from lutjax.arrays.row_lut_array import RowLutArray
-from lutjax.arrays.scales import DoubleQuant, QuantizedScales, quantize_scales
+from lutjax.arrays.scales import DoubleQuant, QuantizedScales, quantize_scales, quantize_scales_like
 from lutjax.arrays.sharding import shardings_like
 from lutjax.arrays.side_by_side import side_by_side
 from lutjax.arrays.sum_array import SumArray
@@ -41,6 +41,7 @@ __all__ = [
     "has_compressed",
     "is_compressed",
     "quantize_scales",
+    "quantize_scales_like",
     "shardings_like",
     "side_by_side",
 ]

@@ -12,13 +12,14 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from lutjax.arrays.base import CompressedArray, cut, format_bytes
-from lutjax.arrays.scales import QuantizedScales
+from lutjax.arrays.scales import split_scales
 from lutjax.arrays.split import Split, typed_entries
 from lutjax.arrays.view import MATRIX, MatrixView
 from lutjax.dtypes import widened
 from lutjax.packing import BLOCK, unpack
 from pallas_kernels.lut_matmul import dequantize, lut_matmul, take_columns
 from pallas_kernels.manual_axes import is_partitioned_automatically
+from pallas_kernels.scales import QuantizedScales, expanded, some_columns
 from pallas_kernels.sparse_matmul import BlockCodes
 
 
@@ -33,7 +34,7 @@ class LutArray(CompressedArray):
       words: ``uint8[*batch, ceil(K / (8 p)), bits, N]``, packed codes.
       scales: ``[*batch, ceil(K / G), N]``, or :class:`QuantizedScales` of that shape.
       lut: ``float32[*batch, T, 2**bits, p]``; T = 1 or N tables, p consecutive rows share a code.
-      offsets: Like plain ``scales``, or None.
+      offsets: Like ``scales``, or None.
       group_size: G, rows that share a scale; the last group may be shorter.
       padding: Rows that pad K to a whole number of packed blocks.
       dtype: Dtype of the weight this stands for.
@@ -52,7 +53,7 @@ class LutArray(CompressedArray):
     words: UInt8[Array, "..."]
     scales: Float[Array, "..."] | QuantizedScales
     lut: Float[Array, "..."]
-    offsets: Float[Array, "..."] | None
+    offsets: Float[Array, "..."] | QuantizedScales | None
     group_size: int = dataclasses.field(metadata={"static": True})
     padding: int = dataclasses.field(metadata={"static": True})
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
@@ -83,24 +84,18 @@ class LutArray(CompressedArray):
         """The unpacked codes, ``uint8[*batch, K / p, N]``."""
         return unpack(self.words, -(-self.matrix_shape[0] // self.vector_size))
 
-    def expanded_scales(self) -> Float[Array, "*batch g n"]:
-        """The group scales, dequantised if they are quantised themselves."""
-        return self.scales.expand() if isinstance(self.scales, QuantizedScales) else self.scales
-
     def block_codes(self) -> BlockCodes:
         """What the sparse product takes; without batch axes, and for single rows a code."""
-        scales = self.expanded_scales()
-        return BlockCodes(
-            self.words, scales, self.lut, self.offsets, self.matrix_shape[0], self.group_size
-        )
+        parts = self.words, self.scales, self.lut, self.offsets
+        return BlockCodes(*parts, self.matrix_shape[0], self.group_size)
 
     def materialize_matrix(self) -> Float[Array, "*batch k n"]:
         """The dense stored matrix, in :attr:`dtype`."""
         return dequantize(
             self.words,
-            self.expanded_scales(),
+            expanded(self.scales),
             self.lut,
-            self.offsets,
+            expanded(self.offsets),
             k=self.matrix_shape[0],
             group_size=self.group_size,
             dtype=self.dtype,
@@ -126,7 +121,7 @@ class LutArray(CompressedArray):
         y = lut_matmul(
             widened(x, out_dtype),
             self.words,
-            self.expanded_scales(),
+            self.scales,
             self.lut,
             self.offsets,
             k=self.matrix_shape[0],
@@ -139,13 +134,13 @@ class LutArray(CompressedArray):
     def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array:
         """Dense rows or columns; only those are dequantised."""
         if axis == "n":
-            tables = jnp.take(self.lut, indices, axis=-3) if self._tables_per_column else self.lut
+            take = functools.partial(take_columns, columns=indices)
             part = dataclasses.replace(
                 self,
-                words=take_columns(self.words, indices),
-                scales=take_columns(self.expanded_scales(), indices),
-                lut=tables,
-                offsets=None if self.offsets is None else take_columns(self.offsets, indices),
+                words=take(self.words),
+                scales=some_columns(self.scales, take),
+                lut=jnp.take(self.lut, indices, axis=-3) if self._tables_per_column else self.lut,
+                offsets=some_columns(self.offsets, take),
             )
             return part.materialize_matrix().T
         place, within = indices // self.vector_size, indices % self.vector_size
@@ -156,22 +151,23 @@ class LutArray(CompressedArray):
         column = jnp.arange(self.words.shape[-1])[None, :]
         values = table[column, codes.astype(jnp.int32), within[:, None]]
         group = indices // self.group_size
-        rows = values * self.expanded_scales()[group].astype(jnp.float32)
+        rows = values * expanded(self.scales)[group].astype(jnp.float32)
         if self.offsets is not None:
-            rows += self.offsets[group].astype(jnp.float32)
+            rows += expanded(self.offsets)[group].astype(jnp.float32)
         return rows.astype(self.dtype)
 
     def slice_matrix(self, axis: str, start: Any, size: int) -> Self | None:
         """Rows at group and block boundaries, or any columns, of the stored matrix."""
         k = self.matrix_shape[0]
         if axis == "n":
-            columns = functools.partial(cut, start=start, size=size)
+            part = functools.partial(cut, start=start, size=size)
+            columns = functools.partial(part, axis=-1)
             return dataclasses.replace(
                 self,
-                words=columns(self.words, axis=-1),
-                scales=columns(self.expanded_scales(), axis=-1),
-                lut=columns(self.lut, axis=-3) if self._tables_per_column else self.lut,
-                offsets=None if self.offsets is None else columns(self.offsets, axis=-1),
+                words=columns(self.words),
+                scales=some_columns(self.scales, columns),
+                lut=part(self.lut, axis=-3) if self._tables_per_column else self.lut,
+                offsets=some_columns(self.offsets, columns),
             )
         if not isinstance(start, int):  # it may lie within a group or a block
             return None
@@ -184,8 +180,8 @@ class LutArray(CompressedArray):
         return dataclasses.replace(
             self,
             words=self.words[..., blocks, :, :],
-            scales=self.expanded_scales()[..., groups, :],
-            offsets=None if self.offsets is None else self.offsets[..., groups, :],
+            scales=expanded(self.scales)[..., groups, :],
+            offsets=None if self.offsets is None else expanded(self.offsets)[..., groups, :],
             padding=self.padding if to_the_end else 0,
         )
 
@@ -202,15 +198,12 @@ class LutArray(CompressedArray):
         if n % split.shards(split.n):
             raise ValueError(f"its N={n} columns do not split into {split.shards(split.n)}")
         groups_split = split.k if rows % self.group_size == 0 else None
-        scales = split.spec(groups_split, split.n)
         return dataclasses.replace(
             self,
             words=split.spec(split.k, None, split.n),
-            scales=self.scales.split_specs(split, groups_split)
-            if isinstance(self.scales, QuantizedScales)
-            else scales,
+            scales=split_scales(self.scales, split, groups_split),
             lut=split.spec(split.n if self._tables_per_column else None, None, None),
-            offsets=None if self.offsets is None else scales,
+            offsets=split_scales(self.offsets, split, groups_split),
         )
 
     def typed_spec(self) -> tuple[tuple[Any, ...], Any, Any]:

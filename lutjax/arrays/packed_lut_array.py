@@ -26,6 +26,7 @@ from pallas_kernels.lut_matmul import (
 )
 from pallas_kernels.lut_matmul import prepack as prepack_words
 from pallas_kernels.manual_axes import is_partitioned_automatically
+from pallas_kernels.scales import expanded
 
 
 @jax.tree_util.register_dataclass
@@ -85,8 +86,8 @@ class PackedLutArray(CompressedArray):
         pack = functools.partial(prepack_words, k=k, group_size=group_size, dtype=dtype, **static)
         for _ in array.batch_shape:
             pack = jax.vmap(pack)
-        operands = (array.words, array.expanded_scales(), array.lut, array.offsets)
-        return cls(jax.jit(pack)(*operands), array.view)
+        scales, offsets = jax.jit(expanded)((array.scales, array.offsets))
+        return cls(jax.jit(pack)(array.words, scales, array.lut, offsets), array.view)
 
     @classmethod
     def _of_shards(cls, array: LutArray, static: dict[str, Any]) -> Self:

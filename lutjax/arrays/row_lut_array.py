@@ -16,6 +16,7 @@ from lutjax.arrays.split import Split, typed_entries
 from lutjax.arrays.view import MATRIX, MatrixView
 from lutjax.dtypes import product, widened
 from pallas_kernels.manual_axes import is_partitioned_automatically
+from pallas_kernels.scales import expanded
 from pallas_kernels.sparse_matmul import RowCodes, dequantize_rows, pack_rows, row_matmul
 
 
@@ -67,9 +68,9 @@ class RowLutArray(CompressedArray):
             )
         return cls(
             pack_rows(array.codes(), array.bits, lanes),
-            array.expanded_scales(),
+            expanded(array.scales),
             array.lut,
-            array.offsets,
+            expanded(array.offsets),
             array.group_size,
             array.dtype,
             array.view,

@@ -3,77 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
 from lutjax.arrays.split import Split
-from lutjax.packing import BLOCK, pack, unpack
+from lutjax.packing import BLOCK, pack
+from pallas_kernels.scales import QuantizedScales
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class QuantizedScales:
-    """Scales ``[..., Kg, N]`` as small integers above the matrix's smallest scale.
+def split_scales(scales: Any, split: Split, k: Any) -> Any:
+    """Partition specs of scales or offsets ``[*batch, Kg, N]``; ``k`` is what Kg is split by.
 
-    ``scale = floor + code * step`` with one step for each ``block`` neighbouring columns of a group
-    row. Storage for a group of B0 weights: ``b0 / B0 + b1 / (B0 * B1)`` bits a weight beside the
-    codes, b0 the bits of a scale's code, B1 the block and b1 the bits of a step.
-
-    Attributes:
-      words: ``uint8[..., ceil(N / 8), b0, Kg]``, the packed scale codes, N first.
-      steps: ``[..., Kg, ceil(N / B1)]`` in bfloat16, float16 or float32.
-      floor: ``float32[..., 1, 1]``, the smallest scale of the matrix.
-      padding: Codes that pad N to a multiple of eight.
-      block: B1.
-
-    Source: LQ-LoRA (arXiv 2311.12023, section 3.1), after QLoRA (arXiv 2305.14314, section 3).
+    Codes and steps of quantised ones that shards would cut through are replicated.
     """
+    if not isinstance(scales, QuantizedScales):
+        return None if scales is None else split.spec(k, split.n)
+    groups, n = scales.shape[-2:]
+    rows, columns = scales.block
 
-    words: UInt8[Array, "..."]
-    steps: Float[Array, "..."]
-    floor: Float[Array, "..."]
-    padding: int = dataclasses.field(metadata={"static": True})
-    block: int = dataclasses.field(metadata={"static": True})
+    def fits(entry: Any, size: int, unit: int) -> Any:
+        return entry if size % (split.shards(entry) * unit) == 0 else None
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the scales that these stand for, ``[..., Kg, N]``."""
-        *batch, blocks, _, groups = self.words.shape
-        return (*batch, groups, 8 * blocks - self.padding)
-
-    @property
-    def bits(self) -> int:
-        """Bits b0 of a scale's code."""
-        return self.words.shape[-2]
-
-    def expand(self) -> Float[Array, "..."]:
-        """The scales as ``float32[..., Kg, N]``."""
-        n = self.shape[-1]
-        if self.steps.shape[-1] != -(-n // self.block):  # a shard of N that cuts through blocks
-            raise ValueError(
-                f"quantised scales {self.shape} with blocks of {self.block} columns have "
-                f"{self.steps.shape[-1]} steps a row; inside shard_map, shards of N must be whole "
-                f"blocks"
-            )
-        codes = jnp.swapaxes(unpack(self.words, n), -1, -2)
-        steps = jnp.repeat(self.steps.astype(jnp.float32), self.block, axis=-1)[..., :n]
-        return self.floor + codes.astype(jnp.float32) * steps
-
-    def split_specs(self, split: Split, k: Any) -> Any:
-        """Partition specs of the fields; ``k`` is what the groups are split by."""
-        n, shards = self.shape[-1], split.shards(split.n)
-        words_fit = n % (shards * BLOCK) == 0
-        steps_fit = n % (shards * self.block) == 0
-        return dataclasses.replace(
-            self,
-            words=split.spec(split.n if words_fit else None, None, k),
-            steps=split.spec(k, split.n if steps_fit else None),
-            floor=split.spec(None, None),
-        )
+    return dataclasses.replace(
+        scales,
+        words=split.spec(fits(k, groups, BLOCK), None, split.n),
+        steps=split.spec(fits(k, groups, rows), fits(split.n, n, columns)),
+        floor=None if scales.floor is None else split.spec(None, None),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,17 +66,41 @@ def quantize_scales(scales: Float[Array, "... g n"], config: DoubleQuant) -> Qua
     >>> quantize_scales(scales, DoubleQuant(bits=2)).expand().tolist()
     [[1.0, 2.0, 4.0]]
     """
+    floor = scales.astype(jnp.float32).min(axis=(-2, -1), keepdims=True)
+    return _rounded(scales, floor, config.bits, (1, config.block), 0, config.dtype)
+
+
+def quantize_scales_like(scales: Float[Array, "... g n"], like: QuantizedScales) -> QuantizedScales:
+    """Quantises scales in the form of others: bits, blocks, dtype, with or without a floor.
+
+    >>> like = quantize_scales(jnp.ones((2, 4)), DoubleQuant(bits=2))
+    >>> quantize_scales_like(jnp.array([[1.0, 2.0, 4.0]]), like).expand().tolist()
+    [[1.0, 2.0, 4.0]]
+    """
     scales = scales.astype(jnp.float32)
-    n = scales.shape[-1]
-    floor = scales.min(axis=(-2, -1), keepdims=True)
-    above = scales - floor
-    blocks = math.ceil(n / config.block)
-    padded = jnp.pad(above, [(0, 0)] * (above.ndim - 1) + [(0, blocks * config.block - n)])
-    largest = padded.reshape(*padded.shape[:-1], blocks, config.block).max(axis=-1)
-    top = 2**config.bits - 1
-    steps = (largest / top).astype(config.dtype)
-    step = jnp.repeat(steps.astype(jnp.float32), config.block, axis=-1)[..., :n]
-    codes = jnp.where(step > 0, jnp.round(above / jnp.where(step > 0, step, 1)), 0)
-    codes = jnp.clip(codes, 0, top).astype(jnp.uint8)
-    words = pack(jnp.swapaxes(codes, -1, -2), config.bits)
-    return QuantizedScales(words, steps, floor, padding=-n % 8, block=config.block)
+    floor = None if like.floor is None else scales.min(axis=(-2, -1), keepdims=True)
+    return _rounded(scales, floor, like.bits, like.block, like.zero, like.steps.dtype)
+
+
+def _rounded(
+    scales: jax.Array,
+    floor: jax.Array | None,
+    bits: int,
+    block: tuple[int, int],
+    zero: int,
+    dtype: Any,
+) -> QuantizedScales:
+    above = scales.astype(jnp.float32) - (0 if floor is None else floor)
+    *batch, groups, n = above.shape
+    rows, columns = block
+    pad = -groups % rows, -n % columns
+    padded = jnp.pad(above, [(0, 0)] * len(batch) + [(0, pad[0]), (0, pad[1])])
+    tiled = padded.reshape(
+        *batch, (groups + pad[0]) // rows, rows, (n + pad[1]) // columns, columns
+    )
+    top = 2**bits - 1
+    steps = (jnp.abs(tiled).max(axis=(-3, -1)) / (top - zero)).astype(dtype)
+    step = steps.astype(jnp.float32)[..., :, None, :, None]
+    codes = jnp.where(step != 0, jnp.round(tiled / jnp.where(step != 0, step, 1)), 0) + zero
+    codes = jnp.clip(codes, 0, top).astype(jnp.uint8).reshape(padded.shape)[..., :groups, :n]
+    return QuantizedScales(pack(codes, bits), steps, floor, -groups % BLOCK, block, zero)

@@ -28,7 +28,8 @@ def side_by_side(*weights: CompressedArray | Float[Array, "*batch k n"]) -> Any:
 
     The data of dense weights are joined, and of lookup-table weights with the same tables and sizes
     of groups, be they rotated or the parts of sums. Whatever else there is, such as low-rank parts
-    or doubly quantised scales, stays apart in a :class:`ConcatArray`, which multiplies by each.
+    or scales above a floor of their matrix, stays apart in a :class:`ConcatArray`, which multiplies
+    by each.
 
     Args:
       *weights: Weights ``[*batch, K, N_i]``, outside ``jax.jit``: tables are compared.
@@ -87,11 +88,9 @@ def _are_alike(parts: Sequence[LutArray]) -> bool:
     """Whether one kernel can read them as one weight."""
 
     def layout(part: LutArray) -> tuple:
-        offsets = None if part.offsets is None else part.offsets.dtype
-        # Quantised scales count from the smallest one of their matrix.
-        scales = id(part) if isinstance(part.scales, QuantizedScales) else part.scales.dtype
+        forms = [_form(scales) for scales in (part.scales, part.offsets)]
         sizes = part.bits, part.vector_size, part.group_size, part.padding
-        return *sizes, scales, offsets, part.lut.shape[-3] == 1
+        return *sizes, *forms, part.lut.shape[-3] == 1
 
     if len({layout(part) for part in parts}) > 1:
         return False
@@ -103,16 +102,27 @@ def _are_alike(parts: Sequence[LutArray]) -> bool:
     return first.shape[-3] > 1 or all(np.array_equal(first, other) for other in others)
 
 
+def _form(scales: Any) -> Any:
+    """What scales that can be joined have in common."""
+    if not isinstance(scales, QuantizedScales):
+        return None if scales is None else scales.dtype
+    # A floor is that of one matrix, and blocks of columns begin at its first one.
+    if scales.floor is not None or scales.block[1] > 1:
+        return id(scales)
+    return scales.bits, scales.block, scales.zero, scales.steps.dtype
+
+
 def _one_table(parts: Sequence[LutArray]) -> LutArray:
     first = parts[0]
 
-    def join(field: str, axis: int = -1) -> jax.Array:
-        return jnp.concatenate([getattr(part, field) for part in parts], axis=axis)
+    def join(field: str, axis: int = -1) -> Any:
+        fields = [getattr(part, field) for part in parts]
+        return jax.tree.map(lambda *arrays: jnp.concatenate(arrays, axis=axis), *fields)
 
     return dataclasses.replace(
         first,
         words=join("words"),
         scales=join("scales"),
         lut=first.lut if first.lut.shape[-3] == 1 else join("lut", axis=-3),
-        offsets=None if first.offsets is None else join("offsets"),
+        offsets=join("offsets"),
     )

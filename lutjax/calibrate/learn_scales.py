@@ -13,17 +13,17 @@ import optax
 from jaxtyping import Array, Float
 
 from lutjax.arrays import (
-    DoubleQuant,
     LutArray,
     PackedLutArray,
     QuantizedScales,
     RowLutArray,
-    quantize_scales,
+    quantize_scales_like,
 )
 from lutjax.calibrate.losses import kl_divergence
 from lutjax.lift import lift
 from lutjax.paths import map_named, named_leaves
 from lutjax.progress import progress_bar
+from pallas_kernels.scales import expanded
 
 
 def learn_scales(
@@ -160,8 +160,7 @@ def rescale(params: Any, factors: Mapping[str, Float[Array, "*batch g n"]]) -> A
 
     def straight_through(scales: jax.Array, old: Any) -> jax.Array:
         stored = _stored(scales, old)
-        read = stored.expand() if isinstance(stored, QuantizedScales) else stored
-        return scales + jax.lax.stop_gradient(read.astype(jnp.float32) - scales)
+        return scales + jax.lax.stop_gradient(expanded(stored).astype(jnp.float32) - scales)
 
     return _with_scales(params, factors, straight_through)
 
@@ -180,7 +179,7 @@ def _with_scales(
         if path not in factors or not isinstance(leaf, LutArray):
             return leaf
         unknown.discard(path)
-        scales, factor = leaf.expanded_scales().astype(jnp.float32), factors[path]
+        scales, factor = expanded(leaf.scales).astype(jnp.float32), factors[path]
         if factor.shape != scales.shape:
             raise ValueError(
                 f"{path}: factors of shape {factor.shape} for scales of shape {scales.shape}"
@@ -196,6 +195,5 @@ def _with_scales(
 def _stored(scales: jax.Array, like: jax.Array | QuantizedScales) -> jax.Array | QuantizedScales:
     """Scales in the form in which others are stored."""
     if isinstance(like, QuantizedScales):
-        form = DoubleQuant(like.bits, like.block, str(like.steps.dtype))
-        return quantize_scales(scales, form)
+        return quantize_scales_like(scales, like)
     return scales.astype(like.dtype)

@@ -123,6 +123,8 @@ def restore(description: Any, read: Callable[[str], Any]) -> Any:
             return jnp.dtype(name)
         case {"class": str(name), "fields": dict(fields)} if name in CLASSES:
             values = {field: restore(value, read) for field, value in fields.items()}
+            if name == "QuantizedScales" and isinstance(values.get("block"), int):
+                raise ValueError("quantised scales of an older layout; quantise the weights again")
             try:
                 return CLASSES[name](**values)
             except TypeError as error:

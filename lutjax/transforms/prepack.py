@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
-
 from lutjax.arrays import (
     CompressedArray,
     DenseArray,
     GatedArray,
     LutArray,
     PackedLutArray,
-    QuantizedScales,
     RowDenseArray,
     RowLutArray,
     SumArray,
@@ -22,6 +19,7 @@ from lutjax.paths import map_named
 from pallas_kernels import platforms
 from pallas_kernels.lut_matmul import hopper
 from pallas_kernels.lut_matmul.dispatch import LUT_MATMUL
+from pallas_kernels.scales import expanded
 from pallas_kernels.sparse_matmul import KERNEL_LANES
 
 _GPU_LANES, _TPU_LANES = KERNEL_LANES["gpu"], KERNEL_LANES["tpu"]
@@ -34,8 +32,9 @@ def prepack(
     """Reorders lookup-table weights once, for inference.
 
     TPUs and Hopper GPUs read another order than the canonical words, and reorder them in every call
-    unless this is done at load time. No kernel reads quantised scales
-    (:class:`lutjax.DoubleQuant`): they are expanded to float32 here instead of in every call. The
+    unless this is done at load time. Nor do they read quantised scales (:class:`lutjax.DoubleQuant`
+    and the K types of GGUF), as the kernels for CPUs do: they are expanded to float32 here instead
+    of in every call. The
     result is for :func:`lutjax.lift` and cannot be saved, resharded or trained: keep the canonical
     parameters for that. Embeddings are looked up in either order. Call it outside ``jit`` and
     ``eval_shape``: equally spaced tables are computed on TPUs instead of looked up, in an order of
@@ -83,19 +82,19 @@ def prepack(
     def one(path: str, leaf: Any) -> Any:
         if isinstance(leaf, GatedArray):
             base = leaf.base
-            base = _with_plain_scales(base) if lanes is None else _by_rows(base, lanes)
+            base = _with_readable_scales(base) if lanes is None else _by_rows(base, lanes)
             return dataclasses.replace(leaf, base=base)
         if not isinstance(leaf, LutArray):
             return leaf
         if chosen is None:
-            return _with_plain_scales(leaf)
+            return _with_readable_scales(leaf)
         try:
             return PackedLutArray.of(leaf, chosen, device_kind)
         except ValueError as error:
             raise ValueError(f"{path!r} {leaf!r}: {error}") from error
         except NotImplementedError as error:
             if implementation is None:
-                return _with_plain_scales(leaf)
+                return _with_readable_scales(leaf)
             raise ValueError(f"{path!r}: {error}") from error
 
     stop = (LutArray, GatedArray)
@@ -127,15 +126,9 @@ def _has_kernel_by_rows(weight: LutArray) -> bool:
     return one_table and weight.bits <= _MAX_BITS_BY_ROWS
 
 
-def _with_plain_scales(weight: CompressedArray) -> CompressedArray:
-    """The weight with scales as the kernels read them, which each call would expand otherwise."""
-
-    def one(part: Any) -> Any:
-        if not (isinstance(part, LutArray) and isinstance(part.scales, QuantizedScales)):
-            return part
-        return dataclasses.replace(part, scales=jax.jit(QuantizedScales.expand)(part.scales))
-
-    return jax.tree.map(one, weight, is_leaf=lambda a: isinstance(a, LutArray))
+def _with_readable_scales(weight: CompressedArray) -> CompressedArray:
+    """The weight with scales as kernels read them, which each call would expand otherwise."""
+    return weight if platforms.compiling_for("cpu") else expanded(weight)
 
 
 def _by_rows(weight: CompressedArray, lanes: int) -> CompressedArray:

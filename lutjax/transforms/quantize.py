@@ -33,6 +33,7 @@ from lutjax.transforms.recipe import (
     Rule,
     check_recipe,
 )
+from pallas_kernels.scales import expanded
 
 
 def quantize(
@@ -354,7 +355,7 @@ def _quantize(
         offsets = offsets.astype(config.scale_dtype)
 
     # Codes are chosen for the scales as they will be read back, rounding included.
-    used = stored.expand() if isinstance(stored, QuantizedScales) else stored.astype(jnp.float32)
+    used = expanded(stored).astype(jnp.float32)
     used = _expand(used, group_size, k)
     divisor = jnp.where(used == 0, 1, used)
     shift = None if offsets is None else _expand(offsets.astype(jnp.float32), group_size, k)

@@ -14,6 +14,7 @@ from pallas_kernels.lut_matmul.checks import check_arguments
 from pallas_kernels.lut_matmul.dispatch import LUT_MATMUL
 from pallas_kernels.lut_matmul.gradients import parameter_gradients
 from pallas_kernels.manual_axes import in_manual_axes, vary_over, varying_axes
+from pallas_kernels.scales import QuantizedScales, expanded
 from pallas_kernels.static_flags import flag, is_on
 
 IMPLEMENTATIONS = LUT_MATMUL.implementations
@@ -42,9 +43,9 @@ class _Spec:
 def lut_matmul(
     x: Float[Array, "*batch K"],
     words: UInt8[Array, "blocks bits N"],
-    scales: Float[Array, "groups N"],
+    scales: Float[Array, "groups N"] | QuantizedScales,
     lut: Float[Array, "tables entries p"],
-    offsets: Float[Array, "groups N"] | None = None,
+    offsets: Float[Array, "groups N"] | QuantizedScales | None = None,
     *,
     k: int,
     group_size: int,
@@ -64,7 +65,8 @@ def lut_matmul(
       x: ``[..., K]``, or ``[..., N]`` when transposed.
       words: Codes in the canonical layout of :mod:`pallas_kernels.layout`,
         ``[ceil(K / (8 p)), bits, N]``.
-      scales: ``[ceil(K / G), N]``; the last group may be shorter.
+      scales: ``[ceil(K / G), N]``; the last group may be shorter. If they are quantised themselves,
+        the kernels in C++ read them as they are; others get them expanded, in every call.
       lut: ``[T, 2**bits, p]``: one table (T = 1) or one per output channel (T = N); with p > 1 a
         code stands for p consecutive rows.
       offsets: Like ``scales``, or None.
@@ -100,8 +102,8 @@ def lut_matmul(
     LUT_MATMUL.check_runs_here(implementation, (x, words, scales, lut, offsets), spec.static)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     operands = (rows, words, scales, lut, offsets)
-    axes = varying_axes(*operands)
-    y = _product(spec, *(None if a is None else vary_over(a, axes) for a in operands))
+    axes = varying_axes(*jax.tree.leaves(operands))
+    y = _product(spec, *jax.tree.map(lambda a: vary_over(a, axes), operands))
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -121,10 +123,10 @@ def _batched_run(spec: _Spec, x, words, scales, lut, offsets):
 
     @product.def_vmap
     def rule(axis_size, in_batched, x, *weight):
-        if not any(in_batched[1:]):
+        if not any(jax.tree.leaves(in_batched[1:])):
             rows = x.reshape(-1, x.shape[-1])
             return product(rows, *weight).reshape(axis_size, -1, _columns(spec, words)), True
-        axes = tuple(0 if b else None for b in in_batched)
+        axes = jax.tree.map(lambda b: 0 if b else None, tuple(in_batched))
         return jax.vmap(functools.partial(_run, spec), in_axes=axes)(x, *weight), True
 
     return product(x, *weight)
@@ -138,9 +140,9 @@ def _fwd_plain(spec: _Spec, x, words, scales, lut, offsets):
 
 def _fwd_lean(spec: _Spec, *operands):
     # The activations are kept only if a parameter learns.
-    x, words, scales, lut, offsets = (None if a is None else a.value for a in operands)
-    assert x is not None
-    wanted = tuple(flag(a is not None and a.perturbed) for i, a in enumerate(operands) if i != 1)
+    x, words, scales, lut, offsets = jax.tree.map(lambda a: a.value, operands)
+    learning = [any(a.perturbed for a in jax.tree.leaves(operand)) for operand in operands]
+    wanted = tuple(flag(learns) for i, learns in enumerate(learning) if i != 1)
     y = _product_lean(spec, x, words, scales, lut, offsets)
     kept = x if any(map(is_on, wanted[1:])) else jnp.zeros((0,), x.dtype)
     return y, (wanted, kept, words, scales, lut, offsets)
@@ -162,6 +164,8 @@ def _bwd(spec: _Spec, residuals, cotangent):
     dscales = dlut = doffsets = None
     if want_scales or want_lut or want_offsets:
         left, right = (cotangent, x) if spec.transpose else (x, cotangent)
+        scales, back_to_scales = jax.vjp(expanded, scales)
+        offsets, back_to_offsets = jax.vjp(expanded, offsets)
         dscales, dlut, doffsets = parameter_gradients(
             left,
             right,
@@ -173,6 +177,8 @@ def _bwd(spec: _Spec, residuals, cotangent):
             group_size=spec.group_size,
             wanted=(want_scales, want_lut, want_offsets),
         )
+        (dscales,) = (None,) if dscales is None else back_to_scales(dscales)
+        (doffsets,) = (None,) if doffsets is None else back_to_offsets(doffsets)
     return dx, None, dscales, dlut, doffsets
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from pallas_kernels.layout import BLOCK, MAX_BITS
+from pallas_kernels.scales import QuantizedScales
 
 
 def check_arguments(
@@ -68,6 +69,8 @@ def check_arguments(
                 f"{name} of shape {array.shape} must have shape {expected} = [ceil(K/G), N] "
                 f"for k={k}, group_size={group_size} and words of shape {words.shape}"
             )
+        if isinstance(array, QuantizedScales):
+            array.check()
     contracted, axis = (n, "N") if transpose else (k, "K")
     if x.ndim < 1 or x.shape[-1] != contracted:
         raise ValueError(

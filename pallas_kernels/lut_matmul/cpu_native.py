@@ -15,10 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.layout import BLOCK
 from pallas_kernels.manual_axes import varying_axes
 from pallas_kernels.native import LUT_MATMUL, availability
+from pallas_kernels.scales import QuantizedScales
 
 BITS = range(2, 9)
 _SCALE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -44,21 +46,32 @@ def supports(
     return availability()
 
 
-def scale_operands(scales: jax.Array, offsets: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Scales and offsets of one dtype that the kernels read; empty offsets stand for none."""
-    if offsets is None:
-        offsets = jnp.zeros((0, scales.shape[-1]), scales.dtype)
-    if scales.dtype not in _SCALE_DTYPES or offsets.dtype != scales.dtype:
-        return scales.astype(jnp.float32), offsets.astype(jnp.float32)
-    return scales, offsets
+def scale_operands(
+    scales: jax.Array | QuantizedScales | None,
+) -> tuple[tuple[jax.Array, ...], np.ndarray]:
+    """Scales, or offsets, as the kernels read them: values, words, floor; and the static form.
+
+    Empty arrays stand for what there is not.
+    """
+    words, floor = jnp.zeros((0, 0, 0), jnp.uint8), jnp.zeros((0,), jnp.float32)
+    form = np.zeros(3, np.int64)
+    if isinstance(scales, QuantizedScales):
+        values, words = scales.steps, scales.words
+        floor = floor if scales.floor is None else scales.floor.reshape(1)
+        form = np.array([*scales.block, scales.zero], np.int64)
+    else:
+        values = jnp.zeros((0, 0), jnp.float32) if scales is None else scales
+    if values.dtype not in _SCALE_DTYPES:
+        values = values.astype(jnp.float32)
+    return (values, words, floor), form
 
 
 def lut_matmul(
     x: jax.Array,
     words: jax.Array,
-    scales: jax.Array,
+    scales: jax.Array | QuantizedScales,
     lut: jax.Array,
-    offsets: jax.Array | None = None,
+    offsets: jax.Array | QuantizedScales | None = None,
     *,
     k: int,
     group_size: int,
@@ -78,7 +91,8 @@ def lut_matmul(
     rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     if not transpose and blocks * BLOCK * p != k:
         rows = jnp.pad(rows, [(0, 0), (0, blocks * BLOCK * p - k)])
-    scales, offsets = scale_operands(scales, offsets)
+    scale_arrays, scale_form = scale_operands(scales)
+    offset_arrays, offset_form = scale_operands(offsets)
     codes = -(-k // p)
     result: Any = jax.ShapeDtypeStruct((rows.shape[0], codes if transpose else n), jnp.float32)
     if varying_axes(rows):  # ffi_call takes these from a whole type only
@@ -88,13 +102,15 @@ def lut_matmul(
         call(
             rows if transpose else rows[:, i::p],
             words,
-            scales,
             lut[:, :, i].astype(jnp.float32),
-            offsets,
+            *scale_arrays,
+            *offset_arrays,
             k=codes,
             group_size=blocks * BLOCK if group_size >= k else group_size // p,
             transpose=transpose,
             instructions=instructions,
+            scale_form=scale_form,
+            offset_form=offset_form,
         )
         for i in range(p)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pallas_kernels.operation import Operation
+from pallas_kernels.scales import expanded
 
 # Rows of x from which the fallback, which dequantises tiles of canonical words and multiplies them
 # as dense matrices, is faster than a kernel. Wall times at 4096 x 28672, 4 bits, M = 16 and 512 on
@@ -18,6 +19,11 @@ _DENSE_ROWS_TRANSPOSED = {**_DENSE_ROWS, "cpu_native": 128}
 def _loses(name: str, arrays: tuple, static: dict) -> bool:
     limits = _DENSE_ROWS_TRANSPOSED if static["transpose"] else _DENSE_ROWS
     return name in limits and arrays[0].shape[0] >= limits[name]
+
+
+def _operands(name: str, arrays: tuple) -> tuple:
+    """Only the kernels in C++ read scales and offsets that are quantised themselves."""
+    return arrays if name == "cpu_native" else expanded(arrays)
 
 
 LUT_MATMUL = Operation(
@@ -40,5 +46,6 @@ LUT_MATMUL = Operation(
     },
     fallback="xla",
     loses=_loses,
+    operands=_operands,
     interpretable=True,
 )

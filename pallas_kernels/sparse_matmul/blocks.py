@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.lut_matmul import dequantize
+from pallas_kernels.scales import QuantizedScales, expanded
 
 ROWS_TOGETHER = "canonical words keep eight rows together; pack_rows makes RowCodes of them"
 """The reason of kernels that skip rows by not loading them."""
@@ -24,7 +25,7 @@ class BlockCodes:
 
     Attributes:
       words: ``uint8[ceil(K / 8), bits, N]``.
-      scales: ``[ceil(K / G), N]``.
+      scales: ``[ceil(K / G), N]``, or :class:`~pallas_kernels.scales.QuantizedScales`.
       lut: ``[T, 2**bits, 1]``; T = 1 or N tables.
       offsets: Like ``scales``, or None.
       k: Rows K of the weight.
@@ -32,9 +33,9 @@ class BlockCodes:
     """
 
     words: jax.Array
-    scales: jax.Array
+    scales: jax.Array | QuantizedScales
     lut: jax.Array
-    offsets: jax.Array | None
+    offsets: jax.Array | QuantizedScales | None
     k: int = dataclasses.field(metadata={"static": True})
     group_size: int = dataclasses.field(metadata={"static": True})
 
@@ -58,9 +59,9 @@ def dequantize_blocks(weight: BlockCodes, dtype: Any = jnp.float32) -> jax.Array
     """The dense matrix ``dtype[K, N]``, computed in float32 and rounded once."""
     return dequantize(
         weight.words,
-        weight.scales,
+        expanded(weight.scales),
         weight.lut,
-        weight.offsets,
+        expanded(weight.offsets),
         k=weight.k,
         group_size=weight.group_size,
         dtype=dtype,

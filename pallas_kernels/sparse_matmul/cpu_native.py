@@ -62,14 +62,13 @@ def sparse_matmul(
         result = jax.typeof(rows).update(shape=result.shape)
     static: dict[str, Any] = {"instructions": instructions}
     if isinstance(weight, BlockCodes):
-        target, operands = SPARSE_PACKED, _operands(weight)
+        scales, scale_form = scale_operands(weight.scales)
+        offsets, offset_form = scale_operands(weight.offsets)
+        table = weight.lut.astype(jnp.float32)[..., 0]
+        target, operands = SPARSE_PACKED, (weight.words, table, *scales, *offsets)
         static |= {"k": weight.k, "group_size": weight.group_size}
+        static |= {"scale_form": scale_form, "offset_form": offset_form}
     else:
         target, operands = SPARSE_DENSE, (weight.reshape(matrix_shape(weight)),)
     call = jax.ffi.ffi_call(target, result, vmap_method="sequential")
     return call(rows, thresholds, *operands, **static).astype(x.dtype)
-
-
-def _operands(weight: BlockCodes) -> tuple[jax.Array, ...]:
-    scales, offsets = scale_operands(weight.scales, weight.offsets)
-    return weight.words, scales, weight.lut.astype(jnp.float32)[..., 0], offsets

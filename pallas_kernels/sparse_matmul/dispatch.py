@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 from pallas_kernels.operation import Operation
+from pallas_kernels.scales import expanded
+from pallas_kernels.sparse_matmul.blocks import BlockCodes
+
+
+def _operands(name: str, arrays: tuple) -> tuple:
+    """Only C++ reads quantised scales; ``masked`` calls a product that may be it."""
+    x, weight, thresholds = arrays
+    if name in ("cpu_native", "masked") or not isinstance(weight, BlockCodes):
+        return arrays
+    return x, expanded(weight), thresholds
+
 
 SPARSE_MATMUL = Operation(
     "sparse_matmul",
@@ -13,4 +24,5 @@ SPARSE_MATMUL = Operation(
         "tpu": ("mosaic_tpu",),
     },
     fallback="masked",
+    operands=_operands,
 )

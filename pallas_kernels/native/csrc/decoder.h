@@ -14,6 +14,7 @@ namespace {
 using lut::kFewRows;
 using lut::LiveRow;
 using lut::Problem;
+using lut::Scales;
 using lut::ScaleType;
 using Float = Simd::Float;
 using Word = Simd::Word;
@@ -47,13 +48,13 @@ void LoadColumns(const float* p, const Columns& columns, Float out[4]) {
   Simd::Deinterleave(values, out);
 }
 
-// Scales or offsets of one group and tile. Inline, as a call would spill the sums of the caller.
-inline __attribute__((always_inline)) void LoadScales(const void* scales, ScaleType type,
+// A tile of numbers of any type. Inline, as a call would spill the sums of the caller.
+inline __attribute__((always_inline)) void LoadValues(const void* numbers, ScaleType type,
                                                       int64_t at, const Columns& columns,
                                                       Float out[4]) {
   if (type == ScaleType::kFloat32)
-    return LoadColumns(static_cast<const float*>(scales) + at, columns, out);
-  const uint16_t* p = static_cast<const uint16_t*>(scales) + at;
+    return LoadColumns(static_cast<const float*>(numbers) + at, columns, out);
+  const uint16_t* p = static_cast<const uint16_t*>(numbers) + at;
   uint16_t padded[kTile] = {0};
   if (!columns.whole()) p = static_cast<uint16_t*>(std::memcpy(padded, p, 2 * columns.count));
   float values[kTile];
@@ -63,13 +64,95 @@ inline __attribute__((always_inline)) void LoadScales(const void* scales, ScaleT
   Simd::Deinterleave(values, out);
 }
 
-// Brings scales and offsets near that are needed soon.
-void PrefetchScales(const Problem& p, int64_t at, int64_t count) {
-  const int64_t bytes = p.scale_type == ScaleType::kFloat32 ? 4 : 2;
-  for (int64_t i = 0; i < count * bytes; i += 64) {
-    __builtin_prefetch(static_cast<const char*>(p.scales) + at * bytes + i);
-    if (p.offsets) __builtin_prefetch(static_cast<const char*>(p.offsets) + at * bytes + i);
+float LoadValue(const void* numbers, ScaleType type, int64_t at) {
+  float value[kLanes];
+  if (type == ScaleType::kFloat32) return static_cast<const float*>(numbers)[at];
+  const uint16_t padded[kLanes] = {static_cast<const uint16_t*>(numbers)[at]};
+  Simd::Store(value, type == ScaleType::kBfloat16 ? Simd::LoadBfloat16(padded)
+                                                  : Simd::LoadFloat16(padded));
+  return value[0];
+}
+
+// The steps of a tile of quantised scales whose blocks are of several columns.
+void LoadSteps(const Problem& p, const Scales& s, int64_t group, const Columns& columns,
+               Float out[4]) {
+  const int64_t row = group / s.rows * ((p.n + s.columns - 1) / s.columns);
+  int64_t block = columns.first / s.columns;
+  if ((block + 1) * s.columns - columns.first >= columns.count) {
+    const Float step = Simd::Set(LoadValue(s.values, s.type, row + block));
+    for (int j = 0; j < 4; ++j) out[j] = step;
+    return;
   }
+  float values[kTile] = {0};
+  for (int64_t i = 0; i < columns.count; ++block) {
+    const int64_t end = Min(columns.count, (block + 1) * s.columns - columns.first);
+    const float step = LoadValue(s.values, s.type, row + block);
+    for (; i < end; ++i) values[i] = step;
+  }
+  Simd::Deinterleave(values, out);
+}
+
+// Where the codes of a group lie that are quantised scales.
+struct ScaleCodes {
+  const uint8_t* bytes;
+  int shift;
+  bool crosses;
+
+  ScaleCodes(const Problem& p, const Scales& s, int64_t group, int64_t column) {
+    const int64_t bit = group % kBlock * s.bits;
+    bytes = s.words + (group / kBlock * s.bits + bit / 8) * p.n + column;
+    shift = static_cast<int>(bit % 8);
+    crosses = shift + s.bits > 8;
+  }
+};
+
+// Quantised scales of one group and tile.
+void LoadQuantized(const Problem& p, const Scales& s, int64_t group, const Columns& columns,
+                   Float out[4]) {
+  if (s.columns > 1)
+    LoadSteps(p, s, group, columns, out);
+  else
+    LoadValues(s.values, s.type, group / s.rows * p.n + columns.first, columns, out);
+  const ScaleCodes codes(p, s, group, columns.first);
+  const uint8_t* bytes = codes.bytes;
+  int64_t stride = p.n;
+  uint8_t padded[2 * kTile] = {0};
+  if (!columns.whole()) {
+    std::memcpy(padded, bytes, columns.count);
+    if (codes.crosses) std::memcpy(padded + kTile, bytes + stride, columns.count);
+    bytes = padded;
+    stride = kTile;
+  }
+  Word word = Simd::RightBy(Simd::LoadBytes(bytes), codes.shift);
+  if (codes.crosses) {
+    const Word next = Simd::LeftBy(Simd::LoadBytes(bytes + stride), 8 - codes.shift);
+    word = Simd::Select(0x01010101u * ((1u << (8 - codes.shift)) - 1), word, next);
+  }
+  word = Simd::And(word, 0x01010101u * ((1u << s.bits) - 1));
+  const Float zero = Simd::Set(-256 * Simd::template LowBitsOf0<8>() - s.zero);
+  LUT_UNROLL
+  for (int j = 0; j < 4; ++j) {
+    const Float code = Simd::template LowBits<8>(j ? Simd::Right(word, 8 * j) : word);
+    out[j] = Simd::MulAdd(Simd::MulAdd(code, Simd::Set(256), zero), out[j], Simd::Set(s.floor));
+  }
+}
+
+// Scales or offsets of one group and tile.
+inline __attribute__((always_inline)) void LoadScales(const Problem& p, const Scales& s,
+                                                      int64_t group, const Columns& columns,
+                                                      Float out[4]) {
+  if (s.words) return LoadQuantized(p, s, group, columns, out);
+  LoadValues(s.values, s.type, group * p.n + columns.first, columns, out);
+}
+
+// Brings scales near that are needed soon.
+void PrefetchScales(const Problem& p, const Scales& s, int64_t group, int64_t column,
+                    int64_t count) {
+  const int64_t bytes = s.words ? 1 : s.type == ScaleType::kFloat32 ? 4 : 2;
+  const char* start = s.words
+                          ? reinterpret_cast<const char*>(ScaleCodes(p, s, group, column).bytes)
+                          : static_cast<const char*>(s.values) + (group * p.n + column) * bytes;
+  for (int64_t i = 0; i < count * bytes; i += 64) __builtin_prefetch(start + i);
 }
 
 // One table, one a column, or one whose entries are equally spaced and so need no looking up.

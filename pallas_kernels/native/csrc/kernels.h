@@ -6,16 +6,25 @@
 
 namespace lut {
 
-// Of scales and offsets.
 enum class ScaleType : int32_t { kFloat32, kBfloat16, kFloat16 };
+
+// Scales or offsets [groups, n] as they are, or quantised: floor + (code - zero) * step.
+struct Scales {
+  const void* values;    // [groups, n], or steps [groups / rows, n / columns], rounded up
+  const uint8_t* words;  // packed codes [groups / 8, bits, n], or null
+  ScaleType type;        // of the values
+  int bits;
+  float zero, floor;
+  int64_t rows, columns;  // scales that share a step
+};
 
 // One product with a packed weight [k, n]; k counts the padded rows, 8 * blocks. (The sparse product
 // has no x here, sums of what it keeps of x, any group, and in k the rows without padding.)
 struct Problem {
   const float* x;        // [m, k], or [m, n] transposed
   const uint8_t* words;  // [k / 8, bits, n]
-  const void* scales;    // [groups, n], of scale_type
-  const void* offsets;   // like scales, or null
+  Scales scales;         // [groups, n]
+  Scales offsets;        // like scales; no values if there are none
   const float* lut;      // [tables, 2**bits], tables is 1 or n
   float* y;              // [m, n], or [m, rows] transposed
   const float* sums;     // [m, groups]: sums of x over each group; null without offsets
@@ -23,7 +32,6 @@ struct Problem {
   int64_t group;          // rows that share a scale, a multiple of 8
   int64_t tables;
   int bits;
-  ScaleType scale_type;
 };
 
 // One product with a dense weight, a row-major matrix.

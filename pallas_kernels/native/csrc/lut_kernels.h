@@ -32,8 +32,11 @@ void FewRows(const Problem& p, int64_t m0, int64_t tile) {
   for (int i = 0; i < kM * kTiles * 4; ++i) (&total[0][0][0])[i] = Simd::Zero();
   const int64_t ahead = Min(kAhead / kBits, blocks), ahead_groups = ahead / group_blocks + 1;
   for (int64_t g = 0; g < groups; ++g) {
-    if (g + ahead_groups < groups)
-      PrefetchScales(p, (g + ahead_groups) * p.n + columns.first, kTiles * kTile);
+    if (g + ahead_groups < groups) {
+      PrefetchScales(p, p.scales, g + ahead_groups, columns.first, kTiles * kTile);
+      if (p.offsets.values)
+        PrefetchScales(p, p.offsets, g + ahead_groups, columns.first, kTiles * kTile);
+    }
     Float sum[kM][kTiles][4];
     LUT_UNROLL
     for (int m = 0; m < kM; ++m)
@@ -61,17 +64,17 @@ void FewRows(const Problem& p, int64_t m0, int64_t tile) {
     }
     LUT_UNROLL  // with a variable t, the sums would lie in memory
     for (int t = 0; t < kTiles; ++t) {
-      const int64_t at = g * p.n + columns.first + t * kTile;
+      const Columns own = {columns.first + t * kTile, columns.count};
       Float scale[4], offset[4];
-      LoadScales(p.scales, p.scale_type, at, columns, scale);
-      if (p.offsets) LoadScales(p.offsets, p.scale_type, at, columns, offset);
+      LoadScales(p, p.scales, g, own, scale);
+      if (p.offsets.values) LoadScales(p, p.offsets, g, own, offset);
       LUT_UNROLL
       for (int m = 0; m < kM; ++m)
         LUT_UNROLL
         for (int j = 0; j < 4; ++j) {
           Float& a = total[m][t][j];
           a = Simd::MulAdd(decoder.EntryOfSum(sum[m][t][j]), scale[j], a);
-          if (p.offsets)
+          if (p.offsets.values)
             a = Simd::MulAdd(Simd::Set(p.sums[(m0 + m) * groups + g]), offset[j], a);
         }
     }
@@ -85,11 +88,11 @@ void FewRows(const Problem& p, int64_t m0, int64_t tile) {
 template <int kBits, Tables kTables>
 void Dequantize(const Problem& p, const Decoder<kBits, kTables>& decoder, int64_t block,
                 const Columns& columns, int64_t stride, float* out) {
-  const int64_t at = block * kBlock / p.group * p.n + columns.first;
+  const int64_t group = block * kBlock / p.group;
   Float scale[4], offset[4];
   for (int j = 0; j < 4; ++j) offset[j] = Simd::Zero();
-  LoadScales(p.scales, p.scale_type, at, columns, scale);
-  if (p.offsets) LoadScales(p.offsets, p.scale_type, at, columns, offset);
+  LoadScales(p, p.scales, group, columns, scale);
+  if (p.offsets.values) LoadScales(p, p.offsets, group, columns, offset);
   decoder.Block(block, 0, [&](int row, int j, Float value) __attribute__((always_inline)) {
     Simd::Store(out + row * stride + j * kLanes,
                 Simd::MulAdd(decoder.Entry(value), scale[j], offset[j]));

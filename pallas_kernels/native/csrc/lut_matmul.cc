@@ -11,16 +11,22 @@ namespace ffi = xla::ffi;
 using lut::Has;
 using lut::Kernels;
 using lut::Problem;
+using lut::ScaleBuffers;
 using lut::Shape;
 
 ffi::Error Run(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> words,
-               ffi::AnyBuffer scales, ffi::Buffer<ffi::F32> lut, ffi::AnyBuffer offsets,
-               ffi::Result<ffi::Buffer<ffi::F32>> y, int64_t k, int64_t group_size, bool transpose,
-               std::string_view instructions) {
+               ffi::Buffer<ffi::F32> lut, ffi::AnyBuffer scale_values,
+               ffi::Buffer<ffi::U8> scale_words, ffi::Buffer<ffi::F32> scale_floor,
+               ffi::AnyBuffer offset_values, ffi::Buffer<ffi::U8> offset_words,
+               ffi::Buffer<ffi::F32> offset_floor, ffi::Result<ffi::Buffer<ffi::F32>> y, int64_t k,
+               int64_t group_size, bool transpose, std::string_view instructions,
+               ffi::Span<const int64_t> scale_form, ffi::Span<const int64_t> offset_form) {
+  const ScaleBuffers scales = {scale_values, scale_words, scale_floor, scale_form};
+  const ScaleBuffers offsets = {offset_values, offset_words, offset_floor, offset_form};
   const auto error = [&](const char* what) {
     std::ostringstream s;
-    s << "lut_matmul: " << what << "; x" << Shape(x) << " words" << Shape(words) << " scales"
-      << Shape(scales) << " lut" << Shape(lut) << " offsets" << Shape(offsets) << " y" << Shape(*y)
+    s << "lut_matmul: " << what << "; x" << Shape(x) << " words" << Shape(words) << " lut"
+      << Shape(lut) << " scales" << scales << " offsets" << offsets << " y" << Shape(*y)
       << " k=" << k << " group_size=" << group_size << " transpose=" << transpose
       << " instructions=" << std::string(instructions);
     return ffi::Error::InvalidArgument(s.str());
@@ -38,15 +44,15 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U
     return error("lut does not fit the words");
   if (n > (int64_t{1} << 31) >> bits && tables > 1) return error("lut is too large to index");
   const int64_t groups = (8 * blocks - 1) / group_size + 1;
-  if (!Has(scales, {groups, n})) return error("scales do not fit the words and group_size");
-  const bool shifted = offsets.element_count() > 0;
-  if (shifted && !Has(offsets, {groups, n})) return error("offsets do not fit the scales");
-  lut::ScaleType type;
-  if (!lut::FindScaleType(scales, &type) || offsets.element_type() != scales.element_type())
-    return error("scales and offsets must both be float32, bfloat16 or float16");
   const Kernels* kernels = lut::Find(std::string(instructions));
   if (!kernels) return error("this machine lacks the instruction set");
   if (m == 0 || n == 0) return ffi::Error::Success();
+  Problem problem = {};
+  if (!scales.Find(groups, n, &problem.scales))
+    return error("scales do not fit the words, group_size and form, or are not float32, bfloat16 or float16");
+  const bool shifted = offset_values.element_count() > 0;
+  if (shifted && !offsets.Find(groups, n, &problem.offsets))
+    return error("offsets do not fit the words, group_size and form, or are not float32, bfloat16 or float16");
 
   std::unique_ptr<float[]> sums;
   if (shifted && !transpose) {
@@ -62,21 +68,18 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U
                                ((parts[4] + parts[5]) + (parts[6] + parts[7]));
       }
   }
-  const Problem problem = {x.typed_data(),
-                           words.typed_data(),
-                           scales.untyped_data(),
-                           shifted ? offsets.untyped_data() : nullptr,
-                           lut.typed_data(),
-                           y->typed_data(),
-                           sums.get(),
-                           m,
-                           8 * blocks,
-                           n,
-                           k,
-                           group_size,
-                           tables,
-                           static_cast<int>(bits),
-                           type};
+  problem.x = x.typed_data();
+  problem.words = words.typed_data();
+  problem.lut = lut.typed_data();
+  problem.y = y->typed_data();
+  problem.sums = sums.get();
+  problem.m = m;
+  problem.k = 8 * blocks;
+  problem.n = n;
+  problem.rows = k;
+  problem.group = group_size;
+  problem.tables = tables;
+  problem.bits = static_cast<int>(bits);
   const int64_t units = transpose ? blocks : (n + kernels->columns - 1) / kernels->columns;
   const bool ok = lut::Parallel(pool, units, 8 * blocks * n * m, [=](int64_t first, int64_t last) {
     const int64_t floats = kernels->scratch(problem, transpose);
@@ -98,11 +101,17 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(LutMatmul, Run,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::U8>>()
-                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("k")
                                   .Attr<int64_t>("group_size")
                                   .Attr<bool>("transpose")
-                                  .Attr<std::string_view>("instructions"));
+                                  .Attr<std::string_view>("instructions")
+                                  .Attr<ffi::Span<const int64_t>>("scale_form")
+                                  .Attr<ffi::Span<const int64_t>>("offset_form"));

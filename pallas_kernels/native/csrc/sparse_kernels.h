@@ -97,16 +97,16 @@ void SparsePacked(const Problem& p, const Live& live, int64_t m0, int64_t first,
       i = stop;
       for (int64_t t = 0; t < tiles; ++t) {
         const Columns columns = {column + t * kTile, Min(kTile, p.n - column - t * kTile)};
-        const int64_t at = g * p.n + columns.first;
         Float scale[4], offset[4];
-        LoadScales(p.scales, p.scale_type, at, columns, scale);
-        if (p.offsets) LoadScales(p.offsets, p.scale_type, at, columns, offset);
+        LoadScales(p, p.scales, g, columns, scale);
+        if (p.offsets.values) LoadScales(p, p.offsets, g, columns, offset);
         for (int m = 0; m < kM; ++m)
           for (int j = 0; j < 4; ++j) {
             const int64_t place = (t * kM + m) * kTile + j * kLanes;
             const Float sum = decoder.EntryOfSum(Simd::Load(sums + place));
             Float a = Simd::MulAdd(sum, scale[j], Simd::Load(totals + place));
-            if (p.offsets) a = Simd::MulAdd(Simd::Set(p.sums[(m0 + m) * groups + g]), offset[j], a);
+            if (p.offsets.values)
+              a = Simd::MulAdd(Simd::Set(p.sums[(m0 + m) * groups + g]), offset[j], a);
             Simd::Store(totals + place, a);
           }
       }

@@ -15,6 +15,7 @@ using lut::Kernels;
 using lut::Live;
 using lut::LiveRow;
 using lut::Problem;
+using lut::ScaleBuffers;
 using lut::Shape;
 
 // What a lut::Live points to.
@@ -131,14 +132,20 @@ ffi::Error Dense(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi:
 }
 
 ffi::Error Packed(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> thresholds,
-                  ffi::Buffer<ffi::U8> words, ffi::AnyBuffer scales, ffi::Buffer<ffi::F32> lut,
-                  ffi::AnyBuffer offsets, ffi::Result<ffi::Buffer<ffi::F32>> y, int64_t k,
-                  int64_t group_size, std::string_view instructions) {
+                  ffi::Buffer<ffi::U8> words, ffi::Buffer<ffi::F32> lut,
+                  ffi::AnyBuffer scale_values, ffi::Buffer<ffi::U8> scale_words,
+                  ffi::Buffer<ffi::F32> scale_floor, ffi::AnyBuffer offset_values,
+                  ffi::Buffer<ffi::U8> offset_words, ffi::Buffer<ffi::F32> offset_floor,
+                  ffi::Result<ffi::Buffer<ffi::F32>> y, int64_t k, int64_t group_size,
+                  std::string_view instructions, ffi::Span<const int64_t> scale_form,
+                  ffi::Span<const int64_t> offset_form) {
+  const ScaleBuffers scales = {scale_values, scale_words, scale_floor, scale_form};
+  const ScaleBuffers offsets = {offset_values, offset_words, offset_floor, offset_form};
   const auto error = [&](const char* what) {
     std::ostringstream s;
     s << "sparse_matmul: " << what << "; x" << Shape(x) << " thresholds" << Shape(thresholds)
-      << " words" << Shape(words) << " scales" << Shape(scales) << " lut" << Shape(lut)
-      << " offsets" << Shape(offsets) << " y" << Shape(*y) << " k=" << k
+      << " words" << Shape(words) << " lut" << Shape(lut) << " scales" << scales << " offsets"
+      << offsets << " y" << Shape(*y) << " k=" << k
       << " group_size=" << group_size << " instructions=" << std::string(instructions);
     return ffi::Error::InvalidArgument(s.str());
   };
@@ -151,37 +158,33 @@ ffi::Error Packed(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi
   if (group_size < 1) return error("group_size must be positive");
   if (!Has(lut, {1, int64_t{1} << bits})) return error("lut does not fit the words");
   const int64_t groups = (k - 1) / group_size + 1;
-  if (!Has(scales, {groups, n})) return error("scales do not fit the words and group_size");
-  const bool shifted = offsets.element_count() > 0;
-  if (shifted && !Has(offsets, {groups, n})) return error("offsets do not fit the scales");
-  lut::ScaleType type;
-  if (!lut::FindScaleType(scales, &type) || offsets.element_type() != scales.element_type())
-    return error("scales and offsets must both be float32, bfloat16 or float16");
   const Kernels* kernels = lut::Find(std::string(instructions));
   if (const char* what = Check(x, thresholds, *y, k, n, kernels)) return error(what);
   const int64_t m = x.dimensions()[0];
   if (m == 0 || n == 0) return ffi::Error::Success();
+  Problem problem = {};
+  if (!scales.Find(groups, n, &problem.scales))
+    return error("scales do not fit the words, group_size and form, or are not float32, bfloat16 or float16");
+  const bool shifted = offset_values.element_count() > 0;
+  if (shifted && !offsets.Find(groups, n, &problem.offsets))
+    return error("offsets do not fit the words, group_size and form, or are not float32, bfloat16 or float16");
 
   const LiveRows live = FindLiveRows(x, thresholds, group_size, PackedRow{n, bits});
   std::vector<float> sums(shifted ? m * groups : 0);
   for (int64_t g = 0, at = 0; shifted && g < groups; ++g)
     for (; at < live.ends[2 * g + 1]; ++at)
       for (int64_t j = 0; j < m; ++j) sums[j * groups + g] += live.x[at * m + j];
-  const Problem problem = {nullptr,
-                           words.typed_data(),
-                           scales.untyped_data(),
-                           shifted ? offsets.untyped_data() : nullptr,
-                           lut.typed_data(),
-                           y->typed_data(),
-                           sums.data(),
-                           m,
-                           k,
-                           n,
-                           k,
-                           group_size,
-                           1,
-                           static_cast<int>(bits),
-                           type};
+  problem.words = words.typed_data();
+  problem.lut = lut.typed_data();
+  problem.y = y->typed_data();
+  problem.sums = sums.data();
+  problem.m = m;
+  problem.k = k;
+  problem.n = n;
+  problem.rows = k;
+  problem.group = group_size;
+  problem.tables = 1;
+  problem.bits = static_cast<int>(bits);
   RunTiles(pool, kernels, live, m, n, [&](int64_t first, int64_t last) {
     kernels->sparse(problem, live.view(), first, last);
   });
@@ -205,10 +208,16 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(SparsePacked, Packed,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::U8>>()
-                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("k")
                                   .Attr<int64_t>("group_size")
-                                  .Attr<std::string_view>("instructions"));
+                                  .Attr<std::string_view>("instructions")
+                                  .Attr<ffi::Span<const int64_t>>("scale_form")
+                                  .Attr<ffi::Span<const int64_t>>("offset_form"));

@@ -97,6 +97,27 @@ const Kernels* Find(const std::string& name) {
   return nullptr;
 }
 
+bool ScaleBuffers::Find(int64_t groups, int64_t n, Scales* out) const {
+  *out = {};
+  switch (values.element_type()) {
+    case xla::ffi::F32: out->type = ScaleType::kFloat32; break;
+    case xla::ffi::BF16: out->type = ScaleType::kBfloat16; break;
+    case xla::ffi::F16: out->type = ScaleType::kFloat16; break;
+    default: return false;
+  }
+  if (values.element_count() > 0) out->values = values.untyped_data();
+  if (words.element_count() == 0) return Has(values, {groups, n});
+  if (form.size() != 3 || form[0] < 1 || form[1] < 1 || words.dimensions().size() != 3) return false;
+  out->words = words.typed_data();
+  out->bits = static_cast<int>(words.dimensions()[1]);
+  out->zero = static_cast<float>(form[2]);
+  out->floor = floor.element_count() > 0 ? floor.typed_data()[0] : 0.0f;
+  out->rows = form[0];
+  out->columns = form[1];
+  return out->bits >= 1 && out->bits <= 8 && Has(words, {(groups + 7) / 8, out->bits, n}) &&
+         Has(values, {(groups - 1) / form[0] + 1, (n - 1) / form[1] + 1});
+}
+
 bool Parallel(xla::ffi::ThreadPool& pool, int64_t units, int64_t operations, Range range) {
   const int64_t wanted = std::max<int64_t>(1, operations / kOperationsPerThread);
   const int64_t parts = std::min({units, wanted, std::max<int64_t>(1, pool.num_threads())});

@@ -23,16 +23,6 @@ using Range = std::function<bool(int64_t first, int64_t last)>;
 // Splits `units` over XLA's own threads if `operations` are worth several. False if any range failed.
 bool Parallel(xla::ffi::ThreadPool& pool, int64_t units, int64_t operations, Range range);
 
-// The type of a buffer of scales; false if there are no kernels for it.
-inline bool FindScaleType(const xla::ffi::AnyBuffer& scales, ScaleType* type) {
-  switch (scales.element_type()) {
-    case xla::ffi::F32: *type = ScaleType::kFloat32; return true;
-    case xla::ffi::BF16: *type = ScaleType::kBfloat16; return true;
-    case xla::ffi::F16: *type = ScaleType::kFloat16; return true;
-    default: return false;
-  }
-}
-
 template <class B>
 std::string Shape(const B& buffer) {
   std::ostringstream s;
@@ -47,6 +37,22 @@ template <class B>
 bool Has(const B& buffer, std::initializer_list<int64_t> shape) {
   const auto dims = buffer.dimensions();
   return dims.size() == shape.size() && std::equal(shape.begin(), shape.end(), dims.begin());
+}
+
+// Scales or offsets as a call gets them; see Scales. `form` is {rows, columns, zero}; words and floor
+// may be empty, and for no offsets so are the values.
+struct ScaleBuffers {
+  const xla::ffi::AnyBuffer& values;
+  const xla::ffi::Buffer<xla::ffi::U8>& words;
+  const xla::ffi::Buffer<xla::ffi::F32>& floor;
+  xla::ffi::Span<const int64_t> form;
+
+  // Whether they are [groups, n]; fills in what the kernels need.
+  bool Find(int64_t groups, int64_t n, Scales* out) const;
+};
+
+inline std::ostream& operator<<(std::ostream& s, const ScaleBuffers& b) {
+  return s << Shape(b.values) << " words" << Shape(b.words) << " floor" << Shape(b.floor);
 }
 
 }  // namespace lut

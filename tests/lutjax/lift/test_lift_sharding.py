@@ -138,15 +138,15 @@ def test_quantised_scales_that_a_shard_cuts_through_are_an_error():
     double = lutjax.DoubleQuant(block=16)
     w = lutjax.quantize(jnp.ones((32, 64)), bits=4, group_size=16, double_quant=double)
     specs = part_specs(w, P(None, "model"), SIZES)
-    assert specs.scales.words == P("model", None, None)
+    assert specs.scales.words == P(None, None, "model")
     assert specs.scales.steps == P(None, "model")
     coarse = lutjax.quantize(
         jnp.ones((32, 64)), bits=4, group_size=16, double_quant=lutjax.DoubleQuant(block=64)
     )
     assert part_specs(coarse, P(None, "model"), SIZES).scales.steps == P(None, None)
     local = lutjax.arrays.QuantizedScales(
-        words=coarse.scales.words[:2], steps=jnp.ones((2, 4)), floor=coarse.scales.floor,
-        padding=0, block=16,
+        words=coarse.scales.words[..., :16], steps=jnp.ones((2, 4)), floor=coarse.scales.floor,
+        padding=6, block=(1, 16),
     )  # fmt: skip
-    with pytest.raises(ValueError, match="shards of N must be whole"):
+    with pytest.raises(ValueError, match="shards must be whole blocks"):
         local.expand()

@@ -9,10 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.layout import pack
+from pallas_kernels.scales import QuantizedScales
 
 # Relative Frobenius error: a few roundings of weight and result to the activation dtype (unit
 # roundoff 2^-9, 2^-11, 2^-24) plus float32 accumulation.
 TOLERANCE = {"bfloat16": 1.1e-2, "float16": 2e-3, "float32": 1e-5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How scales are quantised themselves."""
+
+    bits: int
+    block: tuple[int, int]
+    zero: int = 0
+    floor: bool = False
+
+    def __str__(self) -> str:
+        floor = "floor" if self.floor else ""
+        return f"{self.bits}b{self.block[0]}x{self.block[1]}z{self.zero}{floor}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +45,7 @@ class Case:
     p: int = 1
     transpose: bool = False
     scale_dtype: str = "float32"
+    form: Form | None = None
 
     def __str__(self) -> str:
         flags = "".join(
@@ -40,6 +56,7 @@ class Case:
                 (f"p{self.p}", self.p > 1),
                 ("transposed", self.transpose),
                 (f"s{self.scale_dtype}", self.scale_dtype != "float32"),
+                (f"s{self.form}", self.form is not None),
             )
             if on
         )
@@ -79,6 +96,26 @@ CASES = [
     Case(transpose=True, m=1, bits=4, k=576, n=192, group_size=128),
 ]
 
+_K_TYPE = Form(6, (8, 1))  # Q4_K, Q5_K; then Q6_K, Q3_K and a block that is no power of two
+_SIGNED = Form(8, (16, 1), zero=128), Form(6, (16, 1), zero=32), Form(3, (3, 1), zero=2)
+_LQ = Form(8, (1, 256), floor=True), Form(4, (1, 64), floor=True), Form(5, (2, 20), floor=True)
+QUANTIZED = [
+    *(
+        Case(m=m, n=n, k=k, group_size=g, dtype="float32", scale_dtype=d, offsets=o, form=form)
+        for form, d in [(_K_TYPE, "float16"), *((form, "float16") for form in _SIGNED)]
+        for m, n, k, g, o in ((1, 600, 256, 16, True), (6, 33, 77, 8, False))
+    ),
+    *(
+        Case(m=m, n=n, k=384, group_size=32, dtype="float32", scale_dtype=d, form=form)
+        for form, d in zip(_LQ, ("float32", "bfloat16", "float16"), strict=True)
+        for m, n in ((1, 600), (3, 300))
+    ),
+    Case(m=5, n=100, k=520, group_size=32, transpose=True, offsets=True, form=_K_TYPE),
+    Case(m=2, n=40, k=96, group_size=32, p=2, bits=3, dtype="float32", form=_LQ[2]),
+    Case(m=1, n=72, k=64, group_size=64, bits=8, dtype="float32", form=_SIGNED[0]),
+]
+"""Products with scales and offsets that are quantised themselves."""
+
 
 def make(case: Case, seed: int = 0) -> dict:
     """Random arrays of a case (``x, words, scales, lut, offsets``) and the integer ``codes``."""
@@ -91,14 +128,45 @@ def make(case: Case, seed: int = 0) -> dict:
     groups = (-(-case.k // case.group_size), case.n)
     contracted = case.n if case.transpose else case.k
     scale_dtype = jnp.dtype(case.scale_dtype)
+    scales = 0.5 + rng.random(groups), rng.standard_normal(groups)
+    if case.form is None:
+        scales = [jnp.asarray(values, scale_dtype) for values in scales]
+        plain = [np.asarray(values, np.float64) for values in scales]
+    else:
+        pairs = [_quantized(rng, groups, case.form, scale_dtype) for _ in range(2)]
+        scales, plain = zip(*pairs, strict=True)
     return {
         "x": jnp.asarray(rng.standard_normal((case.m, contracted)), case.dtype),
         "words": pack(jnp.asarray(codes), case.bits),
-        "scales": jnp.asarray(0.5 + rng.random(groups), scale_dtype),
+        "scales": scales[0],
         "lut": jnp.asarray(lut, jnp.float32),
-        "offsets": jnp.asarray(rng.standard_normal(groups), scale_dtype) if case.offsets else None,
+        "offsets": scales[1] if case.offsets else None,
         "codes": codes,
+        "plain_scales": plain[0],
+        "plain_offsets": plain[1] if case.offsets else None,
     }
+
+
+def _quantized(
+    rng: np.random.Generator, shape: tuple[int, int], form: Form, dtype: np.dtype
+) -> tuple[QuantizedScales, np.ndarray]:
+    """Random quantised scales, and in float64 what they stand for."""
+    (groups, n), (rows, columns) = shape, form.block
+    codes = rng.integers(0, 2**form.bits, shape).astype(np.uint8)
+    steps = (0.5 + rng.random((-(-groups // rows), -(-n // columns)))).astype(dtype)
+    floor = np.float32([[rng.random()]]) if form.floor else None
+    packed = QuantizedScales(
+        pack(jnp.asarray(codes), form.bits),
+        jnp.asarray(steps),
+        None if floor is None else jnp.asarray(floor),
+        padding=-groups % 8,
+        block=form.block,
+        zero=form.zero,
+    )
+    g, i = np.arange(groups)[:, None], np.arange(n)
+    step = steps.astype(np.float64)[g // rows, i // columns]
+    plain = (codes.astype(np.float64) - form.zero) * step
+    return packed, plain if floor is None else floor.astype(np.float64) + plain
 
 
 def operands(data: dict) -> tuple:
@@ -114,9 +182,9 @@ def oracle_weight(case: Case, data: dict) -> np.ndarray:
     table = n if case.tables == "channel" else 0
     group = k // case.group_size
     weight = lut[table, codes[k // case.p, n], k % case.p]
-    weight = weight * np.asarray(data["scales"], np.float64)[group, n]
-    if data["offsets"] is not None:
-        weight = weight + np.asarray(data["offsets"], np.float64)[group, n]
+    weight = weight * data["plain_scales"][group, n]
+    if data["plain_offsets"] is not None:
+        weight = weight + data["plain_offsets"][group, n]
     return weight
 
 

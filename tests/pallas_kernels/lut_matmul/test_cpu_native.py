@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -12,7 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lut_cases import CASES, TOLERANCE, Case, make, operands, oracle, relative_error
+from lut_cases import (
+    CASES,
+    QUANTIZED,
+    TOLERANCE,
+    Case,
+    make,
+    operands,
+    oracle,
+    oracle_weight,
+    relative_error,
+)
 
 from pallas_kernels import native
 from pallas_kernels.lut_matmul import cpu_native, lut_matmul
@@ -50,7 +61,7 @@ def error(case: Case, instructions: str) -> float:
     return relative_error(y, oracle(case, data))
 
 
-@pytest.mark.parametrize("case", [*CASES, *EDGES], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *EDGES, *QUANTIZED], ids=str)
 def test_equals_the_formula(case):
     assert error(case, "") < TOLERANCE[case.dtype]
 
@@ -60,6 +71,7 @@ def test_equals_the_formula(case):
     "case",
     [
         *EDGES[::4],
+        *QUANTIZED[::2],
         *(Case(m=1, bits=b, n=70, dtype="float32") for b in (5, 6, 7)),
         Case(bits=3, transpose=True),
         Case(m=1, dtype="float32"),
@@ -68,6 +80,18 @@ def test_equals_the_formula(case):
 )
 def test_every_instruction_set_equals_the_formula(case, instructions):
     assert error(case, instructions) < TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in QUANTIZED if c.scale_dtype == "float16" and not c.form.floor], ids=str
+)
+def test_quantised_scales_are_exact(case):
+    # An integer of 8 bits times a float16 is a number of float32.
+    case = dataclasses.replace(case, offsets=False, transpose=False)
+    data = make(case)
+    eye = jnp.eye(case.k)
+    y = cpu_native.lut_matmul(eye, *operands(data)[1:], **case.static)
+    np.testing.assert_array_equal(y, oracle_weight(case, data).astype(np.float32))
 
 
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
@@ -217,25 +241,34 @@ def test_what_it_cannot_run_is_named(case, reason):
 def test_wrong_buffers_are_errors_with_their_shapes():
     """The custom call itself, below the argument checks: wrong buffers must not be read."""
     rng = np.random.default_rng(0)
-    right = {
+    plain = {
         "x": (2, 64),
         "words": (8, 4, 40),
-        "scales": (2, 40),
         "lut": (1, 16),
+        "scales": (2, 40),
+        "scale words": (0, 0, 0),
+        "scale floor": (0,),
         "offsets": (2, 40),
+        "offset words": (0, 0, 0),
+        "offset floor": (0,),
         "y": (2, 40),
     }
-    static = {"k": 64, "group_size": 32, "transpose": False, "instructions": ""}
-    dtypes = dict.fromkeys(right, jnp.float32) | {"words": jnp.uint8}
+    quantized = plain | {"scales": (1, 40), "scale words": (1, 6, 40)}
+    quantized |= {"offsets": (2, 10), "offset words": (1, 8, 40), "offset floor": (1, 1)}
+    forms = {"scale_form": np.int64([8, 1, 0]), "offset_form": np.int64([1, 4, 128])}
+    static = {"k": 64, "group_size": 32, "transpose": False, "instructions": "", **forms}
+    dtypes = {name: jnp.uint8 if "words" in name else jnp.float32 for name in plain}
 
     def call(shapes, dtypes, static):
-        arrays = [jnp.zeros(shapes[n], dtypes[n]) for n in right if n != "y"]
+        arrays = [jnp.zeros(shapes[n], dtypes[n]) for n in plain if n != "y"]
         result = jax.ShapeDtypeStruct(shapes["y"], jnp.float32)
         return jax.ffi.ffi_call(native.LUT_MATMUL, result)(*arrays, **static)
 
-    assert call(right, dtypes, static).shape == (2, 40)
-    for _ in range(40):
-        name = rng.choice(list(right))
+    for right in (plain, quantized):
+        assert call(right, dtypes, static).shape == (2, 40)
+    for i in range(80):
+        right = quantized if i % 2 else plain
+        name = rng.choice([name for name in right if "floor" not in name and right[name][0]])
         shape = list(right[name])
         if rng.random() < 0.3:
             shape = shape[1:] if rng.random() < 0.5 else [1, *shape]
@@ -253,8 +286,11 @@ def test_wrong_buffers_are_errors_with_their_shapes():
     with pytest.raises(Exception, match="instruction set"):
         call(right, dtypes, static | {"instructions": "mmx"})
     for name in ("scales", "offsets"):
-        with pytest.raises(Exception, match="bfloat16"):
-            call(right, dtypes | {name: jnp.float16}, static)
+        with pytest.raises(Exception, match=f"{name} do not fit .* or are not float32, bfloat16"):
+            call(plain, dtypes | {name: jnp.int32}, static)
+    for bad in (np.int64([0, 1, 0]), np.int64([8, 0, 0]), np.int64([2, 1]), np.int64([1, 1, 0])):
+        with pytest.raises(Exception, match="scales do not fit"):
+            call(quantized, dtypes, static | {"scale_form": bad})
 
 
 @pytest.fixture
@@ -295,7 +331,7 @@ import test_cpu_native as tests
 for case in tests.CASES:
     assert tests.error(case, "") < tests.TOLERANCE[case.dtype]
 for instructions in tests.INSTRUCTIONS:
-    for case in tests.EDGES:
+    for case in (*tests.EDGES, *tests.QUANTIZED):
         assert tests.error(case, instructions) < tests.TOLERANCE[case.dtype]
     tests.test_equally_spaced_tables_are_computed(8, "int", instructions)
 tests.test_wrong_buffers_are_errors_with_their_shapes()

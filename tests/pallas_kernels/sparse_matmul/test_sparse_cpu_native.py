@@ -130,28 +130,38 @@ def test_wrong_buffers_are_errors_with_their_shapes():
         "x": (2, 60),
         "thresholds": (60,),
         "words": (8, 4, 40),
-        "scales": (2, 40),
         "lut": (1, 16),
+        "scales": (2, 40),
+        "scale words": (0, 0, 0),
+        "scale floor": (0,),
         "offsets": (2, 40),
+        "offset words": (0, 0, 0),
+        "offset floor": (0,),
         "y": (2, 40),
     }
+    forms = {"scale_form": np.int64([8, 1, 0]), "offset_form": np.int64([1, 4, 128])}
+    quantized = packed | {"scales": (1, 40), "scale words": (1, 6, 40)}
+    quantized |= {"offsets": (2, 10), "offset words": (1, 8, 40), "offset floor": (1, 1)}
     dense = {"x": (2, 60), "thresholds": (60,), "weight": (60, 40), "y": (2, 40)}
     common = {"instructions": ""}
-    calls = {
-        native.SPARSE_PACKED: (packed, common | {"k": 60, "group_size": 32}),
-        native.SPARSE_DENSE: (dense, common),
-    }
+    of_codes = common | {"k": 60, "group_size": 32, **forms}
+    calls = [
+        (native.SPARSE_PACKED, packed, of_codes),
+        (native.SPARSE_PACKED, quantized, of_codes),
+        (native.SPARSE_DENSE, dense, common),
+    ]
 
     def call(target, shapes, static, **dtypes):
-        dtypes = {"words": jnp.uint8, **dtypes}
-        arrays = [jnp.zeros(shapes[n], dtypes.get(n, jnp.float32)) for n in shapes if n != "y"]
+        for name in shapes:
+            dtypes.setdefault(name, jnp.uint8 if "words" in name else jnp.float32)
+        arrays = [jnp.zeros(shapes[n], dtypes[n]) for n in shapes if n != "y"]
         result = jax.ShapeDtypeStruct(shapes["y"], jnp.float32)
         return jax.ffi.ffi_call(target, result)(*arrays, **static)
 
-    for target, (right, static) in calls.items():
+    for target, right, static in calls:
         assert call(target, right, static).shape == (2, 40)
         for _ in range(25):
-            name = rng.choice(list(right))
+            name = rng.choice([n for n in right if "floor" not in n and right[n][0]])
             shape = list(right[name])
             if rng.random() < 0.3:
                 shape = shape[1:] if rng.random() < 0.5 else [1, *shape]
@@ -165,11 +175,10 @@ def test_wrong_buffers_are_errors_with_their_shapes():
                 call(target, right | {name: tuple(shape)}, static)
         with pytest.raises(Exception, match="instruction set"):
             call(target, right, static | {"instructions": "mmx"})
-    right, static = calls[native.SPARSE_PACKED]
     for bad in ({"k": 65}, {"k": 56}, {"k": -1}, {"group_size": 0}, {"group_size": -8}):
         with pytest.raises(Exception, match="sparse_matmul: "):
-            call(native.SPARSE_PACKED, right, static | bad)
-    with pytest.raises(Exception, match="bfloat16"):
-        call(native.SPARSE_PACKED, right, static, scales=jnp.float16)
+            call(native.SPARSE_PACKED, packed, of_codes | bad)
+    with pytest.raises(Exception, match="or are not float32, bfloat16"):
+        call(native.SPARSE_PACKED, packed, of_codes, scales=jnp.int32)
     with pytest.raises(Exception, match="bfloat16"):
         call(native.SPARSE_DENSE, dense, common, weight=jnp.float16)
