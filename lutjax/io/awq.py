@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from lutjax.io.blocks import GridBlocks, GridSpec, integer_blocks, unpack_words
+from lutjax.io.blocks import GridBlocks, GridSpec, integer_blocks, unpack_words, zero_point_form
 from lutjax.io.quantized_module import HALF_TYPES, QuantizedModule, group_layout
+from lutjax.io.safetensors import DTYPES
 
 BITS = 4
 
@@ -57,13 +58,13 @@ class AWQ:
         n = 8 * words
         group_size, groups = group_layout(k, self.group_size)
         module.info("qzeros", ("I32",), (groups, words))
-        module.info("scales", HALF_TYPES, (groups, n))
+        dtype = DTYPES[module.info("scales", HALF_TYPES, (groups, n)).dtype]
         return GridSpec(
             shape=(n, k),
             bits=BITS,
             group_size=group_size,
-            scale_dtype=np.dtype(np.float32),
-            offset_dtype=np.dtype(np.float32),
+            scales=dtype,
+            offsets=zero_point_form(BITS, dtype),
         )
 
     def read(self, module: QuantizedModule) -> GridBlocks:

@@ -5,10 +5,51 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Float32, Integer, UInt8
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleForm:
+    """How scales are quantised themselves: (code - zero) · step.
+
+    Attributes:
+      bits: bits of a scale's code.
+      block: neighbouring groups of a row that share a step.
+      zero: the code that stands for zero.
+      dtype: dtype of the steps.
+    """
+
+    bits: int
+    block: int
+    zero: int
+    dtype: np.dtype
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CodedScales:
+    """Scales or offsets that are quantised themselves.
+
+    Attributes:
+      codes: uint8 `[*experts, out, groups]`.
+      steps: `[*experts, out, blocks]` in the dtype of the form.
+      form: what they mean.
+    """
+
+    codes: UInt8[np.ndarray, "*experts out groups"]
+    steps: Float[np.ndarray, "*experts out blocks"]
+    form: ScaleForm = dataclasses.field(metadata={"static": True})
+
+    def values(self) -> Float32[np.ndarray, "*experts out groups"]:
+        """The scales, which are exact in float32 if steps are of float16 or bfloat16."""
+        steps = np.repeat(self.steps.astype(np.float32), self.form.block, axis=-1)
+        codes = self.codes.astype(np.float32) - np.float32(self.form.zero)
+        return codes * steps[..., : self.codes.shape[-1]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,16 +60,16 @@ class GridSpec:
       shape: `(*experts, out, in)`.
       bits: bits of a code.
       group_size: neighbouring codes of a row that share a scale.
-      scale_dtype: dtype of the scales.
-      offset_dtype: dtype of the offsets, or None if there are none.
+      scales: dtype of the scales, or how they are quantised.
+      offsets: the same of the offsets, or None if there are none.
       reordered: whether columns are sorted into groups, in an order that is part of the data.
     """
 
     shape: tuple[int, ...]
     bits: int
     group_size: int
-    scale_dtype: np.dtype
-    offset_dtype: np.dtype | None
+    scales: np.dtype | ScaleForm
+    offsets: np.dtype | ScaleForm | None
     reordered: bool = False
 
 
@@ -41,8 +82,8 @@ class GridBlocks:
     Attributes:
       codes: uint8 `[*experts, out, in]`.
       levels: float32 `[2 ** bits]`, the value of each code.
-      scales: `[*experts, out, groups]` in the dtype they are kept in.
-      offsets: `[*experts, out, groups]` in the dtype they are kept in, or None.
+      scales: `[*experts, out, groups]` in the dtype they are kept in, or quantised.
+      offsets: the same, or None.
       group_size: neighbouring codes of a row that share a scale; the last group may be shorter.
       columns: `[*experts, in]`, which column of the matrix each column of codes is; None if it is
         the same.
@@ -50,8 +91,8 @@ class GridBlocks:
 
     codes: UInt8[np.ndarray, "*experts out in"]
     levels: Float32[np.ndarray, " levels"]
-    scales: Float[np.ndarray, "*experts out groups"]
-    offsets: Float[np.ndarray, "*experts out groups"] | None
+    scales: Float[np.ndarray, "*experts out groups"] | CodedScales
+    offsets: Float[np.ndarray, "*experts out groups"] | CodedScales | None
     group_size: int
     columns: Integer[np.ndarray, "*experts in"] | None = None
 
@@ -59,28 +100,29 @@ class GridBlocks:
     def stack(cls, grids: Sequence[GridBlocks]) -> GridBlocks:
         """The matrices of several experts, which are quantised alike and share a table, as one."""
         first = grids[0]
-        offsets = None
-        if first.offsets is not None:
-            offsets = np.stack([np.asarray(grid.offsets) for grid in grids])
+
+        def stacked(field: str) -> Any:
+            fields = [getattr(grid, field) for grid in grids]
+            return jax.tree.map(lambda *arrays: np.stack(arrays), *fields)
+
         columns = None
         if any(grid.columns is not None for grid in grids):
             same = np.arange(first.codes.shape[1])
             columns = np.stack([same if g.columns is None else g.columns for g in grids])
         return cls(
-            np.stack([grid.codes for grid in grids]),
+            stacked("codes"),
             first.levels,
-            np.stack([grid.scales for grid in grids]),
-            offsets,
+            stacked("scales"),
+            stacked("offsets"),
             first.group_size,
             columns,
         )
 
     def rows(self, order: np.ndarray) -> GridBlocks:
         """The same matrix with its rows in another order; there must be no axis of experts."""
-        offsets = None if self.offsets is None else self.offsets[order]
-        return dataclasses.replace(
-            self, codes=self.codes[order], scales=self.scales[order], offsets=offsets
-        )
+        parts = self.codes, self.scales, self.offsets
+        codes, scales, offsets = jax.tree.map(lambda a: a[order], parts)
+        return dataclasses.replace(self, codes=codes, scales=scales, offsets=offsets)
 
     def dense(self) -> Float32[np.ndarray, "*experts out in"]:
         """The matrix in float32, one rounding after the product and one after the sum."""
@@ -94,7 +136,8 @@ class GridBlocks:
         np.put_along_axis(matrix, self.columns[..., None, :], values, axis=-1)
         return matrix
 
-    def _repeated(self, values: np.ndarray) -> np.ndarray:
+    def _repeated(self, scales: np.ndarray | CodedScales) -> np.ndarray:
+        values = scales.values() if isinstance(scales, CodedScales) else scales
         wide = np.repeat(values.astype(np.float32), self.group_size, axis=-1)
         return wide[..., : self.codes.shape[-1]]
 
@@ -111,9 +154,9 @@ def integer_blocks(
     """A matrix (codes - zeros) · scales.
 
     One zero point for the whole matrix goes into the table. Otherwise the offsets are
-    -zeros · scales: with scales of float16 or bfloat16, at most 11 bits of significand, and codes
-    and zeros of at most 8 bits, both products are exact in float32, and so is their sum, which is
-    the scale times an integer of at most 9 bits.
+    zeros · -scales, kept as just that: with scales of float16 or bfloat16, at most 11 bits of
+    significand, and codes and zeros of at most 8 bits, both products are exact in float32, and so
+    is their sum, which is the scale times an integer of at most 9 bits.
 
     Args:
       codes: uint8 `[out, in]`, in the order of the matrix.
@@ -124,7 +167,7 @@ def integer_blocks(
       columns: integers `[in]`, the order in which columns are grouped; None if it is the same.
 
     Returns:
-      The matrix; scales are of float32 if there are offsets.
+      The matrix; its offsets, if any, have the form :func:`zero_point_form`.
 
     >>> codes = np.array([[0, 3], [1, 2]], np.uint8)
     >>> scales = np.array([[0.5], [2.0]], np.float16)
@@ -136,10 +179,14 @@ def integer_blocks(
     if isinstance(zeros, int):
         levels -= np.float32(zeros)
     else:
-        scales = scales.astype(np.float32)  # of one dtype, the CPU kernels read both as they are
-        offsets = -(zeros.astype(np.float32) * scales)
+        offsets = CodedScales(zeros.astype(np.uint8), -scales, zero_point_form(bits, scales.dtype))
     codes = codes if columns is None else codes[:, columns]
     return GridBlocks(codes, levels, scales, offsets, group_size, columns)
+
+
+def zero_point_form(bits: int, dtype: np.dtype) -> ScaleForm:
+    """That of offsets zeros · -scales, with zeros of `bits` bits and scales of `dtype`."""
+    return ScaleForm(bits, block=1, zero=0, dtype=dtype)
 
 
 def powers_of_two(exponents: UInt8[np.ndarray, "*shape"], bias: int) -> np.ndarray:

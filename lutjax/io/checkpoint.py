@@ -140,8 +140,8 @@ class Checkpoint:
                 "is not stored as codes with scales"
             )
         grid = self.reader.read_grid(name)
-        for values in (grid.levels, grid.scales, grid.offsets):
-            if not self.allow_nonfinite and values is not None and not np.isfinite(values).all():
+        for values in jax.tree.leaves((grid.levels, grid.scales, grid.offsets)):
+            if not self.allow_nonfinite and not np.isfinite(values).all():
                 raise ValueError(
                     f"{self.source}: tensor {_label(self.reader, name)} ({path}) has a scale, an "
                     "offset or a table that is not finite; pass allow_nonfinite=True to load it "

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lutjax.io.blocks import GridBlocks, GridSpec, integer_blocks, unpack_words
+from lutjax.io.blocks import GridBlocks, GridSpec, integer_blocks, unpack_words, zero_point_form
 from lutjax.io.quantized_module import QuantizedModule, group_layout, read_columns, scale_types
 from lutjax.io.safetensors import DTYPES
 
@@ -94,12 +94,13 @@ class CompressedTensors:
             module.info("weight_shape", ("I32", "I64"), (2,))
         if module.has("weight_g_idx"):
             module.info("weight_g_idx", ("I32", "I64"), (k,))
+        dtype = DTYPES[scales.dtype]
         return GridSpec(
             shape=(n, k),
             bits=self.bits,
             group_size=group_size,
-            scale_dtype=DTYPES[scales.dtype] if self.symmetric else np.dtype(np.float32),
-            offset_dtype=None if self.symmetric else np.dtype(np.float32),
+            scales=dtype,
+            offsets=None if self.symmetric else zero_point_form(self.bits, dtype),
             reordered=module.has("weight_g_idx"),
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lutjax.io.blocks import GridBlocks, GridSpec, integer_blocks, unpack_words
+from lutjax.io.blocks import GridBlocks, GridSpec, integer_blocks, unpack_words, zero_point_form
 from lutjax.io.quantized_module import QuantizedModule, group_layout, read_columns, scale_types
 from lutjax.io.safetensors import DTYPES
 
@@ -96,12 +96,13 @@ class GPTQ:
         scales = module.info("scales", scale_types(self.symmetric), (groups, n))
         if module.has("g_idx") or self.reordered:
             module.info("g_idx", ("I32", "I64"), (k,))
+        dtype = DTYPES[scales.dtype]
         return GridSpec(
             shape=(n, k),
             bits=self.bits,
             group_size=group_size,
-            scale_dtype=DTYPES[scales.dtype] if self.symmetric else np.dtype(np.float32),
-            offset_dtype=None if self.symmetric else np.dtype(np.float32),
+            scales=dtype,
+            offsets=None if self.symmetric else zero_point_form(self.bits, dtype),
             reordered=self.reordered and groups > 1,
         )
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lutjax.arrays import LutArray, MatrixView, ReorderedArray
-from lutjax.io.blocks import GridBlocks
+from lutjax.arrays import LutArray, MatrixView, QuantizedScales, ReorderedArray
+from lutjax.io.blocks import CodedScales, GridBlocks, ScaleForm
 from lutjax.io.checkpoint import Checkpoint
 from lutjax.io.gguf_blocks import BLOCK_TYPES
 from lutjax.io.gpt_oss import QUANT_METHOD
@@ -93,12 +93,20 @@ def abstract_grid_array(checkpoint: Checkpoint, path: str) -> LutArray | Reorder
         raise ValueError(f"{checkpoint.source}: {path} is not stored as codes with scales")
     *experts, n, k = grid.shape
     spec: Any = jax.ShapeDtypeStruct
-    groups = (*experts, -(-k // grid.group_size), n)
+    groups = -(-k // grid.group_size)
+
+    def scales(form: np.dtype | ScaleForm | None) -> Any:
+        if not isinstance(form, ScaleForm):
+            return None if form is None else spec((*experts, groups, n), form)
+        words = spec((*experts, *packed_shape((groups, n), form.bits)), jnp.uint8)
+        steps = spec((*experts, -(-groups // form.block), n), form.dtype)
+        return _quantized_scales(words, steps, groups, form)
+
     array = LutArray(
         words=spec((*experts, *packed_shape((k, n), grid.bits)), jnp.uint8),
-        scales=spec(groups, grid.scale_dtype),
+        scales=scales(grid.scales),
         lut=spec((*experts, 1, 2**grid.bits, 1), jnp.float32),
-        offsets=None if grid.offset_dtype is None else spec(groups, grid.offset_dtype),
+        offsets=scales(grid.offsets),
         group_size=grid.group_size,
         padding=-k % BLOCK,
         dtype=np.dtype(np.float32),
@@ -122,14 +130,26 @@ def lut_from_grid(grid: GridBlocks, *, transposed: bool) -> LutArray:
     lut = np.broadcast_to(grid.levels[:, None], (*experts, 1, grid.levels.size, 1))
     return LutArray(
         words=_pack(grid.codes.swapaxes(-1, -2), bits),
-        scales=jnp.asarray(grid.scales.swapaxes(-1, -2)),
+        scales=_scales(grid.scales),
         lut=jnp.asarray(lut),
-        offsets=None if grid.offsets is None else jnp.asarray(grid.offsets.swapaxes(-1, -2)),
+        offsets=_scales(grid.offsets),
         group_size=grid.group_size,
         padding=-k % BLOCK,
         dtype=np.dtype(np.float32),
         view=_view(n, k, transposed),
     )
+
+
+def _scales(scales: np.ndarray | CodedScales | None) -> Any:
+    if not isinstance(scales, CodedScales):
+        return None if scales is None else jnp.asarray(scales.swapaxes(-1, -2))
+    words = _pack(scales.codes.swapaxes(-1, -2), scales.form.bits)
+    steps = jnp.asarray(scales.steps.swapaxes(-1, -2))
+    return _quantized_scales(words, steps, scales.codes.shape[-1], scales.form)
+
+
+def _quantized_scales(words: Any, steps: Any, groups: int, form: ScaleForm) -> QuantizedScales:
+    return QuantizedScales(words, steps, None, -groups % BLOCK, (form.block, 1), form.zero)
 
 
 def _view(n: int, k: int, transposed: bool) -> MatrixView:

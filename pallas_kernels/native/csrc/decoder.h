@@ -73,23 +73,30 @@ float LoadValue(const void* numbers, ScaleType type, int64_t at) {
   return value[0];
 }
 
-// The steps of a tile of quantised scales whose blocks are of several columns.
-void LoadSteps(const Problem& p, const Scales& s, int64_t group, const Columns& columns,
-               Float out[4]) {
-  const int64_t row = group / s.rows * ((p.n + s.columns - 1) / s.columns);
-  int64_t block = columns.first / s.columns;
-  if ((block + 1) * s.columns - columns.first >= columns.count) {
-    const Float step = Simd::Set(LoadValue(s.values, s.type, row + block));
-    for (int j = 0; j < 4; ++j) out[j] = step;
-    return;
+// The steps of one group and tile of quantised scales, in the order of words.
+__attribute__((noinline)) void LoadSteps(const Problem& p, const Scales& s, int64_t group,
+                                               const Columns& columns, float steps[kTile]) {
+  const int64_t row = group / s.rows;
+  Float out[4];
+  if (s.columns == 1) {
+    LoadValues(s.values, s.type, row * p.n + columns.first, columns, out);
+  } else {
+    const int64_t start = row * ((p.n + s.columns - 1) / s.columns);
+    int64_t block = columns.first / s.columns, end = (block + 1) * s.columns - columns.first;
+    float values[kTile] = {0};
+    values[0] = LoadValue(s.values, s.type, start + block);
+    if (end >= columns.count) {
+      for (int j = 0; j < 4; ++j) out[j] = Simd::Set(values[0]);
+    } else {
+      for (int64_t i = 1; i < columns.count; ++i) {
+        const bool next = i == end;
+        if (next) ++block, end += s.columns;
+        values[i] = next ? LoadValue(s.values, s.type, start + block) : values[i - 1];
+      }
+      Simd::Deinterleave(values, out);
+    }
   }
-  float values[kTile] = {0};
-  for (int64_t i = 0; i < columns.count; ++block) {
-    const int64_t end = Min(columns.count, (block + 1) * s.columns - columns.first);
-    const float step = LoadValue(s.values, s.type, row + block);
-    for (; i < end; ++i) values[i] = step;
-  }
-  Simd::Deinterleave(values, out);
+  for (int j = 0; j < 4; ++j) Simd::Store(steps + j * kLanes, out[j]);
 }
 
 // Where the codes of a group lie that are quantised scales.
@@ -106,13 +113,11 @@ struct ScaleCodes {
   }
 };
 
-// Quantised scales of one group and tile.
-void LoadQuantized(const Problem& p, const Scales& s, int64_t group, const Columns& columns,
-                   Float out[4]) {
-  if (s.columns > 1)
-    LoadSteps(p, s, group, columns, out);
-  else
-    LoadValues(s.values, s.type, group / s.rows * p.n + columns.first, columns, out);
+// Scales or offsets of one group and tile; `steps` are those of quantised ones.
+inline __attribute__((always_inline)) void LoadScales(const Problem& p, const Scales& s,
+                                                      int64_t group, const Columns& columns,
+                                                      const float steps[kTile], Float out[4]) {
+  if (!s.words) return LoadValues(s.values, s.type, group * p.n + columns.first, columns, out);
   const ScaleCodes codes(p, s, group, columns.first);
   const uint8_t* bytes = codes.bytes;
   int64_t stride = p.n;
@@ -133,16 +138,18 @@ void LoadQuantized(const Problem& p, const Scales& s, int64_t group, const Colum
   LUT_UNROLL
   for (int j = 0; j < 4; ++j) {
     const Float code = Simd::template LowBits<8>(j ? Simd::Right(word, 8 * j) : word);
-    out[j] = Simd::MulAdd(Simd::MulAdd(code, Simd::Set(256), zero), out[j], Simd::Set(s.floor));
+    out[j] = Simd::MulAdd(Simd::MulAdd(code, Simd::Set(256), zero), Simd::Load(steps + j * kLanes),
+                          Simd::Set(s.floor));
   }
 }
 
-// Scales or offsets of one group and tile.
+// The same for a single group.
 inline __attribute__((always_inline)) void LoadScales(const Problem& p, const Scales& s,
                                                       int64_t group, const Columns& columns,
                                                       Float out[4]) {
-  if (s.words) return LoadQuantized(p, s, group, columns, out);
-  LoadValues(s.values, s.type, group * p.n + columns.first, columns, out);
+  alignas(64) float steps[kTile];
+  if (s.words) LoadSteps(p, s, group, columns, steps);
+  LoadScales(p, s, group, columns, steps, out);
 }
 
 // Brings scales near that are needed soon.

@@ -30,6 +30,12 @@ void FewRows(const Problem& p, int64_t m0, int64_t tile) {
   const float* x = p.x + m0 * p.k;
   Float total[kM][kTiles][4];
   for (int i = 0; i < kM * kTiles * 4; ++i) (&total[0][0][0])[i] = Simd::Zero();
+  alignas(64) float scale_steps[kTiles][kTile], offset_steps[kTiles][kTile];
+  const auto load_steps = [&](const Scales& s, int64_t g, float (*steps)[kTile]) {
+    if (__builtin_expect(s.words && g % s.rows == 0, false))
+      for (int t = 0; t < kTiles; ++t)
+        LoadSteps(p, s, g, {columns.first + t * kTile, columns.count}, steps[t]);
+  };
   const int64_t ahead = Min(kAhead / kBits, blocks), ahead_groups = ahead / group_blocks + 1;
   for (int64_t g = 0; g < groups; ++g) {
     if (g + ahead_groups < groups) {
@@ -62,12 +68,14 @@ void FewRows(const Problem& p, int64_t m0, int64_t tile) {
                 Simd::MulAdd(Simd::Set(x[m * p.k + b * kBlock + row]), value, sum[m][t][j]);
         });
     }
+    load_steps(p.scales, g, scale_steps);
+    load_steps(p.offsets, g, offset_steps);
     LUT_UNROLL  // with a variable t, the sums would lie in memory
     for (int t = 0; t < kTiles; ++t) {
       const Columns own = {columns.first + t * kTile, columns.count};
       Float scale[4], offset[4];
-      LoadScales(p, p.scales, g, own, scale);
-      if (p.offsets.values) LoadScales(p, p.offsets, g, own, offset);
+      LoadScales(p, p.scales, g, own, scale_steps[t], scale);
+      if (p.offsets.values) LoadScales(p, p.offsets, g, own, offset_steps[t], offset);
       LUT_UNROLL
       for (int m = 0; m < kM; ++m)
         LUT_UNROLL
@@ -84,15 +92,28 @@ void FewRows(const Problem& p, int64_t m0, int64_t tile) {
       StoreColumns(p.y + (m0 + m) * p.n + columns.first + t * kTile, columns, total[m][t]);
 }
 
+// Scales and offsets of a tile, which the blocks of a group share.
+struct TileScales {
+  int64_t group = -1;
+  Float scale[4], offset[4];
+
+  void Load(const Problem& p, int64_t block, const Columns& columns) {
+    const int64_t wanted = block * kBlock / p.group;
+    if (wanted == group) return;
+    group = wanted;
+    LoadScales(p, p.scales, group, columns, scale);
+    for (int j = 0; j < 4; ++j) offset[j] = Simd::Zero();
+    if (p.offsets.values) LoadScales(p, p.offsets, group, columns, offset);
+  }
+};
+
 // One block of 8 rows of the weight, scaled: [8][4][kLanes], rows `stride` floats apart.
 template <int kBits, Tables kTables>
 void Dequantize(const Problem& p, const Decoder<kBits, kTables>& decoder, int64_t block,
-                const Columns& columns, int64_t stride, float* out) {
-  const int64_t group = block * kBlock / p.group;
+                const Columns& columns, int64_t stride, TileScales* scales, float* out) {
+  scales->Load(p, block, columns);
   Float scale[4], offset[4];
-  for (int j = 0; j < 4; ++j) offset[j] = Simd::Zero();
-  LoadScales(p, p.scales, group, columns, scale);
-  if (p.offsets.values) LoadScales(p, p.offsets, group, columns, offset);
+  for (int j = 0; j < 4; ++j) scale[j] = scales->scale[j], offset[j] = scales->offset[j];
   decoder.Block(block, 0, [&](int row, int j, Float value) __attribute__((always_inline)) {
     Simd::Store(out + row * stride + j * kLanes,
                 Simd::MulAdd(decoder.Entry(value), scale[j], offset[j]));
@@ -153,12 +174,14 @@ void ManyRows(const Problem& p, int64_t first, int64_t last, float* scratch) {
     for (int64_t tile = first; tile < last; ++tile) {
       const Columns columns = TileColumns(p, tile);
       const Decoder<kBits, kTables> decoder(p, columns);
+      TileScales scales;
       const float* x = packed;
       std::memset(c, 0, count * kTile * sizeof(float));
       for (int64_t k0 = 0; k0 < p.k; k0 += kPanelRows) {
         const int64_t rows = Min(kPanelRows, p.k - k0);
         for (int64_t b = 0; b < rows / kBlock; ++b)
-          Dequantize(p, decoder, k0 / kBlock + b, columns, kTile, panel + b * kBlock * kTile);
+          Dequantize(p, decoder, k0 / kBlock + b, columns, kTile, &scales,
+                     panel + b * kBlock * kTile);
         int64_t m = 0;
         for (; m + Simd::kRows <= count; m += Simd::kRows, x += rows * Simd::kRows)
           MultiplyPanel<Simd::kRows>(x, panel, rows, c + m * kTile);
@@ -235,7 +258,8 @@ void Transposed(const Problem& p, int64_t first, int64_t last, float* scratch) {
       const int64_t count = Min(kPanelTiles, tiles - t0);
       for (int64_t t = 0; t < count; ++t) {
         const Columns columns = TileColumns(p, t0 + t);
-        Dequantize(p, Decoder<kBits, kTables>(p, columns), block, columns, kStride,
+        TileScales scales;
+        Dequantize(p, Decoder<kBits, kTables>(p, columns), block, columns, kStride, &scales,
                    panel + t * kTile);
       }
       const float* xs = x + t0 * kTile;

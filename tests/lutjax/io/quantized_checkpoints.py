@@ -138,6 +138,11 @@ class Case:
     reordered: bool = False
 
 
+def _asymmetric(bits: int, group: int) -> float:
+    """Bits a weight: scales and steps of two bytes, zero points padded to a block of 8 groups."""
+    return bits + 32 / group + bits * 8 / 64
+
+
 def gptq_case(bits, group, sym, layout, bits_per_weight, act=False, dtype=np.float16) -> Case:
     config = {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": sym}
     config |= {"checkpoint_format": layout, "desc_act": act}
@@ -166,28 +171,30 @@ def compressed_case(bits, group, sym, dtype, bits_per_weight, act=False) -> Case
 
 
 CASES: dict[str, Case] = {
-    "gptq-2": gptq_case(2, 32, False, "gptq", 2 + 64 / 32),
-    "gptq-3": gptq_case(3, 32, False, "gptq", 3 + 64 / 32),
-    "gptq-4": gptq_case(4, 32, False, "gptq", 4 + 64 / 32),
-    "gptq-8": gptq_case(8, 32, False, "gptq", 8 + 64 / 32),
+    "gptq-2": gptq_case(2, 32, False, "gptq", _asymmetric(2, 32)),
+    "gptq-3": gptq_case(3, 32, False, "gptq", _asymmetric(3, 32)),
+    "gptq-4": gptq_case(4, 32, False, "gptq", _asymmetric(4, 32)),
+    "gptq-8": gptq_case(8, 32, False, "gptq", _asymmetric(8, 32)),
     "gptq-4-sym": gptq_case(4, 32, True, "gptq", 4 + 16 / 32),
     "gptq-3-sym-column": gptq_case(3, -1, True, "gptq", 3 + 16 / 64),
-    "gptq-8-bfloat16": gptq_case(8, 16, False, "gptq", 8 + 64 / 16, dtype=ml_dtypes.bfloat16),
+    "gptq-8-bfloat16": gptq_case(
+        8, 16, False, "gptq", _asymmetric(8, 16), dtype=ml_dtypes.bfloat16
+    ),
     "gptq-8-sym-float32": gptq_case(8, 32, True, "gptq", 8 + 32 / 32, dtype=np.float32),
-    "gptq_v2-4": gptq_case(4, 32, False, "gptq_v2", 4 + 64 / 32),
+    "gptq_v2-4": gptq_case(4, 32, False, "gptq_v2", _asymmetric(4, 32)),
     "gptq_v2-2-sym": gptq_case(2, 32, True, "gptq_v2", 2 + 16 / 32),
-    "gptq-4-act": gptq_case(4, 32, False, "gptq", 4 + 64 / 32, act=True),
+    "gptq-4-act": gptq_case(4, 32, False, "gptq", _asymmetric(4, 32), act=True),
     "gptq-4-act-column": gptq_case(4, -1, True, "gptq", 4 + 16 / 64, act=True),
     "awq": Case(
         {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True},
         lambda *a: awq(*a, group=32),
-        4 + 64 / 32,
+        _asymmetric(4, 32),
     ),
     "nf4": bitsandbytes_case("nf4", False),
     "nf4-double": bitsandbytes_case("nf4", True),
     "fp4": bitsandbytes_case("fp4", False),
     "compressed-4": compressed_case(4, 32, True, ml_dtypes.bfloat16, 4 + 16 / 32),
-    "compressed-4-asym": compressed_case(4, 32, False, ml_dtypes.bfloat16, 4 + 64 / 32),
+    "compressed-4-asym": compressed_case(4, 32, False, ml_dtypes.bfloat16, _asymmetric(4, 32)),
     "compressed-8-column": compressed_case(8, -1, True, np.float32, 8 + 32 / 64),
     "compressed-4-act": compressed_case(4, 32, True, np.float16, 4 + 16 / 32, act=True),
 }

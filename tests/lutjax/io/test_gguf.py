@@ -13,6 +13,7 @@ from checkpoints import FAMILIES_OF_EXPERTS, FAMILIES_OF_GEMMA, post_norms, rand
 from tiny_checkpoint import tiny_tokenizer
 
 from lutjax.io import gpt_oss, load, load_params, load_tokenizer, open_checkpoint
+from lutjax.io.blocks import CodedScales
 from lutjax.io.checkpoint import parameter_shapes
 from lutjax.io.configs import config_from_gguf
 from lutjax.io.grid import abstract_grid_array, grid_array
@@ -402,13 +403,13 @@ KEPT = {
     Q.Q5_0: 5.5,
     Q.Q5_1: 6.0,
     Q.Q8_0: 8.5,
-    Q.Q2_K: 6.0,
-    Q.Q3_K: 5.0,
-    Q.Q4_K: 6.0,
-    Q.Q5_K: 7.0,
-    Q.Q6_K: 8.0,
+    Q.Q2_K: 2.625,
+    Q.Q3_K: 3.4375,
+    Q.Q4_K: 4.5,
+    Q.Q5_K: 5.5,
+    Q.Q6_K: 6.5625,
     Q.IQ4_NL: 4.5,
-    Q.IQ4_XS: 5.0,
+    Q.IQ4_XS: 4.25,
     Q.MXFP4: 4.5,
 }
 """Bits a weight as kept."""
@@ -430,9 +431,14 @@ def test_grids_are_exact(kept, path):
     """What `read` gives is from `gguf.dequantize`."""
     checkpoint, kind = kept
     grid = checkpoint.read_grid(path)
-    dense = grid.levels[grid.codes] * np.repeat(grid.scales, grid.group_size, axis=1)
+
+    def repeated(scales):
+        values = scales.values() if isinstance(scales, CodedScales) else scales
+        return np.repeat(values, grid.group_size, axis=1)
+
+    dense = grid.levels[grid.codes] * repeated(grid.scales)
     if grid.offsets is not None:
-        dense = dense + np.repeat(grid.offsets, grid.group_size, axis=1)
+        dense = dense + repeated(grid.offsets)
     expected = checkpoint.read(path)
     np.testing.assert_array_equal(dense.T, expected)
     np.testing.assert_array_equal(grid.dense().T, expected)
