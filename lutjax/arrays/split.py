@@ -48,9 +48,13 @@ def typed_entries(array: Any) -> tuple[Any, ...]:
 
 
 def explicit_mesh(tree: Any) -> Any:
-    """The mesh over whose explicit axes an array of ``tree`` is typed, or None."""
+    """The mesh over whose explicit axes an array of ``tree`` is typed, or None.
+
+    With its devices unless the array is traced, as arrays without a mesh can only be put there.
+    """
     for leaf in jax.tree.leaves(tree):
-        mesh = getattr(getattr(jax.typeof(leaf), "sharding", None), "mesh", None)
-        if mesh is not None and AxisType.Explicit in getattr(mesh, "axis_types", ()):
-            return mesh
+        for owner in (leaf, jax.typeof(leaf)):
+            mesh = getattr(getattr(owner, "sharding", None), "mesh", None)
+            if AxisType.Explicit in getattr(mesh, "axis_types", ()):
+                return mesh
     return None

@@ -59,10 +59,11 @@ def place_with_auto_axes(
 
     Args:
       compute: What to run.
-      operands: Pytrees of arrays.
+      operands: Pytrees of arrays, one of them at least with explicit axes.
       shardings: From the result with ``jax.ShapeDtypeStruct`` for arrays to a sharding for each.
     """
-    replicated = jax.sharding.auto_axes(compute, out_sharding=PartitionSpec())
+    everywhere = NamedSharding(explicit_mesh(operands), PartitionSpec())
+    replicated = jax.sharding.auto_axes(compute, out_sharding=everywhere)
     wanted = shardings(jax.eval_shape(replicated, *operands))
     return jax.sharding.auto_axes(compute, out_sharding=wanted)(*operands)
 

@@ -1,5 +1,6 @@
 """Run by test_explicit_meshes.py in a process of its own: four virtual devices; prints JSON."""
 
+import contextlib
 import json
 
 import jax
@@ -50,22 +51,27 @@ def compare(expected, found):
     }
 
 
-def quantized(recipe, jit):
+def mesh_context(inside):
+    """`jax.set_mesh` or nothing: weights have their mesh in their types anyway."""
+    return jax.set_mesh(MESH) if inside else contextlib.nullcontext()
+
+
+def quantized(recipe, jit, inside=True):
     def run(params):
         return lutjax.quantize(params, recipe)
 
     run = jax.jit(run) if jit else run
     expected = run(tree())
-    with jax.set_mesh(MESH):
+    with mesh_context(inside):
         return compare(expected, run(place(tree())))
 
 
-def decomposed():
+def decomposed(inside=True):
     def run(params):
         return lutjax.decompose(params, RECIPES["nf4"], rank=4, rounds=3, key=jax.random.key(0))
 
     expected = run(tree())
-    with jax.set_mesh(MESH):
+    with mesh_context(inside):
         return compare(expected, run(place(tree())))
 
 
@@ -141,7 +147,10 @@ print(
         {
             **{name: quantized(recipe, jit=False) for name, recipe in RECIPES.items()},
             "under jit": quantized(RECIPES["nf4"], jit=True),
+            "without set_mesh": quantized(RECIPES["nf4"], jit=False, inside=False),
+            "under jit without set_mesh": quantized(RECIPES["nf4"], jit=True, inside=False),
             "decompose": decomposed(),
+            "decompose without set_mesh": decomposed(inside=False),
             "hessians": with_hessians(),
             "fisher means": fisher("means"),
             "fisher full": fisher("full"),

@@ -12,15 +12,19 @@ def results():
     return printed_json(Path(__file__).parent / "explicit_meshes.py", 4)
 
 
-@pytest.mark.parametrize("name", ["nf4", "double_quant", "higgs", "under jit", "hessians"])
+QUANTIZED = ["nf4", "double_quant", "higgs", "under jit", "hessians"]
+
+
+@pytest.mark.parametrize("name", [*QUANTIZED, "without set_mesh", "under jit without set_mesh"])
 def test_quantized_weights_are_those_of_one_device_and_stay_sharded(results, name):
     assert results[name]["difference"] < 1e-5
     assert results[name]["sharded"]
 
 
-def test_decomposed_weights_stay_sharded(results):
-    assert results["decompose"]["difference"] < 1e-4  # factors are sums in another order
-    assert results["decompose"]["sharded"]
+@pytest.mark.parametrize("name", ["decompose", "decompose without set_mesh"])
+def test_decomposed_weights_stay_sharded(results, name):
+    assert results[name]["difference"] < 1e-4  # factors are sums in another order
+    assert results[name]["sharded"]
 
 
 @pytest.mark.parametrize("keep", ["means", "full"])
