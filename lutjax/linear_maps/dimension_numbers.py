@@ -95,7 +95,8 @@ def matching(*patterns: str, numbers: DimensionNumbers | None = None) -> Callabl
       A function of the parameters, to be passed as ``weight_dimension_numbers``.
 
     Raises:
-      ValueError: When it is called on parameters, one of which no pattern matches.
+      ValueError: When a pattern matches none of the parameters that it is called on, or these are
+        one number.
 
     >>> params = {"mlp": {"w": jnp.ones((2, 2))}, "head": jnp.ones((2, 2))}
     >>> jax.tree.leaves(matching("mlp/*")(params))
@@ -106,14 +107,15 @@ def matching(*patterns: str, numbers: DimensionNumbers | None = None) -> Callabl
     def resolve(params: Any) -> Any:
         leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_masked)
         paths = [path_string(path) for path, _ in leaves]
+        if paths == [""] and jnp.ndim(leaves[0][1]) == 0:  # such as a step
+            raise ValueError(
+                f"matching({', '.join(map(repr, patterns))}) was called on a number, not on "
+                f"parameters; in optax.inject_hyperparams name weight_dimension_numbers in "
+                f"static_args"
+            )
         hits = set()
         for pattern in patterns:
             matched = [path for path in paths if fnmatch.fnmatchcase(path, pattern)]
-            if paths == [""]:  # not parameters but one number, such as a step
-                raise ValueError(
-                    f"matching({pattern!r}) was called on {params}, not on parameters; in "
-                    f"optax.inject_hyperparams name weight_dimension_numbers in static_args"
-                )
             if paths and not matched:
                 raise ValueError(f"no parameter matches {pattern!r}; the paths are {paths}")
             hits.update(matched)

@@ -311,8 +311,17 @@ def test_maps_work_under_jit_vmap_and_bfloat16(map_):
         ),
         (lambda: lm.matching("x/*")({"w": jnp.ones((2, 3))}), "no parameter matches"),
         (lambda: lm.matching("w", "x/*")({"w": jnp.ones((2, 3))}), "no parameter matches 'x/"),
+        (lambda: lm.matching("*", "w")(jnp.int32(1)), r"matching\('\*', 'w'\) was called on a num"),
     ],
 )
 def test_bad_input_names_the_argument(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_parameters_may_be_one_bare_array():
+    weight = jnp.ones((6, 8))
+    found = lm.resolve_dimension_numbers(weight, lm.matching("*"))
+    assert found == {"": lm.DimensionNumbers()}
+    with pytest.raises(ValueError, match=r"no parameter matches 'w'; the paths are \[''\]$"):
+        lm.matching("w")(weight)
