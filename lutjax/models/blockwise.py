@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from lutjax.models.config import DecoderConfig
 from lutjax.models.decoder import Block, attention_contexts, embed
+from lutjax.tracing import concrete
 
 BlockFn = Callable[[Any, Array], Array]
 """`fn(block_params, x) -> y`, for any number of sequences."""
@@ -34,18 +34,18 @@ def decoder_blocks(
 
     Raises:
       ValueError: if the layers are stacked, there are none in `params`, or `tokens` are not
-        `[B, T]` of the vocabulary.
+        `[B, T]` of the vocabulary, which is not known of traced ones.
     """
     if config.scan_layers:
         raise ValueError("the layers are stacked; use unstack_layers and scan_layers=False")
     if "layers" not in params:
         raise ValueError(f"params has {', '.join(params)} but no layers; give variables['params']")
-    numbers = np.asarray(tokens)
-    if numbers.ndim != 2 or not np.issubdtype(numbers.dtype, np.integer):
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(
-            f"tokens of shape {numbers.shape} and dtype {numbers.dtype} must be integers [B, T]"
+            f"tokens of shape {tokens.shape} and dtype {tokens.dtype} must be integers [B, T]"
         )
-    if numbers.size and not 0 <= numbers.min() <= numbers.max() < config.vocab_size:
+    numbers = concrete(tokens)
+    if numbers is not None and ((numbers < 0) | (numbers >= config.vocab_size)).any():
         raise ValueError(
             f"tokens go from {numbers.min()} to {numbers.max()}; those of this model are "
             f"0 … {config.vocab_size - 1}"

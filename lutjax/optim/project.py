@@ -22,7 +22,7 @@ from lutjax.optim._explicit import init_with_auto_axes, update_with_auto_axes
 from lutjax.optim._state import is_coded, leaf_paths, map_moments, restart
 from lutjax.optim.quantized import reencode
 from lutjax.paths import map_named, named_leaves, path_key
-from lutjax.transforms.quantize import concrete
+from lutjax.tracing import concrete
 
 OnRefresh = Literal["keep", "reset", "rotate"]
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int32
 
-from lutjax.transforms.quantize import concrete
+from lutjax.tracing import concrete
 
 
 class ScaleBySpamState(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from lutjax.arrays import MatrixView
-from lutjax.transforms.quantize import concrete
+from lutjax.tracing import concrete
 
 # Below this fraction of the largest side weight, dividing by it would only amplify rounding errors.
 _FLOOR = 1e-4

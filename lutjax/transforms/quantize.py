@@ -24,6 +24,7 @@ from lutjax.arrays.typed_shardings import compress_with_auto_axes
 from lutjax.packing import BLOCK, pack
 from lutjax.paths import map_named, named_leaves, near_misses
 from lutjax.rotation import rotate
+from lutjax.tracing import concrete
 from lutjax.transforms.feedback import DAMPING, round_with_feedback
 from lutjax.transforms.recipe import (
     COLUMN,
@@ -224,14 +225,6 @@ def quantize_array(
     if not allow_nonfinite:
         _check_scales(array, rule.config, path)
     return array
-
-
-def concrete(array: Any) -> np.ndarray | None:
-    """The values of an array, or None while it is traced and has none yet."""
-    try:
-        return np.asarray(array)
-    except jax.errors.TracerArrayConversionError:
-        return None
 
 
 def check_finite(weight: Any, path: str) -> None:

@@ -162,6 +162,16 @@ def test_blocks_that_alternate_make_up_the_decoder(decoder):
     )
 
 
+def test_taking_a_decoder_apart_can_be_traced(decoder):
+    model, params, tokens = decoder
+    apart = jax.jit(lambda params, tokens: decoder_blocks(model.config, params, tokens)[2])
+    np.testing.assert_array_equal(
+        apart(params, tokens), decoder_blocks(model.config, params, tokens)[2]
+    )
+    with pytest.raises(ValueError, match="must be integers"):
+        apart(params, tokens[0])
+
+
 def test_later_blocks_see_what_the_quantised_ones_before_give():
     blocks = {"first": {"kernel": normal(32, 32)}, "second": {"kernel": normal(32, 32)}}
     x = normal(200, 32)
