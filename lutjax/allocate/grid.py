@@ -11,7 +11,7 @@ import numpy as np
 from lutjax import codebooks
 from lutjax.allocate.solvers import pareto
 from lutjax.arrays import DoubleQuant
-from lutjax.transforms.recipe import COLUMN, LutConfig
+from lutjax.transforms.recipe import COLUMN, DEFAULT, LutConfig
 
 _ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -22,12 +22,13 @@ def candidate_grid(
     step_dtypes: Sequence[str] = ("bfloat16", "float16", "float32"),
     group_sizes: Sequence[int] = (16, 32, 64),
     blocks: Sequence[int] = (16, 64, 256),
-    codebook: str = "nf",
+    codebook: str = DEFAULT,
 ) -> tuple[LutConfig, ...]:
     """Every combination of code bits, scale bits, step dtype, group size and block.
 
     The defaults are the 432 configurations of LQ-LoRA (arXiv 2311.12023, section 3.2), of 184
-    distinct sizes between 2.03 and 8.63 bits a weight.
+    distinct sizes between 2.03 and 8.63 bits a weight, but with integers at 8 bits, as in
+    :class:`lutjax.LutConfig`; the paper's are ``codebook="nf"``.
 
     >>> len(candidate_grid()), len({nominal_bits(c) for c in candidate_grid()})
     (432, 184)

@@ -27,6 +27,7 @@ from lutjax.allocate import (
 from lutjax.allocate.grid import gaussian_error
 from lutjax.arrays import DoubleQuant
 from lutjax.calibrate import plannable
+from lutjax.cli.allocate import Allocate
 from lutjax.io.checkpoint import parameter_shapes
 from lutjax.models import MODELS
 from lutjax.transforms.recipe import LutConfig, Recipe
@@ -50,6 +51,18 @@ def test_grid():
             for k in kept
         )
     assert len(SMALL) == 8 and SMALL[0] == prune(grid, bits=(2, 4.5))[0]
+    assert {(c.bits, c.codebook) for c in grid} == {(2, "nf"), (3, "nf"), (4, "nf"), (8, "int")}
+
+
+@pytest.mark.parametrize("budget", [2.5, 3, 4.25, 5, 6, 8])
+def test_the_default_plans_are_never_worse_than_few_of_normal_float(budget):
+    matrices = [Matrix(f"{i}/kernel", 512, 512) for i in range(8)]
+
+    def cost(**grid):
+        candidates = prune(candidate_grid(**grid), most=12 if grid else Allocate.candidates)
+        return allocate(CostTable.of_shapes(matrices, candidates), budget, solver="dp").cost
+
+    assert cost() <= (0.9 if budget == 8 else 1) * cost(codebook="nf")
 
 
 @pytest.mark.parametrize(
