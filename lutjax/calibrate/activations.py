@@ -20,7 +20,7 @@ from lutjax.files import json_by_line, replace_file
 from lutjax.paths import named_leaves
 from lutjax.progress import progress_bar
 from lutjax.transforms.quantize import weight_view
-from lutjax.transforms.recipe import Recipe, Rule
+from lutjax.transforms.recipe import Recipe, Rule, check_recipe
 
 Score = Literal["magnitude", "wina"]
 
@@ -131,8 +131,8 @@ def activation_quantiles(
       A histogram for each path.
 
     Raises:
-      ValueError: If there is no data, an activation is NaN or infinite, or a projection sees
-        nothing; names the path.
+      ValueError: If a rule matches nothing, there is no data, an activation is NaN or infinite, or
+        a projection sees nothing; names the rule or the path.
 
     Source: TEAL (arXiv 2408.14690, section 4.2); WINA (arXiv 2505.19427).
 
@@ -184,11 +184,15 @@ def projections(params: Any, recipe: Recipe | None = None) -> dict[str, AsCompre
     """For each projection's path, the function from its weight to a compressed array.
 
     Raises:
-      ValueError: If the recipe reaches no matrix.
+      ValueError: If a rule matches nothing, or the recipe reaches no matrix.
+      TypeError: If ``recipe`` is none.
     """
-    recipe = recipe or Recipe.uniform()
+    recipe = Recipe.uniform() if recipe is None else recipe
+    check_recipe(recipe)
+    leaves = named_leaves(params)
+    recipe.check_matches(path for path, _ in leaves)
     found: dict[str, AsCompressed] = {}
-    for path, leaf in named_leaves(params):
+    for path, leaf in leaves:
         rule = recipe.rule_for(path)
         if rule is None or rule.config is None:
             continue

@@ -21,7 +21,7 @@ from lutjax.paths import named_leaves
 from lutjax.progress import progress_bar
 from lutjax.transforms.decompose import Method, check_calibrated, decompose_array
 from lutjax.transforms.quantize import match_rules, weight_view
-from lutjax.transforms.recipe import LutConfig, Recipe, Rule
+from lutjax.transforms.recipe import LutConfig, Recipe, Rule, check_recipe
 
 
 def plannable(params: Any, recipe: Recipe | None = None) -> tuple[Matrix, ...]:
@@ -59,6 +59,7 @@ def _paths_of(recipe: Recipe | None) -> Recipe:
     """
     if recipe is None:
         return Recipe((Rule("*", _FITS_ALL),))
+    check_recipe(recipe)
     rules = [
         r if r.config is None else dataclasses.replace(r, config=_FITS_ALL) for r in recipe.rules
     ]

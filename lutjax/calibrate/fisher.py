@@ -25,7 +25,7 @@ from lutjax.paths import map_named, named_leaves
 from lutjax.progress import progress_bar
 from lutjax.transforms.importance import RowColumnMeans
 from lutjax.transforms.quantize import weight_view
-from lutjax.transforms.recipe import Recipe
+from lutjax.transforms.recipe import Recipe, check_recipe
 
 _SEPARATOR = "#"
 
@@ -112,8 +112,8 @@ def fisher(
       The averages in float32.
 
     Raises:
-      ValueError: If there is no data, a loss or gradient is not finite, the recipe reaches no
-        matrix, or the checkpoint belongs to other weights or settings.
+      ValueError: If there is no data, a loss or gradient is not finite, a rule matches nothing, the
+        recipe reaches no matrix, or the checkpoint belongs to other weights or settings.
 
     Source: LQ-LoRA (arXiv 2311.12023, section 3.3).
 
@@ -127,7 +127,7 @@ def fisher(
         raise ValueError(f"keep={keep!r} is unknown; use 'means' or 'full'")
     if save_every < 1:
         raise ValueError(f"save_every={save_every} must be at least 1")
-    targets = _targets(params, recipe or Recipe.uniform())
+    targets = _targets(params, Recipe.uniform() if recipe is None else recipe)
     totals = {path: _zeros(target, keep) for path, target in targets.items()}
     done = samples = 0
     identity = ""
@@ -178,8 +178,11 @@ class _Target:
 
 
 def _targets(params: Any, recipe: Recipe) -> dict[str, _Target]:
+    check_recipe(recipe)
+    leaves = named_leaves(params)
+    recipe.check_matches(path for path, _ in leaves)
     targets = {}
-    for path, leaf in named_leaves(params):
+    for path, leaf in leaves:
         rule = recipe.rule_for(path)
         if rule is None or rule.config is None:
             continue

@@ -43,7 +43,8 @@ def hessians(
       ``float32[*batch, K, K]`` for each path, for :func:`lutjax.quantize`.
 
     Raises:
-      ValueError: If there is no data, the recipe reaches no matrix, or nothing enters a weight.
+      ValueError: If there is no data, a rule matches nothing, the recipe reaches no matrix, or
+        nothing enters a weight.
 
     Source: GPTQ (arXiv 2210.17323, section 3).
 
