@@ -12,12 +12,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialized
 
 from lutjax.arrays import MatrixView, is_compressed
-from lutjax.arrays.split import explicit_mesh
+from lutjax.arrays.split import explicit_mesh, typed_entries
 from lutjax.calibrate.hashing import content_hash
 from lutjax.calibrate.probe import ProbedArray
 from lutjax.files import replace_file
@@ -93,7 +94,8 @@ def fisher(
 
     Samples run one after the other, so one gradient is held at a time; with ``keep="means"`` each
     is reduced at once to row and column means. Compressed weights stay compressed: the gradient is
-    that of the dense weight they stand for.
+    that of the dense weight they stand for. Samples that are split over explicit mesh axes are
+    gathered first.
 
     Args:
       loss_fn: Parameters and one sample to a scalar loss; for compressed parameters a function
@@ -128,11 +130,12 @@ def fisher(
     if save_every < 1:
         raise ValueError(f"save_every={save_every} must be at least 1")
     targets = _targets(params, Recipe.uniform() if recipe is None else recipe)
-    totals = {path: _zeros(target, keep) for path, target in targets.items()}
+    leaves = dict(named_leaves(params))
+    totals = {path: _zeros(target, leaves[path], keep) for path, target in targets.items()}
     done = samples = 0
     identity = ""
     if checkpoint is not None:
-        weights = {p: leaf for p, leaf in named_leaves(params) if p in targets}
+        weights = {path: leaf for path, leaf in leaves.items() if path in targets}
         described = f"{keep}{targets}{content_hash(weights)}"
         identity = hashlib.sha256(described.encode()).hexdigest()
         if Path(checkpoint).exists():
@@ -195,28 +198,42 @@ def _targets(params: Any, recipe: Recipe) -> dict[str, _Target]:
     return targets
 
 
+def _probe(target: _Target, leaf: Any) -> jax.Array:
+    """What to differentiate by: the weight, or zeros that are added to a compressed one."""
+    if not target.compressed:
+        return leaf
+    return jnp.zeros((*leaf.batch_shape, *leaf.matrix_shape), jnp.float32)
+
+
+def _squares(target: _Target, gradient: jax.Array, keep: str) -> Any:
+    # Gradients of compressed weights come in stored form already.
+    if keep == "full":
+        logical = target.view.from_matrix(gradient) if target.compressed else gradient
+        return jnp.square(logical.astype(jnp.float32))
+    matrix = gradient if target.compressed else target.matrix(gradient)
+    square = jnp.square(matrix.astype(jnp.float32))
+    return RowColumnMeans(square.mean(axis=-1), square.mean(axis=-2))
+
+
+def _zeros(target: _Target, leaf: Any, keep: str) -> Any:
+    """The sum of no squares; with explicit axes sharded as what will be added to it."""
+    mesh = explicit_mesh(leaf)
+
+    def zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
+        device = None if mesh is None else NamedSharding(mesh, like.sharding.spec)
+        return jnp.zeros(like.shape, like.dtype, device=device)
+
+    found = jax.eval_shape(lambda leaf: _squares(target, _probe(target, leaf), keep), leaf)
+    return jax.tree.map(zeros, found)
+
+
 def _make_step(
     loss_fn: Callable, targets: dict[str, _Target], keep: str
 ) -> Callable[[Any, Any, Any], tuple[Any, jax.Array]]:
-    def probe(path: str, leaf: Any) -> Any:
-        if not targets[path].compressed:
-            return leaf
-        return jnp.zeros((*leaf.batch_shape, *leaf.matrix_shape), jnp.float32)
-
-    def squares(path: str, gradient: jax.Array) -> Any:
-        target = targets[path]
-        # Gradients of compressed weights come in stored form already.
-        if keep == "full":
-            logical = target.view.from_matrix(gradient) if target.compressed else gradient
-            return jnp.square(logical.astype(jnp.float32))
-        matrix = gradient if target.compressed else target.matrix(gradient)
-        square = jnp.square(matrix.astype(jnp.float32))
-        return RowColumnMeans(square.mean(axis=-1), square.mean(axis=-2))
-
     @jax.jit
     def step(params: Any, totals: Any, batch: Any) -> tuple[Any, jax.Array]:
         leaves = {path: leaf for path, leaf in named_leaves(params) if path in targets}
-        probes = {path: probe(path, leaf) for path, leaf in leaves.items()}
+        probes = {path: _probe(targets[path], leaf) for path, leaf in leaves.items()}
 
         def loss(probes: dict[str, jax.Array], sample: Any) -> jax.Array:
             def place(path, leaf):
@@ -226,28 +243,23 @@ def _make_step(
 
             return loss_fn(map_named(place, params), sample)
 
-        def found(sample: Any) -> tuple[jax.Array, Any]:
-            value, gradients = jax.value_and_grad(loss)(probes, sample)
-            return value, {path: squares(path, gradient) for path, gradient in gradients.items()}
-
         def one(totals: Any, sample: Any) -> tuple[Any, jax.Array]:
-            value, new = found(sample)
+            value, gradients = jax.value_and_grad(loss)(probes, sample)
+            new = {path: _squares(targets[path], g, keep) for path, g in gradients.items()}
             return jax.tree.map(jnp.add, totals, new), value
 
-        if explicit_mesh(params) is not None:  # sums are sharded as what is added to them
-            _, new = jax.eval_shape(found, jax.tree.map(lambda a: a[0], batch))
-            totals = jax.tree.map(lambda a, b: jax.sharding.reshard(a, b.sharding), totals, new)
-        return jax.lax.scan(one, totals, batch)
+        return jax.lax.scan(one, totals, jax.tree.map(_whole_samples, batch))
 
     return step
 
 
-def _zeros(target: _Target, keep: str) -> Any:
-    if keep == "full":
-        return jnp.zeros(target.shape)
-    batch, inner = target.shape[: target.batch_ndim], target.shape[target.batch_ndim :]
-    k, n = target.view.matrix_shape(inner)
-    return RowColumnMeans(jnp.zeros((*batch, k)), jnp.zeros((*batch, n)))
+def _whole_samples(array: jax.Array) -> jax.Array:
+    """Samples that run one after the other cannot be split over an explicit axis."""
+    mesh = explicit_mesh(array)
+    if mesh is None:
+        return array
+    spec = PartitionSpec(None, *typed_entries(array)[1:])
+    return jax.sharding.reshard(array, NamedSharding(mesh, spec))
 
 
 def _sample_count(batch: Any) -> int:
@@ -261,13 +273,13 @@ def _sample_count(batch: Any) -> int:
     return count
 
 
-def _resume(path: str | os.PathLike, identity: str, like: Any) -> tuple[Any, int, int]:
+def _resume(path: str | os.PathLike, identity: str, zeros: Any) -> tuple[Any, int, int]:
     totals, metadata = _read(path)
     if metadata.get("identity") != identity:
         raise ValueError(
             f"{path} was made with other weights or settings; delete it, or name another checkpoint"
         )
-    ordered = {name: jax.tree.map(jnp.asarray, totals[name]) for name in like}
+    ordered = {name: jax.tree.map(jnp.add, zeros[name], totals[name]) for name in zeros}
     return ordered, int(metadata["batches"]), int(metadata["samples"])
 
 

@@ -86,25 +86,31 @@ def with_hessians():
         return compare(expected, run(place(tree()), moments))
 
 
-def fisher(keep):
-    def run(params):
+def fisher(keep, samples=None):
+    """The largest relative difference from one device, and how often the loss was traced."""
+    traced = []
+
+    def loss(params, x):
+        traced.append(x)
+        return jnp.sum(jnp.tanh(x @ params["rows"])) + jnp.sum(jnp.sin(x @ params["both"]))
+
+    def run(params, batches):
         params = {name: params[name] for name in ("rows", "both")}
-        x = jax.random.normal(jax.random.key(1), (3, 5, 128))
-
-        def loss(params, x):
-            return jnp.sum(jnp.tanh(x @ params["rows"])) + jnp.sum(jnp.sin(x @ params["both"]))
-
-        found = calibrate.fisher(loss, params, [x], recipe=RECIPES["nf4"], keep=keep)
+        traced.clear()
+        found = calibrate.fisher(loss, params, batches, recipe=RECIPES["nf4"], keep=keep)
         return jax.tree.leaves(found.diagonals)
 
-    expected = run(tree())
+    batches = list(jax.random.normal(jax.random.key(1), (2, 4, 5, 128)))
+    expected = run(tree(), batches)
     with jax.set_mesh(MESH):
-        found = run(place(tree()))
+        if samples is not None:
+            batches = [jax.device_put(x, NamedSharding(MESH, samples)) for x in batches]
+        found = run(place(tree()), batches)
     worst = max(
         float(np.abs(np.asarray(a) / np.asarray(b) - 1).max())
         for a, b in zip(found, expected, strict=True)
     )
-    return {"difference": worst}
+    return {"difference": worst, "traced": len(traced)}
 
 
 def refused():
@@ -154,6 +160,7 @@ print(
             "hessians": with_hessians(),
             "fisher means": fisher("means"),
             "fisher full": fisher("full"),
+            "fisher split samples": fisher("means", P("x")),
             "refused": refused(),
             "adapter": adapter_type(),
             "outside lift": outside_lift(),

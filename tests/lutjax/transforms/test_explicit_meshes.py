@@ -27,9 +27,10 @@ def test_decomposed_weights_stay_sharded(results, name):
     assert results[name]["sharded"]
 
 
-@pytest.mark.parametrize("keep", ["means", "full"])
-def test_fisher_information_is_that_of_one_device(results, keep):
-    assert results[f"fisher {keep}"]["difference"] < 1e-4
+@pytest.mark.parametrize("what", ["means", "full", "split samples"])
+def test_fisher_information_is_that_of_one_device(results, what):
+    assert results[f"fisher {what}"]["difference"] < 1e-4
+    assert results[f"fisher {what}"]["traced"] == 1  # for two batches
 
 
 def test_weights_that_do_not_split_are_named(results):
