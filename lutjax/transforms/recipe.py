@@ -39,9 +39,11 @@ class LutConfig:
       bits: Bits of a code, 1 to 8.
       group_size: Weights along K that share a scale, at least 16; ``"column"`` for all of K.
       codebook: A name in :data:`lutjax.codebooks.CODEBOOKS`, ``"kmeans"`` (one table fitted to each
-        matrix), ``"gaussian"`` (the best for normal numbers) or the values themselves. By default
-        ``"nf"``; from 6 bits on ``"int"``, which errs less there, and whose products take a third
-        of the time on a CPU; ``"gaussian"`` at 1 bit, for which the others do not exist.
+        matrix), ``"gaussian"`` (the best for normal numbers) or the values themselves. The default
+        is ``"nf"``; from 6 bits on ``"int"``, which errs less there, and whose products take a
+        third of the time on a CPU; ``"gaussian"`` at 1 bit and for pairs, for which the others do
+        not exist. It is fixed when the configuration is made: to change its bits by
+        ``dataclasses.replace``, give ``codebook="default"`` again.
       scale_dtype: Dtype of scales and offsets: bfloat16, float16 or float32.
       double_quant: Quantise the scales too.
       vector_size: Consecutive weights along K that share a code, 1 or (``"gaussian"``) 2; a weight
@@ -55,7 +57,7 @@ class LutConfig:
 
     bits: int = 4
     group_size: int | Literal["column"] = 64
-    codebook: str | tuple[float, ...] = DEFAULT
+    codebook: str | Sequence[float] = DEFAULT
     scale_dtype: str = "bfloat16"
     double_quant: DoubleQuant | None = None
     vector_size: int = 1
@@ -97,13 +99,9 @@ class LutConfig:
             value = getattr(self, name)
             if isinstance(value, np.integer):
                 object.__setattr__(self, name, int(value))
-        if not isinstance(self.bits, int) or not 1 <= self.bits <= MAX_BITS:
+        if type(self.bits) is not int or not 1 <= self.bits <= MAX_BITS:
             raise ValueError(f"bits={self.bits!r} is not supported; use 1 to {MAX_BITS}")
-        if not isinstance(self.codebook, str):
-            object.__setattr__(self, "codebook", tuple(float(v) for v in self.codebook))
-        if self.codebook == DEFAULT:
-            name = "gaussian" if self.bits == 1 else "nf" if self.bits < 6 else "int"
-            object.__setattr__(self, "codebook", name)
+        object.__setattr__(self, "codebook", self._resolved_codebook())
         if self.group_size != COLUMN and (
             not isinstance(self.group_size, int) or self.group_size < MIN_GROUP_SIZE
         ):
@@ -140,6 +138,21 @@ class LutConfig:
                 "double_quant with an affine codebook is not supported: its offsets would stay "
                 "unquantised; use a codebook with negative values, such as 'nf' or 'int'"
             )
+
+    def _resolved_codebook(self) -> str | tuple[float, ...]:
+        if not isinstance(self.codebook, str):
+            try:
+                return tuple(float(value) for value in self.codebook)
+            except TypeError:
+                raise TypeError(
+                    f"codebook={self.codebook!r}; give a name, such as {DEFAULT!r}, or a list of "
+                    f"values"
+                ) from None
+        if self.codebook != DEFAULT:
+            return self.codebook
+        if self.bits == 1 or self.vector_size != 1:
+            return codebooks.GAUSSIAN
+        return "nf" if self.bits < 6 else "int"
 
     @property
     def scaling(self) -> Literal["absmax", "range", "rms"]:
@@ -241,9 +254,8 @@ class Recipe:
 
         Unless ``embedding_bits`` says otherwise, see :meth:`with_embeddings`.
         """
-        book = codebook if isinstance(codebook, str) else tuple(codebook)
         scales: dict[str, Any] = {"scale_dtype": scale_dtype, "double_quant": double_quant}
-        recipe = cls((Rule("*", LutConfig(bits, group_size, book, **scales)),))
+        recipe = cls((Rule("*", LutConfig(bits, group_size, codebook, **scales)),))
         if embedding_bits is None:
             return recipe
         return recipe.with_embeddings(embedding_bits, group_size, **scales)

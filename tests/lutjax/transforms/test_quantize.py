@@ -1,5 +1,6 @@
 """quantize, recipes, summaries and materialize against the formulas."""
 
+import dataclasses
 import functools
 
 import jax
@@ -198,18 +199,35 @@ PARAMS = {
 C = LutConfig(bits=4, group_size=16)
 
 
+def quantization_error(bits, **codebook):
+    found = lutjax.quantize(WEIGHT, bits=bits, **codebook).materialize()
+    return float(np.linalg.norm(found - WEIGHT))
+
+
 @pytest.mark.parametrize(
-    ("bits", "name"), [(1, "gaussian"), (2, "nf"), (5, "nf"), (6, "int"), (8, "int")]
+    ("bits", "name", "other"),
+    [(2, "nf", "int"), (4, "nf", "int"), (6, "int", "nf"), (8, "int", "nf")],
 )
-def test_the_default_codebook_exists_and_is_the_better_of_two(bits, name):
-    assert LutConfig(bits).codebook == Recipe.uniform(bits).rules[0].config.codebook == name
+def test_the_default_codebook_is_the_better_of_two(bits, name, other):  # at 5 bits they are alike
+    assert quantization_error(bits) == quantization_error(bits, codebook=name)
+    assert quantization_error(bits) < quantization_error(bits, codebook=other)
 
-    def error(**codebook):
-        found = lutjax.quantize(WEIGHT, bits=bits, **codebook).materialize()
-        return float(np.linalg.norm(found - WEIGHT))
 
-    if bits > 5:
-        assert error() == error(codebook="int") < error(codebook="nf")
+@pytest.mark.parametrize(
+    ("bits", "vector_size", "name"),
+    [
+        *[(1, 1, "gaussian"), (2, 1, "nf"), (5, 1, "nf"), (6, 1, "int"), (8, 1, "int")],
+        *[(4, 2, "gaussian"), (8, 2, "gaussian")],
+    ],
+)
+def test_the_default_codebook_is_one_that_exists(bits, vector_size, name):
+    assert LutConfig(bits, vector_size=vector_size).codebook == name
+    assert vector_size > 1 or Recipe.uniform(bits).rules[0].config.codebook == name
+
+
+def test_the_default_codebook_is_fixed_once_it_is_made():
+    assert dataclasses.replace(LutConfig(4), bits=8).codebook == "nf"
+    assert dataclasses.replace(LutConfig(4), bits=8, codebook="default") == LutConfig(8)
 
 
 def compressed_paths(recipe):
@@ -357,7 +375,14 @@ NAN = {"mlp": {"kernel": jnp.full((32, 16), jnp.nan)}}
         (lambda: LutConfig.higgs(group_size=48), ValueError, "group_size=48 cannot be rotated"),
         (lambda: LutConfig(group_size="column", rotate=True), ValueError, "'column' cannot be rot"),
         (lambda: LutConfig.higgs(float("nan")), ValueError, "bits=nan is not supported"),
-        (lambda: LutConfig(vector_size=2), ValueError, "vector_size=2 with codebook 'nf'"),
+        (
+            lambda: LutConfig(codebook="nf", vector_size=2),
+            ValueError,
+            "vector_size=2 with codebook 'nf'",
+        ),
+        (lambda: LutConfig(True), ValueError, "bits=True is not supported; use 1 to 8"),
+        (lambda: LutConfig(codebook=None), TypeError, "codebook=None; give a name, such as 'def"),
+        (lambda: Recipe.uniform(codebook=None), TypeError, "codebook=None; give a name"),
         (
             lambda: LutConfig(codebook="gaussian", vector_size=2.0),
             ValueError,
