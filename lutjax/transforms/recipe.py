@@ -302,7 +302,7 @@ class Recipe:
         """Raises if ``embeddings`` or a rule is about none of the paths, or cannot have a say.
 
         A rule has none where all that it reaches stays dense unless it is named in full, or is
-        decided about by one earlier rule. A last rule ``"*"`` may be for what others leave.
+        decided about by one earlier rule. One rule ``"*"`` may be for what others leave.
 
         Raises:
           ValueError: Names the rule's pattern, and the paths most like it or the earlier rule.
@@ -314,6 +314,8 @@ class Recipe:
                 f"embeddings are to have {self.embeddings.bits} bits, but no parameter matches "
                 f"{' or '.join(EMBEDDINGS)}; add a Rule with the full path of each"
             )
+        if [rule.pattern for rule in self.rules].count("*") > 1:
+            raise ValueError("the first rule '*' decides for all of them; leave out the others")
         for rule in self.rules:
             if rule.pattern in decided:
                 matched = reached = [rule.pattern]

@@ -338,6 +338,9 @@ def test_a_rule_behind_one_that_matches_all_it_does_is_an_error(pattern):
     recipe = Recipe((Rule("*", LutConfig(3)), Rule(pattern, LutConfig(8))))
     with pytest.raises(ValueError, match=r"decides about nothing: '\*', which comes before it"):
         lutjax.quantize({"up": {"kernel": jnp.ones((64, 8))}}, recipe)
+    twice = Recipe((Rule("up/*", C), Rule("*", None), Rule("*", LutConfig(8))))
+    with pytest.raises(ValueError, match=r"the first rule '\*' decides for all of them; leave out"):
+        lutjax.quantize({"up": {"kernel": jnp.ones((64, 8))}}, twice)
     both = Recipe((Rule("up/*", C), Rule("down/*", C), Rule("*/kernel", C), Rule("*", C)))
     assert match_rules(both, {"up": {"kernel": WEIGHT}, "down": {"kernel": WEIGHT}})
 
