@@ -119,29 +119,42 @@ def _reasons(operation: Operation, arrays: tuple, static: dict) -> dict[str, str
 
 
 def _all_are_right() -> bool:
-    """Prints what became of the checks of all kernels that run here."""
+    """Prints what became of the checks of all kernels that take any of them here."""
     from lutjax.progress import progress_bar
+    from pallas_kernels.lut_matmul.dispatch import LUT_MATMUL
     from pallas_kernels.self_check import CHECKS, SPARSE_CHECKS
+    from pallas_kernels.sparse_matmul.dispatch import SPARSE_MATMUL
 
     failed = 0
     print("\nproducts compared with float64:", flush=True)
-    operations: tuple[tuple[str, dict[str, str], tuple[Any, ...]], ...] = (
-        ("lut_matmul", _lut_matmul(), CHECKS),
-        ("sparse_matmul", _sparse_matmul(), SPARSE_CHECKS),
+    operations: tuple[tuple[Operation, tuple[Any, ...]], ...] = (
+        (LUT_MATMUL, CHECKS),
+        (SPARSE_MATMUL, SPARSE_CHECKS),
     )
-    for operation, reasons, checks in operations:
-        for name in [name for name, said in reasons.items() if not said.startswith("no:")]:
+    for operation, checks in operations:
+        for name in filter(_is_for_here, operation.implementations):
             bar = progress_bar(checks, name, "check", show=sys.stderr.isatty())
             outcomes = {check: check.run(name) for check in bar}
             counts = collections.Counter(outcome.status for outcome in outcomes.values())
             taken = len(outcomes) - counts["refused"]
+            if not taken:
+                continue
             refused = f" ({counts['refused']} refused)" if counts["refused"] else ""
-            print(f"  {operation} {name}: {counts['ok']} of {taken} right{refused}", flush=True)
+            print(
+                f"  {operation.name} {name}: {counts['ok']} of {taken} right{refused}", flush=True
+            )
             failed += counts["FAILED"]
             for check, outcome in outcomes.items():
                 if outcome.status == "FAILED":
                     print(f"    {check}: {outcome.describe(check.limit)}", flush=True)
     return not failed
+
+
+def _is_for_here(name: str) -> bool:
+    """Whether an implementation is one for this platform, and not disabled."""
+    from pallas_kernels.platforms import KERNEL_PLATFORM, disabled, platform_here
+
+    return KERNEL_PLATFORM.get(name, platform_here()) == platform_here() and name not in disabled()
 
 
 def _said(reason: str | None, is_default: bool) -> str:

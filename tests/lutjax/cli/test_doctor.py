@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from lutjax.cli.main import main
-from pallas_kernels import lut_matmul, native, sparse_matmul
+from pallas_kernels import lut_matmul, native, self_check, sparse_matmul
 from pallas_kernels.native import loader
 
 
@@ -46,3 +46,19 @@ def test_a_jax_that_cannot_start_is_reported(capsys, monkeypatch):
     said = lines(capsys)
     assert said["lutjax"] and said["cores:"]
     assert said["devices:"] == "none, jax cannot start: RuntimeError: no such platform"
+
+
+def test_every_kernel_that_products_use_is_checked(capsys, monkeypatch):
+    monkeypatch.setattr(self_check, "CHECKS", self_check.CHECKS[:2])
+    monkeypatch.setattr(self_check, "SPARSE_CHECKS", self_check.SPARSE_CHECKS[:4])
+    assert main(["doctor", "--check"]) == 0
+    checked = capsys.readouterr().out.split("products compared with float64:")[1]
+    assert "lut_matmul xla: 2 of 2 right\n" in checked
+    if jax.default_backend() == "cpu":  # it takes one row, and no codes
+        assert "sparse_matmul xla: 2 of 2 right (2 refused)" in checked
+        assert "mosaic" not in checked and "triton" not in checked
+    monkeypatch.setenv("PALLAS_KERNELS_DISABLE", "cpu_native")
+    monkeypatch.setattr(self_check, "SPARSE_CHECKS", self_check.SPARSE_CHECKS[3:])
+    assert main(["doctor", "--check"]) == 0
+    checked = capsys.readouterr().out.split("products compared with float64:")[1]
+    assert "cpu_native" not in checked and "sparse_matmul xla" not in checked
