@@ -73,9 +73,9 @@ def lut_matmul(
       k: The number K of rows of the weight.
       group_size: The number G of consecutive rows that share a scale; K for one group a column.
       transpose: Multiplies by the transposed weight.
-      implementation: One of ``IMPLEMENTATIONS``; None picks the best one that supports the
-        arguments on the platform that the program is lowered for. To lower for an absent device,
-        trace under a ``jax.sharding.AbstractMesh`` with its ``AbstractDevice``.
+      implementation: One of ``IMPLEMENTATIONS``; None picks, while it is traced, the best one that
+        supports the arguments on the platform that programs are compiled for here. To lower for an
+        absent device, trace under a ``jax.sharding.AbstractMesh`` with its ``AbstractDevice``.
 
     Returns:
       ``[..., N]``, or ``[..., K]`` when transposed.
@@ -194,7 +194,7 @@ def _columns(spec: _Spec, words) -> int:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(spec: _Spec, x, words, scales, lut, offsets=None):
-    """Runs one implementation, or lets the platform that is lowered for choose among several."""
+    """Runs one implementation, or the best one on the platform that is compiled for here."""
     if x.shape[0] == 0 or words.shape[-1] == 0:
         return jnp.zeros((x.shape[0], _columns(spec, words)), x.dtype)
     static = spec.static | ({"interpret": True} if spec.interpret else {})

@@ -43,8 +43,9 @@ def sparse_matmul(
         read single rows; or lookup-table codes: :class:`BlockCodes` in the canonical layout, whose
         rows a CPU skips, or :class:`RowCodes`, whose rows a GPU or TPU skips.
       thresholds: A number, ``[1]``, or ``[K]`` for one of each row of W.
-      implementation: One of ``IMPLEMENTATIONS``; None picks the best one that supports the
-        arguments on the platform that the program is lowered for.
+      implementation: One of ``IMPLEMENTATIONS``; None picks, while it is traced, the best one that
+        supports the arguments on the platform that programs are compiled for here. To lower for an
+        absent device, trace under a ``jax.sharding.AbstractMesh`` with its ``AbstractDevice``.
 
     Returns:
       ``[..., N]`` in the dtype of ``x``.
@@ -121,7 +122,7 @@ _product.defvjp(_fwd, _bwd)
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(implementation: str | None, x: Any, weight: Any, thresholds: Any) -> Any:
-    """Runs one implementation, or lets the platform that is lowered for choose among several."""
+    """Runs one implementation, or the best one on the platform that is compiled for here."""
     if x.shape[0] == 0:
         return jnp.zeros((0, matrix_shape(weight)[1]), x.dtype)
     return SPARSE_MATMUL.run(implementation, (x, weight, thresholds), {})
