@@ -161,6 +161,9 @@ def detach(params: Any) -> tuple[Any, dict[str, LowRankArray]]:
 def merge(params: Any) -> Any:
     """Dense weights in the place of adapted ones, of every kind; other leaves as they are.
 
+    As in :func:`detach`, the low-rank part of a decomposition counts as an adapter, too: training
+    may have changed it. Merge before decomposing other weights, or merge a subtree, to keep them.
+
     >>> from lutjax.adapters import two_sided
     >>> adapted = two_sided({"w": jnp.ones((4, 6))}, 2, jax.random.key(0))
     >>> bool((merge(adapted)["w"] == 1).all())
