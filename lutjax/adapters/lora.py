@@ -251,7 +251,7 @@ def difference(
 def quantize_adapter(
     adapter: Mapping[str, LowRankArray], *, bits: int = 8, group_size: int = 64
 ) -> dict[str, ProductArray]:
-    """An adapter for inference whose factors are lookup-table codes (NF8 by default).
+    """An adapter for inference whose factors are lookup-table codes (8-bit integers by default).
 
     Groups run along the rows of each factor; a factor with fewer rows than a group has one scale
     for each column.
