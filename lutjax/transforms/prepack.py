@@ -32,13 +32,12 @@ def prepack(
     """Reorders lookup-table weights once, for inference.
 
     TPUs and Hopper GPUs read another order than the canonical words, and reorder them in every call
-    unless this is done at load time. Nor do they read quantised scales (:class:`lutjax.DoubleQuant`
-    and the K types of GGUF), as the kernels for CPUs do: they are expanded to float32 here instead
-    of in every call. The
-    result is for :func:`lutjax.lift` and cannot be saved, resharded or trained: keep the canonical
-    parameters for that. Embeddings are looked up in either order. Call it outside ``jit`` and
-    ``eval_shape``: equally spaced tables are computed on TPUs instead of looked up, in an order of
-    their own, and whether one is that must be known.
+    unless this is done at load time. Only CPUs read quantised scales (:class:`lutjax.DoubleQuant`,
+    the K types of GGUF): for other devices they are expanded to float32 here instead of in every
+    call. The result is for :func:`lutjax.lift` and cannot be saved, resharded or trained: keep the
+    canonical parameters for that. Embeddings are looked up in either order. Call it outside ``jit``
+    and ``eval_shape``: equally spaced tables are computed on TPUs instead of looked up, in an order
+    of their own, and whether one is that must be known.
 
     Weights behind a gate (:func:`lutjax.sparsity.sparsify`) are laid out row by row, so that
     decoding reads live rows only: the canonical words keep eight rows together, and so do the tiles

@@ -1,7 +1,7 @@
 """Where the compiled C++ kernels come from: the package, the user's cache, or the compiler.
 
 Installing with a compiler at hand puts the library beside this file (see ``setup.py``). Otherwise
-it is compiled on first use, in about half a minute, and kept in the user's cache under a name that
+it is compiled on first use, in less than a minute, and kept in the user's cache under a name that
 holds a hash of the sources and the version of jaxlib, whose headers it is compiled with.
 """
 

@@ -17,6 +17,7 @@ from lutjax.arrays import (
     LutArray,
     MatrixView,
     ProductArray,
+    QuantizedScales,
     ReorderedArray,
     RotatedArray,
     RowDenseArray,
@@ -54,6 +55,25 @@ def make_lut(bits=4, tables=1, p=1, offsets=False, k=K, seed=0):
         dtype=np.dtype(np.float32),
     )
     return array, dense
+
+
+def make_coded():
+    """With scales and offsets that are quantised themselves, two groups of a column a step."""
+    rng = np.random.default_rng(4)
+    array, _ = make_lut()
+    unit, dense = jnp.ones_like(array.scales), []
+    for zero in (20, 0):
+        codes = rng.integers(0, 64, unit.shape).astype(np.uint8)
+        steps = rng.uniform(0.5, 1, (2, N)).astype(np.float16)
+        coded = QuantizedScales(
+            pack(jnp.asarray(codes), 6), jnp.asarray(steps), None, 5, (2, 1), zero
+        )
+        values = (codes.astype(np.float64) - zero) * steps[np.arange(3) // 2]
+        dense.append((coded, values[np.arange(K) // G]))
+    (scales, scale), (offsets, offset) = dense
+    values = dataclasses.replace(array, scales=unit).materialize()
+    coded = dataclasses.replace(array, scales=scales, offsets=offsets)
+    return coded, np.asarray(values, np.float64) * scale + offset
 
 
 def make_low_rank():
@@ -118,6 +138,7 @@ ARRAYS = {
     "offsets": lambda: make_lut(bits=3, offsets=True),
     "table per column": lambda: make_lut(bits=2, tables=N),
     "vectors": lambda: make_lut(bits=4, p=2),
+    "coded scales": make_coded,
     "low rank": make_low_rank,
     "sum": make_sum,
     "columns": lambda: make_concat("n"),

@@ -31,12 +31,18 @@ def test_a_cpu_reads_canonical_words():
     assert packed["a"] is params["a"] and packed["b"] is params["b"]
 
 
-def test_quantised_scales_are_expanded_once():
+def test_quantised_scales_are_expanded_once_where_kernels_do_not_read_them():
     w = weight(double_quant=lutjax.DoubleQuant())
     gate = GatedArray.of(w, 1.0)
-    packed = lutjax.prepack({"a": w, "b": gate})
+    on_a_cpu = lutjax.prepack({"a": w, "b": gate})
+    assert on_a_cpu["a"].scales is w.scales and on_a_cpu["b"].base.scales is w.scales
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA A100", num_cores=108, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        packed = lutjax.prepack({"a": w, "b": gate})
+    assert packed["a"].words is w.words
     for array in packed["a"], packed["b"].base:
-        assert array.scales.dtype == jnp.float32 and array.words is w.words
+        assert isinstance(array.scales, jax.Array) and array.scales.dtype == jnp.float32
         np.testing.assert_array_equal(array.materialize(), w.materialize())
 
 

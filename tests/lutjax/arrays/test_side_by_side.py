@@ -13,8 +13,10 @@ from lutjax.arrays import (
     DenseArray,
     LowRankArray,
     LutArray,
+    QuantizedScales,
     RotatedArray,
     SumArray,
+    quantize_scales_like,
     side_by_side,
 )
 from lutjax.transforms import quantize_array
@@ -56,6 +58,14 @@ def kinds(weight):
     return (type(weight), *(kinds(part) for part in inner)) if inner else type(weight)
 
 
+def coded_scales():
+    like = QuantizedScales(jnp.zeros((1, 6, 1), jnp.uint8), jnp.ones((1, 1)), None, 7, (2, 1))
+    return [
+        dataclasses.replace(part, scales=quantize_scales_like(part.scales, like))
+        for part in quantized(bits=4, group_size=16)
+    ]
+
+
 APART = (ConcatArray, LutArray, LutArray, LutArray)
 CASES = {
     "one table": (lambda: quantized(bits=4, group_size=32), LutArray),
@@ -68,6 +78,7 @@ CASES = {
         lambda: quantized(bits=4, group_size=32, double_quant=DoubleQuant()),
         APART,
     ),
+    "coded scales": (coded_scales, LutArray),
     "bits": (lambda: [*quantized(bits=4)[:2], quantized(bits=3)[2]], APART),
     "groups": (lambda: [*quantized(bits=4)[:2], quantized(bits=4, group_size=32)[2]], APART),
     "dense and not": (

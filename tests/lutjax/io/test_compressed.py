@@ -18,7 +18,14 @@ from tiny_checkpoint import assert_same_bits, bfloat16, dense_params, tiny_token
 
 import lutjax
 from lutjax import DoubleQuant, LowRankArray, LutArray, Recipe, SumArray
-from lutjax.arrays import ConcatArray, DenseArray, GatedArray, MatrixView
+from lutjax.arrays import (
+    ConcatArray,
+    DenseArray,
+    GatedArray,
+    MatrixView,
+    QuantizedScales,
+    quantize_scales_like,
+)
 from lutjax.codebooks import kmeans
 from lutjax.io import compress_checkpoint, open_compressed, read_params
 from lutjax.io.checkpoint import nest
@@ -58,6 +65,14 @@ def vector_tables() -> LutArray:
     )
 
 
+def coded_scales() -> LutArray:
+    array = quantized(group_size=16, codebook="affine")
+    words, steps = jnp.zeros((1, 6, 1), jnp.uint8), jnp.ones((1, 1), jnp.float16)
+    like = QuantizedScales(words, steps, None, padding=7, block=(2, 1), zero=3)
+    scales, offsets = (quantize_scales_like(a, like) for a in (array.scales, array.offsets))
+    return dataclasses.replace(array, scales=scales, offsets=offsets)
+
+
 def low_rank(dtype=jnp.bfloat16) -> LowRankArray:
     return LowRankArray.of(weight((48, 3)).astype(dtype), weight((3, 24), 1).astype(dtype))
 
@@ -80,6 +95,7 @@ ARRAYS = {
     "heads": lambda: quantized(weight((32, 24)), group_size=16).with_view(
         MatrixView.of((32, 4, 6), (0,))
     ),
+    "coded scales": coded_scales,
     "per column": per_column_tables,
     "vectors": vector_tables,
     "rotated": lambda: lutjax.quantize(weight(), lutjax.Recipe.higgs(2, 16)),
