@@ -10,15 +10,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 from checkpoints import FAMILIES_OF_EXPERTS, FAMILIES_OF_GEMMA, post_norms, random_values
-from tiny_checkpoint import tiny_tokenizer
+from tiny_checkpoint import assert_same_bits, tiny_tokenizer
 
+import lutjax
+from lutjax.arrays import LutArray
 from lutjax.io import gpt_oss, load, load_params, load_tokenizer, open_checkpoint
 from lutjax.io.blocks import CodedScales
 from lutjax.io.checkpoint import parameter_shapes
 from lutjax.io.configs import config_from_gguf
 from lutjax.io.grid import abstract_grid_array, grid_array
 from lutjax.io.names import checkpoint_name, is_transposed
-from lutjax.models import DecoderConfig, RopeScaling
+from lutjax.models import Decoder, DecoderConfig, RopeScaling
 
 Q = gguf.GGMLQuantizationType
 
@@ -460,6 +462,23 @@ def test_grids_become_exact_arrays(kept):
     products = np.abs(x) @ np.abs(dense)
     # float32 sums of 512 products, in another order.
     assert (np.abs(jnp.asarray(x) @ array - x @ dense) <= 1e-5 * products).all()
+
+
+def test_a_kept_decoder_computes_what_the_dense_one_does(kept, tmp_path):
+    checkpoint, _ = kept
+    params = load_params(checkpoint, keep_quantized=True)
+    lutjax.save(tmp_path / "saved", params)
+    assert_same_bits(lutjax.io.read_params(tmp_path / "saved"), params)
+    packed = lutjax.prepack(lutjax.fuse_projections(params))
+    gate_up = packed["layers"]["0"]["mlp"]["gate_up_proj"]["kernel"]
+    assert isinstance(gate_up, LutArray) and gate_up.shape == (256, 1024)
+    run = jax.jit(lutjax.lift(Decoder(checkpoint.config).apply))
+    tokens = jnp.arange(5)[None]
+    logits, expected = (
+        run({"params": p}, tokens) for p in (packed, load_params(checkpoint, keep_quantized=False))
+    )
+    # float32 sums of up to 512 terms in other orders, through one layer.
+    np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
 def test_other_types_have_no_grid(tmp_path, config):
