@@ -59,7 +59,7 @@ class Allocate:
     """Inner size of the low-rank parts."""
     rounds: int = 5
     """Most rounds of each measured decomposition."""
-    candidates: int = 16
+    candidates: int = 12
     """How many configurations to measure, of those that no other beats."""
     fisher: Path | None = None
     """File with Fisher information; made from --text if it does not exist."""

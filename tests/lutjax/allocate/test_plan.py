@@ -54,15 +54,20 @@ def test_grid():
     assert {(c.bits, c.codebook) for c in grid} == {(2, "nf"), (3, "nf"), (4, "nf"), (8, "int")}
 
 
-@pytest.mark.parametrize("budget", [2.5, 3, 4.25, 5, 6, 8])
-def test_the_default_plans_are_never_worse_than_few_of_normal_float(budget):
-    matrices = [Matrix(f"{i}/kernel", 512, 512) for i in range(8)]
+@pytest.mark.parametrize("budget", [2.2, 2.5, 3, 3.5, 4.25, 5, 6, 8])
+def test_plans_of_few_candidates_are_as_good_as_those_of_all(budget):
+    matrices = [Matrix(f"{i}/kernel", 4096, 4096) for i in range(64)]
+    spread = np.exp(np.random.default_rng(0).standard_normal(len(matrices)))
+    alphas = {m.path: float(a) for m, a in zip(matrices, spread, strict=True)}
 
-    def cost(**grid):
-        candidates = prune(candidate_grid(**grid), most=12 if grid else Allocate.candidates)
-        return allocate(CostTable.of_shapes(matrices, candidates), budget, solver="dp").cost
+    def cost(grid, most):
+        candidates = prune(grid, most=most)
+        table = CostTable.of_sensitivities(matrices, candidates, alphas)
+        return allocate(table, budget, solver="dp").cost
 
-    assert cost() <= (0.9 if budget == 8 else 1) * cost(codebook="nf")
+    few = cost(candidate_grid(), Allocate.candidates)
+    assert few <= (1.05 if budget == 8 else 1.02) * cost(candidate_grid(), None)
+    assert few <= (0.9 if budget == 8 else 1.01) * cost(candidate_grid(codebook="nf"), None)
 
 
 @pytest.mark.parametrize(
