@@ -69,7 +69,7 @@ def nominal_bits(config: LutConfig) -> float:
         return bits + 8 * _scales_of_group(config) * _ITEMSIZE[config.scale_dtype] / group
     second = config.double_quant
     step = 8 * _ITEMSIZE[second.dtype] / second.block
-    return bits + (second.bits + step) / group
+    return bits + _scales_of_group(config) * (second.bits + step) / group
 
 
 def _scales_of_group(config: LutConfig) -> int:
@@ -94,7 +94,7 @@ def stored_bytes(k: int, n: int, config: LutConfig) -> int:
     second = config.double_quant
     codes = -(-groups // 8) * second.bits * n
     steps = groups * -(-n // second.block) * _ITEMSIZE[second.dtype]
-    return total + codes + steps + 4
+    return total + _scales_of_group(config) * (codes + steps + 4)
 
 
 def fits(k: int, config: LutConfig) -> bool:

@@ -56,7 +56,7 @@ def quantize_scales(scales: Float[Array, "... g n"], config: DoubleQuant) -> Qua
     """Quantises scales: ``round((s - o) (2**b0 - 1) / z)`` with o = min s and z = max over a block.
 
     Args:
-      scales: ``float32[..., Kg, N]``, not negative.
+      scales: ``float32[..., Kg, N]``; or offsets, of any sign.
       config: Bits, block and dtype.
 
     Returns:

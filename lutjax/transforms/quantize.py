@@ -15,7 +15,6 @@ from lutjax import codebooks
 from lutjax.arrays import (
     LutArray,
     MatrixView,
-    QuantizedScales,
     RotatedArray,
     is_compressed,
     quantize_scales,
@@ -339,19 +338,14 @@ def _quantize(
         if config.table() is not None:
             scales, offsets = _best_scales(matrix, inputs, scales, offsets, group_size, config)
 
-    stored: jax.Array | QuantizedScales
-    if config.double_quant is None:
-        stored = scales.astype(config.scale_dtype)
-    else:
-        stored = quantize_scales(scales, config.double_quant)
-    if offsets is not None:
-        offsets = offsets.astype(config.scale_dtype)
+    stored, stored_offsets = _stored(scales, config), _stored(offsets, config)
 
     # Codes are chosen for the scales as they will be read back, rounding included.
-    used = expanded(stored).astype(jnp.float32)
-    used = _expand(used, group_size, k)
+    used = _expand(expanded(stored).astype(jnp.float32), group_size, k)
     divisor = jnp.where(used == 0, 1, used)
-    shift = None if offsets is None else _expand(offsets.astype(jnp.float32), group_size, k)
+    shift = None
+    if offsets is not None:
+        shift = _expand(expanded(stored_offsets).astype(jnp.float32), group_size, k)
     units = (matrix if shift is None else matrix - shift) / divisor
 
     fixed = config.table()
@@ -371,13 +365,22 @@ def _quantize(
         words=pack(codes, config.bits),
         scales=stored,
         lut=lut,
-        offsets=offsets,
+        offsets=stored_offsets,
         group_size=group_size,
         padding=-k % (BLOCK * config.vector_size),
         dtype=np.dtype(weight.dtype),
         view=view,
     )
     return RotatedArray(array, group_size) if config.rotate else array
+
+
+def _stored(scales: jax.Array | None, config: LutConfig) -> Any:
+    """Scales or offsets in the form in which they are kept."""
+    if scales is None:
+        return None
+    if config.double_quant is None:
+        return scales.astype(config.scale_dtype)
+    return quantize_scales(scales, config.double_quant)
 
 
 def _best_scales(

@@ -45,7 +45,7 @@ class LutConfig:
         not exist. It is fixed when the configuration is made: to change its bits by
         ``dataclasses.replace``, give ``codebook="default"`` again.
       scale_dtype: Dtype of scales and offsets: bfloat16, float16 or float32.
-      double_quant: Quantise the scales too.
+      double_quant: Quantise the scales, and the offsets, too.
       vector_size: Consecutive weights along K that share a code, 1 or (``"gaussian"``) 2; a weight
         then takes ``bits / 2``.
       rotate: Rotate each group first, so that its weights look normal (:mod:`lutjax.rotation`);
@@ -132,11 +132,6 @@ class LutConfig:
         if table is not None and len(table) != 2**self.bits:
             raise ValueError(
                 f"the codebook has {len(table)} values, but bits={self.bits} needs {2**self.bits}"
-            )
-        if self.double_quant is not None and self.scaling == "range":
-            raise ValueError(
-                "double_quant with an affine codebook is not supported: its offsets would stay "
-                "unquantised; use a codebook with negative values, such as 'nf' or 'int'"
             )
 
     def _resolved_codebook(self) -> str | tuple[float, ...]:

@@ -76,6 +76,7 @@ def test_plans_of_few_candidates_are_as_good_as_those_of_all(budget):
         LutConfig(3, 64),
         LutConfig(4, "column", scale_dtype="float32"),
         LutConfig(2, 16, "affine"),
+        LutConfig(4, 32, "affine", double_quant=lutjax.DoubleQuant(6, 16, "float16")),
         LutConfig(8, 32, "kmeans"),
         LutConfig.higgs(2.5, 64),
         LutConfig(3, 64, "gaussian", double_quant=lutjax.DoubleQuant()),

@@ -244,7 +244,6 @@ def test_double_quantisation_and_dtype(capsys, tmp_path, source):
         (("--codebook", "nf5"), "unknown codebook 'nf5'"),
         (("--bits", 3, "--codebook", "fp4"), "fp4"),
         (("--scale-dtype", "int8"), "int8"),
-        (("--codebook", "affine", "--double-quant"), "double_quant"),
         (("--recipe", "nothing.json"), "nothing.json"),
         (("--embedding-bits", 9), "bits=9"),
         (("--embedding-bits", 8, "--recipe", "r"), "either --recipe or --embedding-bits"),

@@ -91,6 +91,7 @@ CONFIGS = {
     "affine": LutConfig(3, 32, "affine"),
     "fitted": LutConfig(3, 32, "kmeans"),
     "double": LutConfig(3, 32, double_quant=lutjax.DoubleQuant(bits=6, block=16)),
+    "double affine": LutConfig(3, 32, "affine", double_quant=lutjax.DoubleQuant(block=16)),
     "unsorted": LutConfig(2, 32, (0.2, -1.0, 1.0, -0.3)),
     "higgs": LutConfig.higgs(2, 32),
     "rotated": LutConfig(3, 32, "gaussian", rotate=True),
