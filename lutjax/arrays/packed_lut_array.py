@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from lutjax.arrays.base import CompressedArray, format_bytes
 from lutjax.arrays.lut_array import LutArray
-from lutjax.arrays.split import Split, typed_entries
+from lutjax.arrays.split import Split, explicit_mesh, typed_entries
+from lutjax.arrays.typed_shardings import place_with_auto_axes
 from lutjax.arrays.view import MATRIX, MatrixView
 from pallas_kernels.lut_matmul import (
     PackedWeight,
@@ -26,7 +27,7 @@ from pallas_kernels.lut_matmul import (
 )
 from pallas_kernels.lut_matmul import prepack as prepack_words
 from pallas_kernels.manual_axes import is_partitioned_automatically
-from pallas_kernels.scales import expanded
+from pallas_kernels.scales import QuantizedScales, expanded
 
 
 @jax.tree_util.register_dataclass
@@ -105,6 +106,9 @@ class PackedLutArray(CompressedArray):
         entries = [*words, *[None] * (array.words.ndim - len(words))]
         k, n = entries[count], entries[count + 2]
         split = Split(tuple(entries[:count]), k, n, mesh.shape)
+        if any(isinstance(a, QuantizedScales) for a in (array.scales, array.offsets)):
+            array = _with_plain_scales(array, split, mesh)
+            shardings = jax.tree.map(lambda a: a.sharding, array)
         specs = array.split_specs(split)
 
         def is_placed(sharding: Any, spec: PartitionSpec, part: jax.Array) -> bool:
@@ -284,3 +288,15 @@ class PackedLutArray(CompressedArray):
 def _devices(array: Any) -> Collection[Any]:
     """The devices that an array is on; none for one that is traced."""
     return getattr(getattr(array, "sharding", None), "device_set", ())
+
+
+def _with_plain_scales(array: LutArray, split: Split, mesh: Mesh) -> LutArray:
+    """Scales expanded and split as the codes are, which blocks of quantised ones need not be."""
+
+    def place(plain: LutArray) -> Any:
+        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), plain.split_specs(split))
+
+    if explicit_mesh(array) is not None:
+        return place_with_auto_axes(expanded, [array], place)
+    shardings = place(jax.eval_shape(expanded, array))
+    return jax.jit(expanded, out_shardings=shardings)(array)

@@ -25,13 +25,13 @@ def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def make_params(dtype="float32"):
+def make_params(dtype="float32", **options):
     """A tensor-parallel MLP: the first kernel by columns, the second by rows."""
     dense = {
         "up": {"kernel": normal(0, WIDTH, HIDDEN) / WIDTH**0.5},
         "down": {"kernel": normal(1, HIDDEN, WIDTH) / HIDDEN**0.5},
     }
-    params = lutjax.quantize(dense, bits=4, group_size=16)
+    params = lutjax.quantize(dense, bits=4, group_size=16, **options)
     return jax.tree.map(lambda a: a.astype(dtype), params, is_leaf=lutjax.is_compressed)
 
 
@@ -246,6 +246,26 @@ def prepacked():
     assert "1 x 4 shards" in refusal(lambda: lutjax.shardings_like({"kernel": up}, by_rows))
 
 
+def prepacked_with_quantised_scales():
+    """Whose codes and blocks shards would cut through: eight groups, and 64 columns."""
+    params, x = make_params(double_quant=lutjax.DoubleQuant(block=64)), normal(2, 16, WIDTH)
+    expected = mlp(lutjax.materialize(params), x)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = mesh_of(kind)
+        with jax.set_mesh(mesh):
+            packed = lutjax.prepack(place(params, mesh), implementation="xla")
+            assert packed["down"]["kernel"].shards == (4, 1)
+
+            def local(params, x):
+                hidden = jnp.tanh(x @ params["up"]["kernel"])
+                return x + jax.lax.psum(hidden @ params["down"]["kernel"], "model")
+
+            rows = NamedSharding(mesh, P("data", None))
+            run = jax.shard_map(local, mesh=mesh, in_specs=(SPECS, rows.spec), out_specs=rows.spec)
+            found = jax.jit(lutjax.lift(run, strict=True))(packed, jax.device_put(x, rows))
+            np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
 def prepacked_for_tpus():
     """The same in the layout of a kernel, which is interpreted."""
     params, x = make_params("bfloat16"), normal(2, 16, WIDTH).astype(jnp.bfloat16)
@@ -371,8 +391,8 @@ PROGRAMS = {
     f.__name__: f
     for f in (
         *(gspmd, unconstrained, manual_outside, manual_inside, explicit, adapters),
-        *(prepacked, prepacked_for_tpus, prepacked_experts, unaligned_shards, misplaced, rings),
-        experts,
+        *(prepacked, prepacked_with_quantised_scales, prepacked_for_tpus, prepacked_experts),
+        *(unaligned_shards, misplaced, rings, experts),
     )
 }
 

@@ -35,7 +35,7 @@ def test_eight_devices():
     process = start(8, "sharded_programs.py")
     out, _ = process.communicate(timeout=540)
     assert process.returncode == 0, out
-    assert out.count("PASSED") == 13
+    assert out.count("PASSED") == 14
 
 
 def test_two_processes():
