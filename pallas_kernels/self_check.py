@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.layout import pack, packed_shape
+from pallas_kernels.layout import BLOCK, pack, packed_shape
 from pallas_kernels.lut_matmul import (
     dequantize,
     lut_matmul,
@@ -26,6 +26,7 @@ from pallas_kernels.lut_matmul import (
 )
 from pallas_kernels.lut_matmul.dispatch import LUT_MATMUL
 from pallas_kernels.lut_matmul.packed_weight import LAYOUTS, layout_of
+from pallas_kernels.scales import QuantizedScales, expanded
 from pallas_kernels.sparse_matmul import (
     KERNEL_LANES,
     BlockCodes,
@@ -86,6 +87,7 @@ class Check:
       spaced: Whether entries are equally spaced, which a kernel may compute once prepacked; with
         offsets the first entry is zero, else the middle one.
       offsets: Whether groups have offsets.
+      quantized: Whether scales and offsets are quantised themselves, two groups a step.
       per_column: Whether every column has a table of its own.
       columns: Looks ``m`` columns of a prepacked weight up instead.
     """
@@ -100,6 +102,7 @@ class Check:
     weights: int = 1
     spaced: bool = False
     offsets: bool = False
+    quantized: bool = False
     per_column: bool = False
     columns: bool = False
 
@@ -115,6 +118,7 @@ class Check:
             *(["pairs"] if self.p > 1 else []),
             *(["equally spaced"] if self.spaced else []),
             *(["offsets"] if self.offsets else []),
+            *(["quantised scales"] if self.quantized else []),
             *(["a table a column"] if self.per_column else []),
             *([f"{self.weights} weights"] if self.weights > 1 else []),
         ]
@@ -173,6 +177,10 @@ class Check:
             lut = (jnp.arange(first, first + 2 * half, dtype=jnp.float32) / half)[None, :, None]
         if self.per_column:
             lut = jnp.stack([jnp.roll(lut[0], column, axis=0) for column in range(_COLUMNS)])
+        if self.quantized:
+            scales_key, offsets_key = jax.random.split(key)
+            groups = scales.shape[0]
+            return words, _quantized(scales_key, groups), lut, _quantized(offsets_key, groups)
         return words, scales, lut, offsets
 
     def _x(self) -> jax.Array:
@@ -183,7 +191,7 @@ class Check:
         return jax.random.normal(jax.random.key(self.m), shape, jnp.float32).astype(self.dtype)
 
     def _expected(self, x: jax.Array, weight: tuple) -> np.ndarray:
-        dense = dequantize(*weight, **self._static)
+        dense = dequantize(*expanded(weight), **self._static)
         if self.identity:
             return np.asarray(dense.astype(self.dtype), np.float64)
         matrix = np.asarray(dense, np.float64)
@@ -255,6 +263,8 @@ CHECKS = (  # the simplest first: a kernel that hangs takes the rest with it
     Check(3, 9, "float32", transpose=True, offsets=True),
     Check(4, 16, spaced=True, offsets=True),
     Check(3, 9, columns=True, offsets=True),
+    Check(4, 3, "float32", quantized=True),
+    Check(6, 9, transpose=True, quantized=True),
     Check(4, 3, per_column=True),
 )
 
@@ -331,6 +341,13 @@ def random_weight(key: jax.Array, k: int, n: int, bits: int, p: int = 1) -> tupl
     scales = jax.random.uniform(scale_key, (-(-k // GROUP), n), jnp.float32, 0.5, 1.5)
     lut = jax.random.normal(table_key, (1, 2**bits, p)).astype(jnp.bfloat16).astype(jnp.float32)
     return words, scales.astype(jnp.bfloat16), lut
+
+
+def _quantized(key: jax.Array, groups: int) -> QuantizedScales:
+    words = jax.random.bits(key, packed_shape((groups, _COLUMNS), bits=6), jnp.uint8)
+    steps = jax.random.uniform(key, (-(-groups // 2), _COLUMNS), jnp.float32, 0.01, 0.03)
+    half = steps.astype(jnp.float16)
+    return QuantizedScales(words, half, None, padding=-groups % BLOCK, block=(2, 1), zero=7)
 
 
 def _weight_for_rows(
