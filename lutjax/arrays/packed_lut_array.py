@@ -87,8 +87,8 @@ class PackedLutArray(CompressedArray):
         pack = functools.partial(prepack_words, k=k, group_size=group_size, dtype=dtype, **static)
         for _ in array.batch_shape:
             pack = jax.vmap(pack)
-        scales, offsets = jax.jit(expanded)((array.scales, array.offsets))
-        return cls(jax.jit(pack)(array.words, scales, array.lut, offsets), array.view)
+        operands = (array.words, array.scales, array.lut, array.offsets)
+        return cls(jax.jit(pack)(*operands), array.view)
 
     @classmethod
     def _of_shards(cls, array: LutArray, static: dict[str, Any]) -> Self:

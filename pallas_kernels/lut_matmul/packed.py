@@ -21,13 +21,14 @@ from pallas_kernels.lut_matmul.epilogue import add_offsets
 from pallas_kernels.lut_matmul.packed_weight import LAYOUTS, PACKED_ROWS, PackedWeight, layout_of
 from pallas_kernels.lut_matmul.reference import dequantize
 from pallas_kernels.manual_axes import vary_over, varying_axes
+from pallas_kernels.scales import QuantizedScales, expanded
 
 
 def prepack(
     words: jax.Array,
-    scales: jax.Array,
+    scales: jax.Array | QuantizedScales,
     lut: jax.Array,
-    offsets: jax.Array | None = None,
+    offsets: jax.Array | QuantizedScales | None = None,
     *,
     k: int,
     group_size: int,
@@ -40,7 +41,7 @@ def prepack(
 
     Args:
       words: ``uint8[ceil(K / (8 p)), bits, N]``, see :mod:`pallas_kernels.layout`.
-      scales: ``[ceil(K / G), N]``.
+      scales: ``[ceil(K / G), N]``; expanded here if they are quantised themselves.
       lut: ``[T, 2**bits, p]``.
       offsets: Like ``scales``, or None.
       k: The number of rows K.
@@ -64,6 +65,7 @@ def prepack(
     >>> packed_matmul(jnp.ones((1, 64)), packed)[0, 0].item()
     64.0
     """
+    plain_scales, plain_offsets = expanded((scales, offsets))
     _, bits, n = words.shape
     x = jax.ShapeDtypeStruct((PACKED_ROWS, k), dtype)
     static: dict[str, Any] = {"k": k, "group_size": group_size, "transpose": False}
@@ -72,10 +74,10 @@ def prepack(
         raise NotImplementedError(f"implementation {implementation!r} cannot run this: {reason}")
     weight = PackedWeight(
         planes=(words,),
-        scales=scales,
+        scales=plain_scales,
         table=lut,
         lut=lut,
-        offsets=offsets,
+        offsets=plain_offsets,
         implementation=implementation,
         dtype=np.dtype(dtype),
         k=k,

@@ -128,22 +128,21 @@ def make(case: Case, seed: int = 0) -> dict:
     groups = (-(-case.k // case.group_size), case.n)
     contracted = case.n if case.transpose else case.k
     scale_dtype = jnp.dtype(case.scale_dtype)
-    scales = 0.5 + rng.random(groups), rng.standard_normal(groups)
+    expanded = {}
     if case.form is None:
-        scales = [jnp.asarray(values, scale_dtype) for values in scales]
-        plain = [np.asarray(values, np.float64) for values in scales]
+        scales = jnp.asarray(0.5 + rng.random(groups), scale_dtype)
+        offsets = jnp.asarray(rng.standard_normal(groups), scale_dtype)
     else:
-        pairs = [_quantized(rng, groups, case.form, scale_dtype) for _ in range(2)]
-        scales, plain = zip(*pairs, strict=True)
+        scales, expanded["scales"] = _quantized(rng, groups, case.form, scale_dtype)
+        offsets, expanded["offsets"] = _quantized(rng, groups, case.form, scale_dtype)
     return {
         "x": jnp.asarray(rng.standard_normal((case.m, contracted)), case.dtype),
         "words": pack(jnp.asarray(codes), case.bits),
-        "scales": scales[0],
+        "scales": scales,
         "lut": jnp.asarray(lut, jnp.float32),
-        "offsets": scales[1] if case.offsets else None,
+        "offsets": offsets if case.offsets else None,
         "codes": codes,
-        "plain_scales": plain[0],
-        "plain_offsets": plain[1] if case.offsets else None,
+        "expanded": expanded,
     }
 
 
@@ -174,6 +173,12 @@ def operands(data: dict) -> tuple:
     return tuple(data[name] for name in ("x", "words", "scales", "lut", "offsets"))
 
 
+def plain(data: dict, name: str) -> np.ndarray:
+    """Scales or offsets in float64, whether they are quantised or not."""
+    values = data["expanded"].get(name, data[name])
+    return np.asarray(values, np.float64)
+
+
 def oracle_weight(case: Case, data: dict) -> np.ndarray:
     """The dense weight in float64, from the formula, by loops over nothing but numpy indexing."""
     codes, lut = data["codes"], np.asarray(data["lut"], np.float64)
@@ -182,9 +187,9 @@ def oracle_weight(case: Case, data: dict) -> np.ndarray:
     table = n if case.tables == "channel" else 0
     group = k // case.group_size
     weight = lut[table, codes[k // case.p, n], k % case.p]
-    weight = weight * data["plain_scales"][group, n]
-    if data["plain_offsets"] is not None:
-        weight = weight + data["plain_offsets"][group, n]
+    weight = weight * plain(data, "scales")[group, n]
+    if data["offsets"] is not None:
+        weight = weight + plain(data, "offsets")[group, n]
     return weight
 
 
