@@ -53,7 +53,7 @@ class Decompose:
     """Table of values: nf (NormalFloat; the default up to 5 bits), int (from 6 bits on), affine,
     fp4, nf_flute, kmeans, gaussian (at 1 bit)."""
     double_quant: bool = False
-    """Quantise the scales too, to 8 bits."""
+    """Quantise the scales (and offsets) too, to 8 bits."""
     plan: Path | None = None
     """Plan of `lutjax allocate`, or another recipe, instead of the four options above."""
     fisher: Path | None = None

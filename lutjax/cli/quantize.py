@@ -56,7 +56,7 @@ class Quantize:
     scale_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """How the scales are stored."""
     double_quant: bool = False
-    """Quantise the scales too, to 8 bits."""
+    """Quantise the scales (and offsets) too, to 8 bits."""
     embedding_bits: int | None = None
     """Bits of embeddings and output head, 2 to 8, which stay dense by default; 8 cost next to
     nothing in quality. Groups of 64 with --higgs."""
