@@ -53,8 +53,9 @@ def explicit_mesh(tree: Any) -> Any:
     With its devices unless the array is traced, as arrays without a mesh can only be put there.
     """
     for leaf in jax.tree.leaves(tree):
-        for owner in (leaf, jax.typeof(leaf)):
-            mesh = getattr(getattr(owner, "sharding", None), "mesh", None)
-            if AxisType.Explicit in getattr(mesh, "axis_types", ()):
-                return mesh
+        # Asking a tracer for its own sharding is an error, whose message takes long to make.
+        owner = jax.typeof(leaf) if isinstance(leaf, jax.core.Tracer) else leaf
+        mesh = getattr(getattr(owner, "sharding", None), "mesh", None)
+        if AxisType.Explicit in getattr(mesh, "axis_types", ()):
+            return mesh
     return None

@@ -28,14 +28,32 @@ _SCRATCH_FLOATS = 1 << 20
 i64, pointer = ctypes.c_int64, ctypes.c_uint64
 
 
-class Problem(ctypes.Structure):
-    """``lut::Problem`` of ``csrc/kernels.h``."""
+class Scales(ctypes.Structure):
+    """``lut::Scales`` of ``csrc/kernels.h``."""
 
     _fields_ = [
-        *((name, pointer) for name in ("x", "words", "scales", "offsets", "lut", "y", "sums")),
+        ("values", pointer),
+        ("words", pointer),
+        ("type", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+        ("zero", ctypes.c_float),
+        ("floor", ctypes.c_float),
+        ("rows", i64),
+        ("columns", i64),
+    ]
+
+
+class Problem(ctypes.Structure):
+    """``lut::Problem``."""
+
+    _fields_ = [
+        ("x", pointer),
+        ("words", pointer),
+        ("scales", Scales),
+        ("offsets", Scales),
+        *((name, pointer) for name in ("lut", "y", "sums")),
         *((name, i64) for name in ("m", "k", "n", "rows", "group", "tables")),
         ("bits", ctypes.c_int32),
-        ("scale_type", ctypes.c_int32),
     ]
 
 
