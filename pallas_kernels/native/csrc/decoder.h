@@ -64,6 +64,7 @@ inline __attribute__((always_inline)) void LoadValues(const void* numbers, Scale
   Simd::Deinterleave(values, out);
 }
 
+// One number of any type.
 float LoadValue(const void* numbers, ScaleType type, int64_t at) {
   float value[kLanes];
   if (type == ScaleType::kFloat32) return static_cast<const float*>(numbers)[at];
@@ -75,7 +76,7 @@ float LoadValue(const void* numbers, ScaleType type, int64_t at) {
 
 // The steps of one group and tile of quantised scales, in the order of words.
 __attribute__((noinline)) void LoadSteps(const Problem& p, const Scales& s, int64_t group,
-                                               const Columns& columns, float steps[kTile]) {
+                                         const Columns& columns, float steps[kTile]) {
   const int64_t row = group / s.rows;
   Float out[4];
   if (s.columns == 1) {

@@ -164,10 +164,12 @@ ffi::Error Packed(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi
   if (m == 0 || n == 0) return ffi::Error::Success();
   Problem problem = {};
   if (!scales.Find(groups, n, &problem.scales))
-    return error("scales do not fit the words, group_size and form, or are not float32, bfloat16 or float16");
+    return error("scales do not fit the words, group_size and form, or are not float32, bfloat16 "
+                 "or float16");
   const bool shifted = offset_values.element_count() > 0;
   if (shifted && !offsets.Find(groups, n, &problem.offsets))
-    return error("offsets do not fit the words, group_size and form, or are not float32, bfloat16 or float16");
+    return error("offsets do not fit the words, group_size and form, or are not float32, bfloat16 "
+                 "or float16");
 
   const LiveRows live = FindLiveRows(x, thresholds, group_size, PackedRow{n, bits});
   std::vector<float> sums(shifted ? m * groups : 0);
