@@ -101,6 +101,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    names = variants(None)
+    for name in arguments.variants:
+        if name not in ("llama.cpp", "qwix") and name.removesuffix("-fused") not in names:
+            known = ", ".join(names)
+            parser.error(f"unknown variant {name}; use {known}, llama.cpp, qwix, or ...-fused")
 
     from lutjax.cli.models import lifted_if_needed
 
