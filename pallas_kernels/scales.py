@@ -79,6 +79,7 @@ class QuantizedScales:
                 f"{self.steps.shape}; inside shard_map, shards must be whole blocks"
             )
 
+    @jax.jit  # without temporary arrays of every step
     def expand(self) -> Float[Array, "..."]:
         """The scales as ``float32[..., Kg, N]``."""
         self.check()

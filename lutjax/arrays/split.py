@@ -10,6 +10,8 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, PartitionSpec
 
+from lutjax.tracing import is_traced
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:
@@ -54,7 +56,7 @@ def explicit_mesh(tree: Any) -> Any:
     """
     for leaf in jax.tree.leaves(tree):
         # Asking a tracer for its own sharding is an error, whose message takes long to make.
-        owner = jax.typeof(leaf) if isinstance(leaf, jax.core.Tracer) else leaf
+        owner = jax.typeof(leaf) if is_traced(leaf) else leaf
         mesh = getattr(getattr(owner, "sharding", None), "mesh", None)
         if AxisType.Explicit in getattr(mesh, "axis_types", ()):
             return mesh

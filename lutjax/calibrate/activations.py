@@ -17,10 +17,9 @@ from lutjax.arrays import CompressedArray, DenseArray, is_compressed
 from lutjax.calibrate.histogram import BINS, SLOTS, MagnitudeHistogram, magnitude_counts
 from lutjax.calibrate.observe import observer
 from lutjax.files import json_by_line, replace_file
-from lutjax.paths import named_leaves
 from lutjax.progress import progress_bar
-from lutjax.transforms.quantize import weight_view
-from lutjax.transforms.recipe import Recipe, Rule, check_recipe
+from lutjax.transforms.quantize import leaves_with_rules, weight_view
+from lutjax.transforms.recipe import Recipe, Rule
 
 Score = Literal["magnitude", "wina"]
 
@@ -188,14 +187,8 @@ def projections(params: Any, recipe: Recipe | None = None) -> dict[str, AsCompre
       TypeError: If ``recipe`` is none.
     """
     recipe = Recipe.uniform() if recipe is None else recipe
-    check_recipe(recipe)
-    leaves = named_leaves(params)
-    recipe.check_matches(path for path, _ in leaves)
     found: dict[str, AsCompressed] = {}
-    for path, leaf in leaves:
-        rule = recipe.rule_for(path)
-        if rule is None or rule.config is None:
-            continue
+    for path, leaf, rule in leaves_with_rules(recipe, params):
         matrix = jnp.issubdtype(leaf.dtype, jnp.floating) and len(leaf.shape) >= 2
         if is_compressed(leaf) or matrix:
             found[path] = AsCompressed(path, rule)

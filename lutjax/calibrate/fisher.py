@@ -25,8 +25,8 @@ from lutjax.files import replace_file
 from lutjax.paths import map_named, named_leaves
 from lutjax.progress import progress_bar
 from lutjax.transforms.importance import RowColumnMeans
-from lutjax.transforms.quantize import weight_view
-from lutjax.transforms.recipe import Recipe, check_recipe
+from lutjax.transforms.quantize import leaves_with_rules, weight_view
+from lutjax.transforms.recipe import Recipe
 
 _SEPARATOR = "#"
 
@@ -181,14 +181,8 @@ class _Target:
 
 
 def _targets(params: Any, recipe: Recipe) -> dict[str, _Target]:
-    check_recipe(recipe)
-    leaves = named_leaves(params)
-    recipe.check_matches(path for path, _ in leaves)
     targets = {}
-    for path, leaf in leaves:
-        rule = recipe.rule_for(path)
-        if rule is None or rule.config is None:
-            continue
+    for path, leaf, rule in leaves_with_rules(recipe, params):
         if is_compressed(leaf):
             targets[path] = _Target(leaf.shape, len(leaf.batch_shape), leaf.view, True)
         elif jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim >= 2:

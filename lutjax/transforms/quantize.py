@@ -122,14 +122,8 @@ def match_rules(recipe: Recipe, params: Any, kept: Iterable[str] = ()) -> dict[s
       TypeError: If ``recipe`` is none, a path that is named in full is not a floating-point matrix,
         or a weight is compressed already.
     """
-    check_recipe(recipe)
-    leaves = named_leaves(params)
-    recipe.check_matches([*(path for path, _ in leaves), *kept])
     plan = {}
-    for path, leaf in leaves:
-        rule = recipe.rule_for(path)
-        if rule is None or rule.config is None:
-            continue
+    for path, leaf, rule in leaves_with_rules(recipe, params, kept):
         problem = _not_a_matrix(leaf)
         if problem is None:
             plan[path] = rule
@@ -137,6 +131,22 @@ def match_rules(recipe: Recipe, params: Any, kept: Iterable[str] = ()) -> dict[s
         elif rule.pattern == path or is_compressed(leaf):
             raise TypeError(f"cannot quantize {path!r}: {problem}")
     return plan
+
+
+def leaves_with_rules(
+    recipe: Recipe, params: Any, kept: Iterable[str] = ()
+) -> list[tuple[str, Any, Rule]]:
+    """Path, leaf and rule of everything that a recipe, which is checked, has a configuration for.
+
+    Raises:
+      ValueError: If a rule matches nothing, nor any of the paths that are ``kept``.
+      TypeError: If ``recipe`` is none.
+    """
+    check_recipe(recipe)
+    leaves = named_leaves(params)
+    recipe.check_matches([*(path for path, _ in leaves), *kept])
+    ruled = [(path, leaf, recipe.rule_for(path)) for path, leaf in leaves]
+    return [(path, leaf, r) for path, leaf, r in ruled if r is not None and r.config is not None]
 
 
 def check_fit(shape: tuple[int, ...], rule: Rule, path: str) -> None:

@@ -48,13 +48,8 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U
   if (!kernels) return error("this machine lacks the instruction set");
   if (m == 0 || n == 0) return ffi::Error::Success();
   Problem problem = {};
-  if (!scales.Find(groups, n, &problem.scales))
-    return error("scales do not fit the words, group_size and form, or are not float32, bfloat16 "
-                 "or float16");
-  const bool shifted = offset_values.element_count() > 0;
-  if (shifted && !offsets.Find(groups, n, &problem.offsets))
-    return error("offsets do not fit the words, group_size and form, or are not float32, bfloat16 "
-                 "or float16");
+  if (const char* what = lut::FindScales(scales, offsets, groups, n, &problem)) return error(what);
+  const bool shifted = problem.offsets.values != nullptr;
 
   std::unique_ptr<float[]> sums;
   if (shifted && !transpose) {

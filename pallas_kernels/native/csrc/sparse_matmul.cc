@@ -163,13 +163,8 @@ ffi::Error Packed(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi
   const int64_t m = x.dimensions()[0];
   if (m == 0 || n == 0) return ffi::Error::Success();
   Problem problem = {};
-  if (!scales.Find(groups, n, &problem.scales))
-    return error("scales do not fit the words, group_size and form, or are not float32, bfloat16 "
-                 "or float16");
-  const bool shifted = offset_values.element_count() > 0;
-  if (shifted && !offsets.Find(groups, n, &problem.offsets))
-    return error("offsets do not fit the words, group_size and form, or are not float32, bfloat16 "
-                 "or float16");
+  if (const char* what = lut::FindScales(scales, offsets, groups, n, &problem)) return error(what);
+  const bool shifted = problem.offsets.values != nullptr;
 
   const LiveRows live = FindLiveRows(x, thresholds, group_size, PackedRow{n, bits});
   std::vector<float> sums(shifted ? m * groups : 0);

@@ -97,8 +97,11 @@ const Kernels* Find(const std::string& name) {
   return nullptr;
 }
 
-bool ScaleBuffers::Find(int64_t groups, int64_t n, Scales* out) const {
-  *out = {};
+namespace {
+
+// Whether the buffers are scales [groups, n].
+bool Fill(const ScaleBuffers& buffers, int64_t groups, int64_t n, Scales* out) {
+  const auto& [values, words, floor, form] = buffers;
   switch (values.element_type()) {
     case xla::ffi::F32: out->type = ScaleType::kFloat32; break;
     case xla::ffi::BF16: out->type = ScaleType::kBfloat16; break;
@@ -116,6 +119,19 @@ bool ScaleBuffers::Find(int64_t groups, int64_t n, Scales* out) const {
   out->columns = form[1];
   return out->bits >= 1 && out->bits <= 8 && Has(words, {(groups + 7) / 8, out->bits, n}) &&
          Has(values, {(groups - 1) / form[0] + 1, (n - 1) / form[1] + 1});
+}
+
+}  // namespace
+
+const char* FindScales(const ScaleBuffers& scales, const ScaleBuffers& offsets, int64_t groups,
+                       int64_t n, Problem* problem) {
+  if (!Fill(scales, groups, n, &problem->scales))
+    return "scales do not fit the words, group_size and form, or are not float32, bfloat16 or "
+           "float16";
+  if (offsets.values.element_count() > 0 && !Fill(offsets, groups, n, &problem->offsets))
+    return "offsets do not fit the words, group_size and form, or are not float32, bfloat16 or "
+           "float16";
+  return nullptr;
 }
 
 bool Parallel(xla::ffi::ThreadPool& pool, int64_t units, int64_t operations, Range range) {

@@ -46,10 +46,11 @@ struct ScaleBuffers {
   const xla::ffi::Buffer<xla::ffi::U8>& words;
   const xla::ffi::Buffer<xla::ffi::F32>& floor;
   xla::ffi::Span<const int64_t> form;
-
-  // Whether they are [groups, n]; fills in what the kernels need.
-  bool Find(int64_t groups, int64_t n, Scales* out) const;
 };
+
+// Fills in the scales and offsets of a problem; what is wrong with the buffers, or null.
+const char* FindScales(const ScaleBuffers& scales, const ScaleBuffers& offsets, int64_t groups,
+                       int64_t n, Problem* problem);
 
 inline std::ostream& operator<<(std::ostream& s, const ScaleBuffers& b) {
   return s << Shape(b.values) << " words" << Shape(b.words) << " floor" << Shape(b.floor);
