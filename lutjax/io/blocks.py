@@ -81,7 +81,7 @@ class GridBlocks:
 
     Attributes:
       codes: uint8 `[*experts, out, in]`.
-      levels: float32 `[2 ** bits]`, the value of each code.
+      levels: float32 `[2 ** bits]`, the value of each code, or `[*experts, 2 ** bits]`.
       scales: `[*experts, out, groups]` in the dtype they are kept in, or quantised.
       offsets: the same, or None.
       group_size: neighbouring codes of a row that share a scale; the last group may be shorter.
@@ -90,7 +90,7 @@ class GridBlocks:
     """
 
     codes: UInt8[np.ndarray, "*experts out in"]
-    levels: Float32[np.ndarray, " levels"]
+    levels: Float32[np.ndarray, "*experts levels"]
     scales: Float[np.ndarray, "*experts out groups"] | CodedScales
     offsets: Float[np.ndarray, "*experts out groups"] | CodedScales | None
     group_size: int
@@ -98,7 +98,7 @@ class GridBlocks:
 
     @classmethod
     def stack(cls, grids: Sequence[GridBlocks]) -> GridBlocks:
-        """The matrices of several experts, which are quantised alike and share a table, as one."""
+        """The matrices of several experts, which are quantised alike, as one."""
         first = grids[0]
 
         def stacked(field: str) -> Any:
@@ -111,7 +111,7 @@ class GridBlocks:
             columns = np.stack([same if g.columns is None else g.columns for g in grids])
         return cls(
             stacked("codes"),
-            first.levels,
+            stacked("levels"),
             stacked("scales"),
             stacked("offsets"),
             first.group_size,
@@ -127,7 +127,7 @@ class GridBlocks:
     def dense(self) -> Float32[np.ndarray, "*experts out in"]:
         """The matrix in float32, one rounding after the product and one after the sum."""
         with np.errstate(invalid="ignore"):  # whoever asks for finite values looks at the result
-            values = self.levels[self.codes] * self._repeated(self.scales)
+            values = self._looked_up() * self._repeated(self.scales)
             if self.offsets is not None:
                 values += self._repeated(self.offsets)
         if self.columns is None:
@@ -135,6 +135,13 @@ class GridBlocks:
         matrix = np.empty_like(values)
         np.put_along_axis(matrix, self.columns[..., None, :], values, axis=-1)
         return matrix
+
+    def _looked_up(self) -> np.ndarray:
+        if self.levels.ndim == 1:
+            return self.levels[self.codes]
+        return np.stack(
+            [levels[codes] for levels, codes in zip(self.levels, self.codes, strict=True)]
+        )
 
     def _repeated(self, scales: np.ndarray | CodedScales) -> np.ndarray:
         values = scales.values() if isinstance(scales, CodedScales) else scales

@@ -1,4 +1,4 @@
-"""Layers in the format "pack-quantized" of compressed-tensors, which llm-compressor writes."""
+"""Layers in the formats of compressed-tensors, which llm-compressor writes."""
 
 from __future__ import annotations
 
@@ -9,16 +9,121 @@ from typing import Any
 import numpy as np
 
 from lutjax.io.blocks import GridBlocks, GridSpec, integer_blocks, unpack_words, zero_point_form
-from lutjax.io.quantized_module import QuantizedModule, group_layout, read_columns, scale_types
+from lutjax.io.byte_weights import ByteWeights, block_sizes
+from lutjax.io.float4 import Float4
+from lutjax.io.quantized_module import (
+    UNUSED_PARTS,
+    QuantizationMethod,
+    QuantizedModule,
+    group_layout,
+    read_columns,
+    scale_types,
+)
 from lutjax.io.safetensors import DTYPES
 
-FORMAT = "pack-quantized"
-BITS = (4, 8)
+FORMATS = (
+    "pack-quantized",
+    "int-quantized",
+    "float-quantized",
+    "naive-quantized",
+    "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
+    "mxfp8-quantized",
+)
+"""What can be read, by `format`."""
+
+
+def from_config(config: Mapping[str, Any], source: str) -> QuantizationMethod:
+    """Reads the `quantization_config` of a config.json.
+
+    Raises:
+      ValueError: if it has another format, several schemes, or one that is not supported.
+    """
+    kind = config.get("format")
+    if kind not in FORMATS:
+        raise ValueError(
+            f"{source}: compressed-tensors with format={kind!r}; supported are {', '.join(FORMATS)}"
+        )
+    weights = _Weights(_scheme(config, source), source)
+    if kind == "nvfp4-pack-quantized":
+        weights.check(num_bits=(4,), type=("float",), group_size=(16,), symmetric=(True,))
+        return Float4("weight_packed", 16, "weight_global_scale", divides=True)
+    if kind == "mxfp4-pack-quantized":
+        weights.check(num_bits=(4,), type=("float",), group_size=(32,), symmetric=(True,))
+        return Float4("weight_packed", 32)
+    if kind == "mxfp8-quantized":
+        weights.check(num_bits=(8,), type=("float",), group_size=(32,), symmetric=(True,))
+        return ByteWeights("F8_E4M3", "weight_scale", (1, 32))
+    if kind == "pack-quantized":
+        weights.check(num_bits=(4, 8), type=("int",), strategy=("group", "channel"))
+        symmetric = weights.values.get("symmetric", True)
+        return PackedIntegers(weights.values["num_bits"], weights.group_size(), bool(symmetric))
+    weights.check(
+        num_bits=(8,),
+        type=("int", "float"),
+        strategy=("tensor", "channel", "block", "group"),
+        symmetric=(True,),
+    )
+    block = None
+    if weights.values["strategy"] == "block":
+        where = f"{source}: compressed-tensors with block_structure"
+        block = block_sizes(weights.values.get("block_structure"), where)
+    elif weights.values["strategy"] == "group" and weights.group_size() != -1:
+        block = 1, weights.group_size()
+    dtype = "I8" if weights.values["type"] == "int" else "F8_E4M3"
+    return ByteWeights(dtype, "weight_scale", block)
+
+
+def _scheme(config: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    """The part 'weights' of the only scheme."""
+    groups = config.get("config_groups")
+    if not isinstance(groups, dict) or len(groups) != 1:
+        raise ValueError(
+            f"{source}: compressed-tensors with config_groups={groups!r}; supported is one"
+        )
+    (group,) = groups.values()
+    weights = group.get("weights") if isinstance(group, dict) else None
+    if not isinstance(weights, dict):
+        raise ValueError(
+            f"{source}: compressed-tensors with the scheme {group!r}; supported are schemes "
+            "whose 'weights' are spelled out"
+        )
+    return weights
 
 
 @dataclasses.dataclass(frozen=True)
-class CompressedTensors:
-    """Weights (code - zero) · scale with the codes packed along the input axis.
+class _Weights:
+    """What a scheme says of weights.
+
+    Attributes:
+      values: by key.
+      source: what to call it in errors.
+    """
+
+    values: Mapping[str, Any]
+    source: str
+
+    def check(self, **supported: tuple[Any, ...]) -> None:
+        """Raises ValueError unless each key has one of its values; `symmetric` defaults to true."""
+        for key, accepted in supported.items():
+            value = self.values.get(key, True if key == "symmetric" else None)
+            if value not in accepted:
+                raise ValueError(
+                    f"{self.source}: compressed-tensors with {key}={value!r}; supported are "
+                    f"{accepted}"
+                )
+
+    def group_size(self) -> int:
+        """Inputs that share a scale; -1 for all."""
+        size = self.values.get("group_size") if self.values.get("strategy") == "group" else -1
+        if not isinstance(size, int) or (size < 1 and size != -1):
+            raise ValueError(f"{self.source}: compressed-tensors with group_size={size!r}")
+        return size
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedIntegers:
+    """Weights (code - zero) · scale with the codes packed along the input axis ("pack-quantized").
 
     `weight_packed` int32 `[out, in * bits / 32]`, `weight_scale` `[out, groups]`, for asymmetric
     schemes `weight_zero_point` int32 `[out * bits / 32, groups]`, and `weight_shape`. The integers
@@ -37,49 +142,14 @@ class CompressedTensors:
     group_size: int
     symmetric: bool
 
-    parts = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], source: str) -> CompressedTensors:
-        """Reads the `quantization_config` of a config.json.
-
-        Raises:
-          ValueError: if it has another format, several schemes, or one that is not supported.
-        """
-        if config.get("format") != FORMAT:
-            raise ValueError(
-                f"{source}: compressed-tensors with format={config.get('format')!r}; supported is "
-                f"{FORMAT!r}"
-            )
-        groups = config.get("config_groups")
-        if not isinstance(groups, dict) or len(groups) != 1:
-            raise ValueError(
-                f"{source}: compressed-tensors with config_groups={groups!r}; supported is one"
-            )
-        (group,) = groups.values()
-        weights = group.get("weights") if isinstance(group, dict) else None
-        if not isinstance(weights, dict):
-            raise ValueError(
-                f"{source}: compressed-tensors with the scheme {group!r}; supported are schemes "
-                "whose 'weights' are spelled out"
-            )
-        if group.get("input_activations"):
-            raise ValueError(
-                f"{source}: compressed-tensors with quantised activations; supported are schemes "
-                "that quantise weights only, such as W4A16"
-            )
-        strategy = weights.get("strategy")
-        supported = {"num_bits": BITS, "type": ("int",), "strategy": ("group", "channel")}
-        for key, accepted in supported.items():
-            if weights.get(key) not in accepted:
-                raise ValueError(
-                    f"{source}: compressed-tensors with {key}={weights.get(key)!r}; supported are "
-                    f"{accepted}"
-                )
-        size = weights.get("group_size") if strategy == "group" else -1
-        if not isinstance(size, int) or (size < 1 and size != -1):
-            raise ValueError(f"{source}: compressed-tensors with group_size={size!r}")
-        return cls(weights["num_bits"], size, bool(weights.get("symmetric", True)))
+    parts = (
+        "weight_packed",
+        "weight_scale",
+        "weight_zero_point",
+        "weight_shape",
+        "weight_g_idx",
+        *UNUSED_PARTS,
+    )
 
     def check(self, module: QuantizedModule) -> GridSpec:
         """Checks a layer's headers; see `QuantizationMethod`."""

@@ -191,17 +191,10 @@ class ExpertsReader(TensorReader):
 
         Raises:
           KeyError: if there is no such weight.
-          ValueError: if the experts have different tables.
         """
         if name not in self._experts:
             return self._reader.read_grid(self._renamed[name])
-        grids = [self._reader.read_grid(member) for member in self._experts[name]]
-        if any(not np.array_equal(grid.levels, grids[0].levels) for grid in grids):
-            raise ValueError(
-                f"{self._source}: the experts of {name!r} have different tables, which cannot be "
-                "kept; load them dense"
-            )
-        return GridBlocks.stack(grids)
+        return GridBlocks.stack([self._reader.read_grid(member) for member in self._experts[name]])
 
     def is_zero_bias(self, name: str) -> bool:
         """Whether a tensor is a quantised layer's bias of zeros, which some tools always write."""

@@ -7,12 +7,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from lutjax.codebooks import float_e2m1
 from lutjax.io.blocks import GridBlocks, GridSpec, powers_of_two, unpack_words
 from lutjax.io.config_values import layer_types, layers_by_period, positive, sliding_layers
+from lutjax.io.float4 import E2M1_LEVELS
+from lutjax.io.quantized_module import BFLOAT16
 from lutjax.io.readers import TensorInfo, TensorReader
 from lutjax.io.safetensors import SafetensorsReader
 from lutjax.models.config import DecoderConfig
@@ -44,9 +44,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What a config.json means that does not say it, by `model_type`."""
 
-_LEVELS = float_e2m1(4) * np.float32(6)
 _GROUP = 32
-_SCALES = np.dtype(ml_dtypes.bfloat16)  # has every power of two that E8M0 has
 
 # What a tensor of experts holds: matrices of the decoder's, and which of its outputs they are.
 _MATRICES = {
@@ -201,7 +199,7 @@ class GptOssReader(TensorReader):
                 self._parts[name] = _Part(stored, rows)
                 infos[name] = dataclasses.replace(info, shape=shape)
                 if kind == "_blocks":
-                    self._specs[name] = GridSpec(shape, 4, _GROUP, _SCALES, None)
+                    self._specs[name] = GridSpec(shape, 4, _GROUP, BFLOAT16, None)
         self.infos: Mapping[str, TensorInfo] = infos
 
     def dtype(self, name: str) -> np.dtype:
@@ -249,7 +247,7 @@ class GptOssReader(TensorReader):
         blocks = self._reader.read_part(part.name, rows)
         exponents = self._reader.read_part(_scales_beside(part.name), rows)
         codes = unpack_words(blocks.reshape(*blocks.shape[:2], -1), 4)
-        return GridBlocks(codes, _LEVELS, powers_of_two(exponents, 127), None, _GROUP)
+        return GridBlocks(codes, E2M1_LEVELS, powers_of_two(exponents, 127), None, _GROUP)
 
     def _shape(self, stored: str, kind: str, rows: slice) -> tuple[int, ...]:
         """The shape of what the outputs `rows` of a stored tensor are here."""

@@ -126,8 +126,9 @@ def lut_from_grid(grid: GridBlocks, *, transposed: bool) -> LutArray:
       The weight; both contract `in`.
     """
     *experts, n, k = grid.codes.shape
-    bits = grid.levels.size.bit_length() - 1
-    lut = np.broadcast_to(grid.levels[:, None], (*experts, 1, grid.levels.size, 1))
+    size = grid.levels.shape[-1]
+    bits = size.bit_length() - 1
+    lut = np.broadcast_to(grid.levels[..., None, :, None], (*experts, 1, size, 1))
     return LutArray(
         words=_pack(grid.codes.swapaxes(-1, -2), bits),
         scales=_scales(grid.scales),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from lutjax.io import modelopt
 from lutjax.io.checkpoint import Checkpoint
 from lutjax.io.compressed import METADATA_NAME
 from lutjax.io.configs import TEXT_PREFIX, config_from_hf
@@ -29,6 +31,7 @@ _HUB_FILES = (
     "tokenizer_config.json",
     "chat_template.jinja",
     METADATA_NAME,
+    modelopt.CONFIG_NAME,
     INDEX_NAME,
     SINGLE_NAME,
 )
@@ -39,10 +42,10 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 def open_directory(directory: str | Path, *, allow_nonfinite: bool = False) -> Checkpoint:
     """Opens a directory with config.json and safetensors; only headers are read.
 
-    Weights that GPTQ, AWQ, bitsandbytes (4 bits) or compressed-tensors ("pack-quantized")
-    quantised, and MXFP4 (gpt-oss), are dequantised when they are read, or read as codes; of those,
-    JSON objects that bitsandbytes keeps in tensors, and biases that the decoder has no place for,
-    are read here as well. Of a model of text and images (`gemma3`), the text model is opened.
+    Weights that GPTQ, AWQ, bitsandbytes (4 bits), compressed-tensors or Model Optimizer quantised,
+    FP8, and MXFP4 (gpt-oss), are dequantised when they are read, or read as codes; of those, JSON
+    objects that bitsandbytes keeps in tensors, and biases that the decoder has no place for, are
+    read here as well. Of a model of text and images (`gemma3`), the text model is opened.
 
     Args:
       directory: its path.
@@ -62,7 +65,7 @@ def open_directory(directory: str | Path, *, allow_nonfinite: bool = False) -> C
         raise FileNotFoundError(f"{directory} has no config.json")
     data = read_json(config_path)
     config = config_from_hf(data, str(config_path))
-    quantization = data.get("quantization_config")
+    quantization = data.get("quantization_config") or _modelopt_config(directory)
     gpt_oss = config.model_type == "gpt_oss"
     method = None
     if quantization and gpt_oss:
@@ -83,6 +86,17 @@ def open_directory(directory: str | Path, *, allow_nonfinite: bool = False) -> C
     elif config.num_experts is not None:
         reader = ExpertsReader(reader, config.num_experts, str(directory))
     return Checkpoint.create(directory, config, "hf", reader, allow_nonfinite=allow_nonfinite)
+
+
+def _modelopt_config(directory: Path) -> dict[str, Any] | None:
+    """What older directories of Model Optimizer say beside config.json."""
+    path = directory / modelopt.CONFIG_NAME
+    if not path.is_file():
+        return None
+    quantization = read_json(path).get("quantization")
+    if not isinstance(quantization, dict):
+        raise ValueError(f"{path} has no object 'quantization'")
+    return quantization | {"quant_method": modelopt.QUANT_METHOD}
 
 
 def refuse_pickle(path: Path) -> ValueError:

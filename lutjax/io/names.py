@@ -95,7 +95,10 @@ _PATHS: dict[str, dict[str, str]] = {
 _LAYER_PREFIX = {"hf": "model.layers.", "gguf": "blk."}
 
 # Tensors that say nothing the configuration does not say.
-_IGNORED = re.compile(r".*rotary_emb\.inv_freq|rope_freqs\.weight")
+# Frequencies, and what was measured to round attention and its cache, which are not rounded here.
+_IGNORED = re.compile(
+    r".*rotary_emb\.inv_freq|rope_freqs\.weight|.*\.self_attn\.(?:[kqv]_proj\.)?[kqv]_scale"
+)
 
 
 def checkpoint_name(path: str, fmt: CheckpointFormat, *, post_norms: bool = False) -> str:

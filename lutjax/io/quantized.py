@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from lutjax.io import compressed_tensors, modelopt
 from lutjax.io.awq import AWQ
 from lutjax.io.bitsandbytes import BitsAndBytes
 from lutjax.io.blocks import GridBlocks, GridSpec
-from lutjax.io.compressed_tensors import CompressedTensors
+from lutjax.io.byte_weights import ByteWeights
 from lutjax.io.gptq import GPTQ
 from lutjax.io.quantized_module import QuantizationMethod, QuantizedModule
 from lutjax.io.readers import TensorInfo, TensorReader
@@ -21,7 +22,9 @@ METHODS: dict[str, Callable[[Mapping[str, Any], str], QuantizationMethod]] = {
     "gptq": GPTQ.from_config,
     "awq": AWQ.from_config,
     "bitsandbytes": BitsAndBytes.from_config,
-    "compressed-tensors": CompressedTensors.from_config,
+    "compressed-tensors": compressed_tensors.from_config,
+    "fp8": ByteWeights.from_config,
+    modelopt.QUANT_METHOD: modelopt.from_config,
 }
 """What can be read, by `quant_method`; a new method is one entry here."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Protocol
 
+import ml_dtypes
 import numpy as np
 
 from lutjax.io.blocks import GridBlocks, GridSpec
@@ -12,6 +13,18 @@ from lutjax.io.readers import TensorInfo
 from lutjax.io.safetensors import SafetensorsReader
 
 HALF_TYPES = ("F16", "BF16")
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+"""Has every value of E4M3, and every power of two that E8M0 has."""
+
+UNUSED_PARTS = (
+    "input_scale",
+    "input_global_scale",
+    "input_zero_point",
+    "activation_scale",
+    "output_scale",
+)
+"""Suffixes of what was measured to round activations, which are not rounded here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,15 +43,13 @@ class QuantizedModule:
         """Whether the layer has a tensor `name.suffix`."""
         return f"{self.name}.{suffix}" in self.reader.infos
 
-    def info(
-        self, suffix: str, dtypes: tuple[str, ...], shape: tuple[int, ...] | None = None
-    ) -> TensorInfo:
+    def info(self, suffix: str, dtypes: tuple[str, ...], *shapes: tuple[int, ...]) -> TensorInfo:
         """The header of `name.suffix`.
 
         Args:
           suffix: which tensor.
           dtypes: what its dtype may be.
-          shape: what its shape must be; None if any matrix will do.
+          *shapes: what its shape may be; any matrix if none is given.
 
         Raises:
           ValueError: if it is missing, or of another dtype or shape.
@@ -48,10 +59,11 @@ class QuantizedModule:
         info = self.reader.infos[f"{self.name}.{suffix}"]
         if info.dtype not in dtypes:
             raise self.error(suffix, f"has dtype {info.dtype}; it must be {' or '.join(dtypes)}")
-        if shape is None and (len(info.shape) != 2 or 0 in info.shape):
+        if not shapes and (len(info.shape) != 2 or 0 in info.shape):
             raise self.error(suffix, f"has shape {list(info.shape)}; it must be a matrix")
-        if shape is not None and info.shape != shape:
-            raise self.error(suffix, f"has shape {list(info.shape)}; it must be {list(shape)}")
+        if shapes and info.shape not in shapes:
+            allowed = " or ".join(str(list(shape)) for shape in shapes)
+            raise self.error(suffix, f"has shape {list(info.shape)}; it must be {allowed}")
         return info
 
     def read(self, suffix: str) -> np.ndarray:

@@ -121,6 +121,53 @@ def compressed_tensors(shape, rng, *, bits, group, sym, dtype, act=False) -> Lay
     return tensors, weight.astype(np.float32).astype(np.float64)
 
 
+def byte_weights(shape, rng, *, dtype, scale, scales, scale_dtype=np.float32) -> Layer:
+    """`scales` is the shape of the scales, or the block that shares one."""
+    n, k = shape
+    if dtype == "I8":
+        stored = rng.integers(-128, 128, (n, k)).astype(np.int8)
+    else:
+        codes = rng.integers(0, 0x7F, (n, k)) | rng.integers(0, 2, (n, k)) << 7
+        stored = codes.astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
+    rows, columns = {"matrix": (n, k), "output": (1, k)}.get(scales, scales)
+    values = rng.normal(size=(-(-n // rows), -(-k // columns)))
+    if scale_dtype == np.uint8:
+        exponents = rng.integers(107, 147, values.shape)
+        values, kept = 2.0 ** (exponents - 127), exponents.astype(np.uint8)
+    else:
+        kept = values.astype(scale_dtype)
+        values = kept.astype(np.float64)
+    wide = values[np.arange(n)[:, None] // rows, np.arange(k) // columns]
+    weight = stored.astype(np.float64) * wide
+    tensors = {"weight": stored, scale: kept.reshape(()) if scales == "matrix" else kept}
+    tensors["input_scale"] = np.ones((), np.float32)
+    # A float32 scale times a byte is rounded once; all others are exact.
+    return tensors, weight.astype(np.float32).astype(np.float64)
+
+
+def float4(shape, rng, *, codes, factor, divides=False, group=16) -> Layer:
+    n, k = shape
+    values = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    numbers = rng.integers(0, 16, (n, k))
+    packed = (numbers[:, ::2] | numbers[:, 1::2] << 4).astype(np.uint8)
+    tensors = {codes: packed}
+    whole = np.float32(1)
+    if factor is None:
+        exponents = rng.integers(107, 147, (n, k // group)).astype(np.uint8)
+        tensors["weight_scale"] = exponents
+        scales = 2.0 ** (exponents.astype(int) - 127)
+    else:
+        bytes_ = rng.integers(0, 0x7F, (n, k // group)).astype(np.uint8)
+        tensors["weight_scale"] = bytes_.view(ml_dtypes.float8_e4m3fn)
+        scales = tensors["weight_scale"].astype(np.float64)
+        whole = np.float32(rng.uniform(1, 1000))
+        tensors[factor] = np.full(1 if divides else (), whole, np.float32)
+    levels = np.array(values + [-value for value in values], np.float32)
+    levels = levels / whole if divides else levels * whole
+    weight = levels[numbers] * scales.astype(np.float32)[:, np.arange(k) // group]
+    return tensors, weight.astype(np.float64)
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A kind of checkpoint.
@@ -170,6 +217,34 @@ def compressed_case(bits, group, sym, dtype, bits_per_weight, act=False) -> Case
     return Case(config, lambda *a: compressed_tensors(*a, **options), bits_per_weight, act)
 
 
+def scheme_case(kind, weights, bits_per_weight, layer, **options) -> Case:
+    activations = {"num_bits": 8, "type": weights["type"], "strategy": "token", "dynamic": True}
+    scheme = {"targets": ["Linear"], "weights": {"symmetric": True} | weights}
+    scheme["input_activations"] = activations
+    config = {"quant_method": "compressed-tensors", "format": kind}
+    config |= {"config_groups": {"group_0": scheme}, "quantization_status": "compressed"}
+    config["ignore"] = ["lm_head", "model.layers.0.mlp.down_proj"]
+    return Case(config, lambda *a: layer(*a, **options), bits_per_weight)
+
+
+def bytes_case(kind, weights, bits_per_weight, **options) -> Case:
+    dtype = "I8" if weights["type"] == "int" else "F8_E4M3"
+    options = {"dtype": dtype, "scale": "weight_scale"} | options
+    return scheme_case(kind, {"num_bits": 8} | weights, bits_per_weight, byte_weights, **options)
+
+
+def fp8_case(block, bits_per_weight) -> Case:
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": block}
+    options = {
+        "dtype": "F8_E4M3",
+        "scale": "weight_scale_inv",
+        "scales": tuple(block) if block else "matrix",
+    }
+    return Case(config, lambda *a: byte_weights(*a, **options), bits_per_weight)
+
+
+MODELOPT = {"quant_method": "modelopt", "kv_cache_scheme": {"num_bits": 8}}
+
 CASES: dict[str, Case] = {
     "gptq-2": gptq_case(2, 32, False, "gptq", _asymmetric(2, 32)),
     "gptq-3": gptq_case(3, 32, False, "gptq", _asymmetric(3, 32)),
@@ -197,6 +272,66 @@ CASES: dict[str, Case] = {
     "compressed-4-asym": compressed_case(4, 32, False, ml_dtypes.bfloat16, _asymmetric(4, 32)),
     "compressed-8-column": compressed_case(8, -1, True, np.float32, 8 + 32 / 64),
     "compressed-4-act": compressed_case(4, 32, True, np.float16, 4 + 16 / 32, act=True),
+    "compressed-int8": bytes_case(
+        "int-quantized",
+        {"type": "int", "strategy": "channel"},
+        8 + 16 / 64,
+        scales="output",
+        scale_dtype=ml_dtypes.bfloat16,
+    ),
+    "compressed-fp8": bytes_case(
+        "float-quantized", {"type": "float", "strategy": "tensor"}, 8 + 32 / 64, scales="matrix"
+    ),
+    "compressed-fp8-block": bytes_case(
+        "float-quantized",
+        {"type": "float", "strategy": "block", "block_structure": [40, 32]},
+        8 + 32 / 32,
+        scales=(40, 32),
+    ),
+    "compressed-fp8-group": bytes_case(
+        "naive-quantized",
+        {"type": "float", "strategy": "group", "group_size": 16},
+        8 + 16 / 16,
+        scales=(1, 16),
+        scale_dtype=np.float16,
+    ),
+    "mxfp8": bytes_case(
+        "mxfp8-quantized",
+        {"type": "float", "strategy": "group", "group_size": 32},
+        8 + 16 / 32,
+        scales=(1, 32),
+        scale_dtype=np.uint8,
+    ),
+    "compressed-nvfp4": scheme_case(
+        "nvfp4-pack-quantized",
+        {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
+        4 + 16 / 16,
+        float4,
+        codes="weight_packed",
+        factor="weight_global_scale",
+        divides=True,
+    ),
+    "compressed-mxfp4": scheme_case(
+        "mxfp4-pack-quantized",
+        {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32},
+        4 + 16 / 32,
+        float4,
+        codes="weight_packed",
+        factor=None,
+        group=32,
+    ),
+    "fp8": fp8_case([16, 32], 8 + 32 / 32),
+    "fp8-matrix": fp8_case(None, 8 + 32 / 64),
+    "modelopt-fp8": Case(
+        MODELOPT | {"quant_algo": "FP8"},
+        lambda *a: byte_weights(*a, dtype="F8_E4M3", scale="weight_scale", scales="matrix"),
+        8 + 32 / 64,
+    ),
+    "modelopt-nvfp4": Case(
+        MODELOPT | {"quant_algo": "NVFP4"},
+        lambda *a: float4(*a, codes="weight", factor="weight_scale_2"),
+        4 + 16 / 16,
+    ),
 }
 
 

@@ -56,8 +56,11 @@ def outside(tmp_path, file, case, quantization) -> tuple[np.ndarray, np.ndarray]
     prefix = f"{case}."
     tensors = {n.removeprefix(prefix): arrays[n] for n in arrays.files if n.startswith(prefix)}
     dense = tensors.pop("dense")
+    views = {np.dtype(np.uint16): ml_dtypes.bfloat16}
     tensors = {
-        f"layer.{name}": value.view(ml_dtypes.bfloat16) if value.dtype == np.uint16 else value
+        f"layer.{name.removesuffix('@F8')}": value.view(
+            ml_dtypes.float8_e4m3fn if name.endswith("@F8") else views.get(value.dtype, value.dtype)
+        )
         for name, value in tensors.items()
     }
     safetensors.numpy.save_file(tensors, tmp_path / "layer.safetensors")
@@ -121,6 +124,32 @@ def test_compressed_tensors(tmp_path, bits, sym, group):
     np.testing.assert_array_equal(found, dense)
 
 
+FLOATS = {
+    "fp8_tensor": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor"}),
+    "fp8_channel": ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),
+    "fp8_block": (
+        "float-quantized",
+        {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [16, 32]},
+    ),
+    "int8_channel": ("int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}),
+    "nvfp4": ("nvfp4-pack-quantized", {"num_bits": 4, "type": "float", "group_size": 16}),
+    "mxfp4": ("mxfp4-pack-quantized", {"num_bits": 4, "type": "float", "group_size": 32}),
+    "mxfp8": ("mxfp8-quantized", {"num_bits": 8, "type": "float", "group_size": 32}),
+}
+
+
+@pytest.mark.parametrize("case", FLOATS)
+def test_compressed_floats(tmp_path, case):
+    kind, weights = FLOATS[case]
+    quantization = {"quant_method": "compressed-tensors", "format": kind}
+    quantization["config_groups"] = {"group_0": {"weights": weights}}
+    found, dense = outside(tmp_path, "compressed_tensors/floats.npz", case, quantization)
+    if case == "nvfp4":  # where the factor is part of the table instead of the scales
+        np.testing.assert_allclose(found, dense, rtol=2.0**-22)
+    else:
+        np.testing.assert_array_equal(found, dense)
+
+
 # Whole directories
 
 
@@ -160,7 +189,18 @@ def test_kept_layers_stand_for_the_same_values(tmp_path, config, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["gptq-4", "gptq-4-act", "gptq-3-sym-column", "awq", "nf4", "compressed-4-asym"]
+    "name",
+    [
+        "gptq-4",
+        "gptq-4-act",
+        "gptq-3-sym-column",
+        "awq",
+        "nf4",
+        "compressed-4-asym",
+        "compressed-int8",
+        "fp8",
+        "modelopt-nvfp4",
+    ],
 )
 def test_kept_layers_compute_the_same(tmp_path, config, name):
     write_quantized(tmp_path / "m", config, CASES[name])
@@ -173,7 +213,18 @@ def test_kept_layers_compute_the_same(tmp_path, config, name):
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", ["gptq-4-act", "gptq-3-sym-column", "awq", "compressed-4-asym"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gptq-4-act",
+        "gptq-3-sym-column",
+        "awq",
+        "compressed-4-asym",
+        "nf4",  # with a random table in each
+        "modelopt-nvfp4",
+        "fp8",
+    ],
+)
 def test_experts_stay_quantised(tmp_path, config, name):
     config = dataclasses.replace(config, **FAMILIES_OF_EXPERTS["qwen3_moe"])
     _, expected = write_quantized(tmp_path / "m", config, CASES[name])
@@ -202,15 +253,9 @@ def test_experts_stay_quantised(tmp_path, config, name):
     assert_same_bits(found["layers"]["1"]["mlp"]["experts"], kept["layers"]["1"]["mlp"]["experts"])
 
 
-def test_experts_with_tables_of_their_own_are_not_kept(tmp_path, config):
-    config = dataclasses.replace(config, **FAMILIES_OF_EXPERTS["mixtral"])
-    write_quantized(tmp_path / "m", config, CASES["nf4"])  # with a random table in each
-    lutjax.load(tmp_path / "m")
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts.*have different tables"):
-        lutjax.load(tmp_path / "m", keep_quantized=True)
-
-
-@pytest.mark.parametrize("name", ["gptq-3", "gptq-4-act", "awq", "nf4-double", "compressed-4"])
+@pytest.mark.parametrize(
+    "name", ["gptq-3", "gptq-4-act", "awq", "nf4-double", "compressed-4", "fp8", "compressed-nvfp4"]
+)
 def test_compressing_keeps_them(tmp_path, config, name):
     write_quantized(tmp_path / "m", config, CASES[name])
     _, kept, _ = lutjax.load(tmp_path / "m", keep_quantized=True)
@@ -320,11 +365,24 @@ def test_transformers_saves_bitsandbytes(tmp_path, config, kind, double):
 
 
 @pytest.mark.outside
-def test_transformers_reads_compressed_tensors(tmp_path, config):
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+@pytest.mark.parametrize("name", ["compressed-8-column", "compressed-fp8"])  # scales in float32
+def test_transformers_reads_compressed_tensors(tmp_path, config, name):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     pytest.importorskip("compressed_tensors")
-    write_quantized(tmp_path / "m", config, CASES["compressed-8-column"])
-    options = transformers.CompressedTensorsConfig(run_compressed=False)
+    write_quantized(tmp_path / "m", config, CASES[name])
+    options = transformers.CompressedTensorsConfig(dequantize=True)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "m", quantization_config=options, device_map="cpu", dtype=torch.float32
+    )
+    check_logits(tmp_path / "m", theirs)
+
+
+@pytest.mark.outside
+def test_transformers_reads_fp8(tmp_path, config):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    write_quantized(tmp_path / "m", config, CASES["fp8"])
+    options = transformers.FineGrainedFP8Config(weight_block_size=(16, 32), dequantize=True)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "m", quantization_config=options, device_map="cpu", dtype=torch.float32
     )
@@ -427,6 +485,24 @@ BAD_TENSORS = {
         (drop("weight_zero_point"), r"up_proj\.weight_zero_point' is missing"),
         (change("weight_scale", lambda v: v.astype(np.float32)), r"weight_scale' has dtype F32"),
     ],
+    "fp8": [
+        (drop("weight_scale_inv"), r"up_proj\.weight_scale_inv' is missing"),
+        (change("weight_scale_inv", half), r"scale_inv' has shape \[3, 2\]; it must be \[6, 2\]"),
+        (
+            change("weight", lambda v: v.view(np.int8)),
+            r"up_proj\.weight' has dtype I8; it must be F8",
+        ),
+    ],
+    "compressed-int8": [
+        (
+            change("weight_scale", half),
+            r"shape \[48, 1\]; it must be \[\] or \[1\] or .* \[96, 1\]",
+        ),
+    ],
+    "modelopt-nvfp4": [
+        (drop("weight_scale_2"), r"up_proj\.weight_scale_2' is missing"),
+        (change("weight_scale", half), r"weight_scale' has shape \[48, 4\]; it must be \[96, 4\]"),
+    ],
 }
 
 
@@ -467,6 +543,15 @@ BAD_VALUES = {
     "nf4": [(change("weight.absmax", first(np.inf)), r"up_proj\.weight'")],
     "compressed-4": [(change("weight_scale", first(np.inf)), r"up_proj\.weight'")],
     "compressed-4-act": [(change("weight_g_idx", first(9)), r"weight_g_idx' has group indices")],
+    "fp8": [
+        (change("weight", first(np.nan)), r"up_proj\.weight' holds 1 NaN"),
+        (change("weight_scale_inv", first(np.inf)), r"up_proj\.weight'"),
+    ],
+    "compressed-nvfp4": [
+        (change("weight_scale", first(np.nan)), r"up_proj\.weight'"),
+        (change("weight_global_scale", first(0)), r"up_proj\.weight_global_scale' is 0"),
+    ],
+    "mxfp8": [(change("weight_scale", first(255)), r"up_proj\.weight'")],
 }
 
 
@@ -495,8 +580,8 @@ def test_truncated_files(tmp_path, config):
         open_checkpoint(tmp_path / "m")
 
 
-def compressed_with(**changes):
-    config = json.loads(json.dumps(CASES["compressed-4"].config))
+def scheme_with(name, **changes):
+    config = json.loads(json.dumps(CASES[name].config))
     config["config_groups"]["group_0"]["weights"] |= changes
     return config
 
@@ -509,10 +594,7 @@ COMPRESSED = CASES["compressed-4"].config
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
-        (
-            {"quant_method": "fp8"},
-            r"by 'fp8'; supported are gptq, awq, bitsandbytes, compressed-tensors",
-        ),
+        ({"quant_method": "hqq"}, r"by 'hqq'; supported are gptq, awq, bitsandbytes, compressed-t"),
         ({"bits": 4}, "by None; supported are gptq"),
         ("gptq-ish", "by 'gptq-ish'; supported are gptq"),
         (GPTQ_4 | {"bits": 5}, r"GPTQ with bits=5; supported are \(2, 3, 4, 8\)"),
@@ -530,21 +612,26 @@ COMPRESSED = CASES["compressed-4"].config
         (AWQ | {"group_size": None}, "AWQ with group_size=None"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "without load_in_4bit"),
         (CASES["nf4"].config | {"bnb_4bit_quant_storage": "bfloat16"}, "quant_storage='bfloat16'"),
-        (COMPRESSED | {"format": "float-quantized"}, "format='float-quantized'"),
-        (COMPRESSED | {"config_groups": {}}, "config_groups={}; supported is one"),
+        (COMPRESSED | {"format": "marlin-24"}, "format='marlin-24'; supported are pack-quantized,"),
         (
-            COMPRESSED
-            | {"config_groups": {"group_0": {"weights": {}, "input_activations": {"num_bits": 8}}}},
-            "with quantised activations",
+            COMPRESSED | {"format": "nvfp4-pack-quantized"},
+            r"type='int'; supported are \('float',\)",
         ),
+        (COMPRESSED | {"format": "int-quantized"}, r"num_bits=4; supported are \(8,\)"),
+        (scheme_with("compressed-int8", symmetric=False), "symmetric=False"),
+        (scheme_with("compressed-fp8-block", block_structure=[128]), r"block_structure=\[128\]"),
+        (CASES["fp8"].config | {"fmt": "e5m2"}, "fp8 with fmt='e5m2'; supported is 'e4m3'"),
+        (CASES["fp8"].config | {"weight_block_size": [0, 1]}, r"weight_block_size=\[0, 1\]; it is"),
+        (CASES["modelopt-fp8"].config | {"quant_algo": "W4A8_AWQ"}, "quant_algo='W4A8_AWQ'; suppo"),
+        (COMPRESSED | {"config_groups": {}}, "config_groups={}; supported is one"),
         (COMPRESSED | {"config_groups": {"a": {}, "b": {}}}, "supported is one"),
         (COMPRESSED | {"config_groups": {"W4A16": ["Linear"]}}, r"the scheme \['Linear'\]"),
         (COMPRESSED | {"config_groups": {"a": {"weights": None}}}, "whose 'weights' are spelled"),
         ({"quant_method": ["gptq"]}, r"by \['gptq'\]; supported are"),
-        (compressed_with(num_bits=3), r"num_bits=3; supported are \(4, 8\)"),
-        (compressed_with(type="float"), "type='float'"),
-        (compressed_with(strategy="block"), "strategy='block'"),
-        (compressed_with(group_size=None), "group_size=None"),
+        (scheme_with("compressed-4", num_bits=3), r"num_bits=3; supported are \(4, 8\)"),
+        (scheme_with("compressed-4", type="float"), "type='float'"),
+        (scheme_with("compressed-4", strategy="block"), "strategy='block'"),
+        (scheme_with("compressed-4", group_size=None), "group_size=None"),
     ],
 )
 def test_unsupported_configurations_are_named(tmp_path, config, quantization, message):

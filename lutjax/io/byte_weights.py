@@ -1,0 +1,112 @@
+"""Layers whose weights are bytes: FP8 and INT8 with a scale for the matrix, a row or a block."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from lutjax.io.blocks import GridBlocks, GridSpec, powers_of_two
+from lutjax.io.quantized_module import BFLOAT16, UNUSED_PARTS, QuantizedModule, scale_types
+from lutjax.io.safetensors import DTYPES
+
+_NAN = 0x7F  # of E4M3, without the sign
+_SIGN = 0x80
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteWeights:
+    """Weights value(byte) · scale.
+
+    `weight` `[out, in]` of float8 (E4M3) or int8, and scales: one for the matrix, `[]` or `[1]`,
+    one for each output, `[out]` or `[out, 1]`, or one for each block of outputs and inputs,
+    `[ceil(out / rows), ceil(in / columns)]`. Scales of uint8 are exponents of two (E8M0, in MXFP8),
+    kept as bfloat16.
+
+    Attributes:
+      dtype: of the weights, as safetensors name it: `"F8_E4M3"` or `"I8"`.
+      scale: the suffix of the scales.
+      block: outputs and inputs that share a scale; None if all of an output's inputs do.
+
+    Source: FP8 Formats for Deep Learning (arXiv 2209.05433); DeepSeek-V3 (arXiv 2412.19437, section
+    3.3), whose blocks `quant_method` `fp8` has; OCP Microscaling Formats (MX) 1.0.
+    """
+
+    dtype: str
+    scale: str
+    block: tuple[int, int] | None = None
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """See `QuantizationMethod`."""
+        return ("weight", self.scale, *UNUSED_PARTS)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], source: str) -> ByteWeights:
+        """Reads the `quantization_config` of a config.json with `quant_method` `fp8`.
+
+        Raises:
+          ValueError: if the format is not E4M3, or blocks are not of two positive sizes.
+        """
+        if config.get("fmt", "e4m3") != "e4m3":
+            raise ValueError(f"{source}: fp8 with fmt={config['fmt']!r}; supported is 'e4m3'")
+        block = config.get("weight_block_size", (128, 128))
+        block = (
+            None if block is None else block_sizes(block, f"{source}: fp8 with weight_block_size")
+        )
+        return cls("F8_E4M3", "weight_scale_inv", block)
+
+    def check(self, module: QuantizedModule) -> GridSpec:
+        """Checks a layer's headers; see `QuantizationMethod`."""
+        n, k = module.info("weight", (self.dtype,)).shape
+        shapes: tuple[tuple[int, ...], ...] = ((), (1,), (1, 1), (n,), (n, 1))
+        if self.block is not None:
+            shapes = ((-(-n // self.block[0]), -(-k // self.block[1])),)
+        scales = module.info(self.scale, (*scale_types(symmetric=True), "U8"), *shapes)
+        group_size = k if self.block is None else min(self.block[1], k)
+        dtype = BFLOAT16 if scales.dtype == "U8" else DTYPES[scales.dtype]
+        return GridSpec((n, k), 8, group_size, dtype, None)
+
+    def read(self, module: QuantizedModule) -> GridBlocks:
+        """Reads a layer; see `QuantizationMethod`."""
+        spec = self.check(module)
+        codes = module.read("weight").view(np.uint8)
+        if self.dtype == "I8":
+            codes, levels = codes ^ np.uint8(_SIGN), np.arange(-128, 128, dtype=np.float32)
+        else:
+            if count := int((codes & ~np.uint8(_SIGN) == _NAN).sum()):
+                raise module.error("weight", f"holds {count} NaN")
+            levels = float8_values()
+        n = spec.shape[0]
+        scales = module.read(self.scale)
+        rows = self.block[0] if self.block is not None else n // scales.size
+        if scales.dtype == np.uint8:
+            scales = powers_of_two(scales, 127)
+        scales = np.repeat(scales.reshape(-1, 1) if self.block is None else scales, rows, axis=0)
+        return GridBlocks(codes, levels, scales[:n], None, spec.group_size)
+
+
+def float8_values() -> np.ndarray:
+    """The values of all bytes as E4M3, float32 `[256]`, with zeros for the two that are NaN.
+
+    >>> values = float8_values()
+    >>> values[[0x01, 0x38, 0x7E, 0xFE]].tolist(), values[0x7F].item()
+    ([0.001953125, 1.0, 448.0, -448.0], 0.0)
+    """
+    values = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return np.nan_to_num(values, nan=0.0)
+
+
+def block_sizes(block: Any, source: str) -> tuple[int, int]:
+    """Two positive sizes.
+
+    >>> block_sizes([128, 128], "config.json")
+    (128, 128)
+    """
+    sizes = tuple(block) if isinstance(block, (list, tuple)) else ()
+    if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(f"{source}={block!r}; it is two positive numbers")
+    return sizes
