@@ -41,7 +41,7 @@ class Eval:
     """Print JSON instead of a table."""
     keep_quantized: bool = False
     """Run matrices that are quantised already (GGUF, GPTQ, AWQ, bitsandbytes, compressed-tensors,
-    MXFP4) as they are, not dequantised."""
+    FP8, NVFP4, MXFP4) as they are, not dequantised."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of activations and of what is not compressed; accelerators are fast in bfloat16. By default
     float32, or what a compressed model was saved for."""

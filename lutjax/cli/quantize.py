@@ -64,7 +64,7 @@ class Quantize:
     """JSON file with a rule for each kind of parameter, instead of the seven options above."""
     keep_quantized: bool = False
     """Keep matrices that are quantised already exactly (GGUF, GPTQ, AWQ, bitsandbytes,
-    compressed-tensors, MXFP4); compress only the others."""
+    compressed-tensors, FP8, NVFP4, MXFP4); compress only the others."""
 
     text: Path | None = None
     """UTF-8 text to calibrate on: weights are rounded such that products err little on it (GPTQ).

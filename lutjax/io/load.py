@@ -40,7 +40,8 @@ def load(
         checkpoint and what was saved for a compressed one.
       keep_quantized: load matrices that are quantised already as `LutArray`s that stand for the
         same values bit for bit, instead of dequantising them: GGUF's block types, and directories
-        of GPTQ, AWQ, bitsandbytes, compressed-tensors and MXFP4 (docs/checkpoints.md).
+        of GPTQ, AWQ, bitsandbytes, compressed-tensors, Model Optimizer, FP8 and MXFP4
+        (docs/checkpoints.md).
       allow_nonfinite: whether a weight may have NaN and Inf; it is an error otherwise.
 
     Returns:
