@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lutjax.codebooks import symmetric_int
+from lutjax.io.byte_weights import float8_values
 from pallas_kernels.layout import packed_shape
 from pallas_kernels.lut_matmul import lut_matmul
 
@@ -32,9 +33,10 @@ VARIANTS = [
     *((m, 4, "any", "cpu_native") for m in (1, 2, 4, 8, 32, 128, 512)),
     *((1, bits, "any", "cpu_native") for bits in (2, 3, 8)),
     (1, 8, "int", "cpu_native"),
+    (1, 8, "float8", "cpu_native"),
     *((m, 4, "any", "xla") for m in (1, 32, 512)),
 ]
-"""Rows, bits, table and implementation. ``int`` is equally spaced, ``any`` is not."""
+"""Rows, bits, table and implementation. ``int`` is equally spaced, ``float8`` is E4M3."""
 
 
 def chain(product: Callable) -> Callable:
@@ -61,7 +63,9 @@ def packed_program(
     copies = max(1, ROTATED_BYTES // int(np.prod(shape))) if m < 32 else 1
     x = jnp.asarray(rng.standard_normal((m, k), np.float32))
     scales = jnp.asarray(rng.random((-(-k // group), n), np.float32), jnp.bfloat16)
-    values = symmetric_int(bits) if table == "int" else rng.standard_normal(2**bits, np.float32)
+    values = {"int": lambda: symmetric_int(bits), "float8": float8_values}.get(
+        table, lambda: rng.standard_normal(2**bits, np.float32)
+    )()
     lut = jnp.asarray(values).reshape(1, -1, 1)
     weights = [jnp.asarray(rng.integers(0, 256, shape, np.uint8)) for _ in range(copies)]
 
@@ -92,7 +96,7 @@ def main() -> None:
     print(
         f"jax {jax.__version__}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, [{k}, {n}]"
     )
-    print(f"{'M':>4} {'bits':>4} {'table':6}{'implementation':16}", end="")
+    print(f"{'M':>4} {'bits':>4} {'table':7}{'implementation':16}", end="")
     print(f"{'wall':>7}{'CPU':>7}{'dense ms':>10}{'ms':>8}")
     for m in sorted({m for m, *_ in VARIANTS}):
         programs = {None: dense_program(rng, m, k, n)}
@@ -108,7 +112,7 @@ def main() -> None:
             cpu = min(t[key][1] for t in times) / min(t[None][1] for t in times)
             dense_ms, ms = (1e3 * min(t[name][0] for t in times) for name in (None, key))
             bits, table, implementation = key
-            print(f"{m:4} {bits:4} {table:6}{implementation:16}", end="")
+            print(f"{m:4} {bits:4} {table:7}{implementation:16}", end="")
             print(f"{wall:7.2f}{cpu:7.2f}{dense_ms:10.2f}{ms:8.2f}")
 
 

@@ -90,14 +90,17 @@ class ByteWeights:
 
 
 def float8_values() -> np.ndarray:
-    """The values of all bytes as E4M3, float32 `[256]`, with zeros for the two that are NaN.
+    """The values of all bytes as E4M3, float32 `[256]`.
 
-    >>> values = float8_values()
-    >>> values[[0x01, 0x38, 0x7E, 0xFE]].tolist(), values[0x7F].item()
-    ([0.001953125, 1.0, 448.0, -448.0], 0.0)
+    The two that are NaN have the values that their bits would have, 480 and -480, so that kernels
+    can compute all entries alike.
+
+    >>> float8_values()[[0x01, 0x38, 0x7E, 0xFE, 0x7F]].tolist()
+    [0.001953125, 1.0, 448.0, -448.0, 480.0]
     """
     values = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    return np.nan_to_num(values, nan=0.0)
+    values[[_NAN, _NAN | _SIGN]] = 480, -480
+    return values
 
 
 def block_sizes(block: Any, source: str) -> tuple[int, int]:

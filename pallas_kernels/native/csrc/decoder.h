@@ -163,8 +163,9 @@ void PrefetchScales(const Problem& p, const Scales& s, int64_t group, int64_t co
   for (int64_t i = 0; i < count * bytes; i += 64) __builtin_prefetch(start + i);
 }
 
-// One table, one a column, or one whose entries are equally spaced and so need no looking up.
-enum Tables { kShared, kPerColumn, kLinear };
+// One table, one a column, or one that needs no looking up: its entries are equally spaced, or codes
+// of 8 bits are floats.
+enum Tables { kShared, kPerColumn, kLinear, kFloat8 };
 
 // What computes equally spaced entries, rounded once as they are: (code - zero) * step, the step in
 // two parts, because that of 127 entries a unit, say, is none of float32.
@@ -221,7 +222,42 @@ bool FindLine(const float* lut, Line* line) {
   return std::fabs(rest) < 1.0f && line->Fits<kBits>(lut);
 }
 
-// Looks up the codes of kBits bits; if kLinear, `lut` of the problem is the three numbers of a Line.
+// What computes the entries of codes that are 8-bit floats (E4M3), times a factor. The codes that
+// stand for NaN have the value that their bits would have.
+struct Float8 {
+  float factor;  // times 256, as values are in units of 256
+
+  // The value of the lowest 8 bits of a word.
+  static inline __attribute__((always_inline)) Float Value(Word word) {
+    const Word of_0 = Simd::SetWord(0x38000000);  // 2**-15
+    const Float a = Simd::OfBits(Simd::Select(0x07F00000, Simd::Left(word, 20), of_0));
+    // Below 2**-14 are subnormal numbers: 2**-15 (1 + m) stands for 2**-14 m.
+    const Float less = Simd::Max(Simd::Sub(Simd::Set(0x1p-14f), a), Simd::Zero());
+    const Word magnitude = Simd::Bits(Simd::Sub(a, less));
+    return Simd::OfBits(Simd::Select(0x80000000, Simd::Left(word, 24), magnitude));
+  }
+
+  inline __attribute__((always_inline)) Float Entry(Float value) const {
+    return Simd::MulAdd(value, Simd::Set(factor), Simd::Zero());
+  }
+};
+
+// Finds the factor of a table whose entries are 8-bit floats times a factor, if it is one.
+bool FindFloat8(const float* lut, Float8* float8) {
+  *float8 = {256 * lut[0x38]};  // the code of 1
+  for (int i = 0; i < 256; i += kLanes) {
+    uint32_t codes[kLanes];
+    float entries[kLanes];
+    for (int j = 0; j < kLanes; ++j) codes[j] = static_cast<uint32_t>(i + j);
+    const Word word = Simd::LoadBytes(reinterpret_cast<const uint8_t*>(codes));
+    Simd::Store(entries, float8->Entry(Float8::Value(word)));
+    for (int j = 0; j < kLanes; ++j)
+      if (entries[j] != lut[i + j]) return false;
+  }
+  return true;
+}
+
+// Looks up the codes of kBits bits; if kLinear or kFloat8, `lut` of the problem is the numbers of a Line or Float8.
 template <int kBits, Tables kTables>
 class Decoder {
  public:
@@ -233,6 +269,7 @@ class Decoder {
     table_ = Simd::LoadTable(entries);
     if (kBytes) byte_table_ = Simd::template LoadByteTable<kByteBits>(p.lut);
     if (kTables == kLinear) std::memcpy(&line_, p.lut, sizeof(line_));
+    if (kTables == kFloat8) std::memcpy(&float8_, p.lut, sizeof(float8_));
     if (kTables != kPerColumn) return;
     lut_ = p.lut + (columns.first << kBits);
     for (int j = 0; j < 4; ++j) {
@@ -281,10 +318,10 @@ class Decoder {
 
   // What a value is in units of the table; and a sum of values.
   inline __attribute__((always_inline)) Float Entry(Float value) const {
-    return kTables == kLinear ? line_.Entry(value) : value;
+    return kTables == kLinear ? line_.Entry(value) : kTables == kFloat8 ? float8_.Entry(value) : value;
   }
   inline __attribute__((always_inline)) Float EntryOfSum(Float value) const {
-    return kTables == kLinear ? line_.EntryOfSum(value) : value;
+    return kTables == kLinear ? line_.EntryOfSum(value) : Entry(value);
   }
 
   // Calls use(j, value) for one row of a tile, whose codes lie `shift` bits into the bytes; those
@@ -310,6 +347,7 @@ class Decoder {
     if (kInRegisters) return Simd::template Lookup<(kBits <= 3 ? 8 : 16)>(table_, index);
     if (kBytes) return Simd::template LookupByte<kByteBits>(byte_table_, index);
     if (kTables == kLinear) return line_.template Distance<kBits>(index);
+    if (kTables == kFloat8) return Float8::Value(index);
     return Simd::Gather(lut_, Simd::Add(Simd::And(index, (1u << kBits) - 1), tables_[j]));
   }
 
@@ -317,6 +355,7 @@ class Decoder {
   const Columns columns_;
   const float* lut_;
   Line line_;
+  Float8 float8_;
   Simd::Table table_;
   Simd::ByteTable byte_table_;
   Word tables_[4];
@@ -341,13 +380,23 @@ void DispatchTables(const Problem& p, Rest... rest) {
       return Product::template Run<kBits, kLinear>(computed, rest...);
     }
   }
+  if constexpr (kBits == 8) {
+    Float8 float8;
+    if (FindFloat8(p.lut, &float8)) {
+      Problem computed = p;
+      computed.lut = &float8.factor;
+      return Product::template Run<kBits, kFloat8>(computed, rest...);
+    }
+  }
   Product::template Run<kBits, kShared>(p, rest...);
 }
 
 // Says for Dispatch whether entries are computed.
 struct SayComputed {
   template <int kBits, Tables kTables>
-  static void Run(const Problem&, bool* computed) { *computed = kTables == kLinear; }
+  static void Run(const Problem&, bool* computed) {
+    *computed = kTables == kLinear || kTables == kFloat8;
+  }
 };
 
 template <class Product, class... Rest>

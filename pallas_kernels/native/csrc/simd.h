@@ -38,6 +38,7 @@ struct Simd {
   static Float Load(const float* p) { return _mm512_loadu_ps(p); }
   static void Store(float* p, Float a) { _mm512_storeu_ps(p, a); }
   static Float Sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
+  static Float Max(Float a, Float b) { return _mm512_max_ps(a, b); }
   static Float MulAdd(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   static Word LoadBytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static Word Right(Word a, int bits) { return _mm512_srli_epi32(a, bits); }
@@ -47,6 +48,9 @@ struct Simd {
   static Word LeftBy(Word a, int bits) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(bits)); }
   static Word And(Word a, uint32_t b) { return _mm512_and_si512(a, _mm512_set1_epi32(b)); }
   static Word Add(Word a, Word b) { return _mm512_add_epi32(a, b); }
+  static Word Bits(Float a) { return _mm512_castps_si512(a); }
+  static Float OfBits(Word a) { return _mm512_castsi512_ps(a); }
+  static Word SetWord(uint32_t a) { return _mm512_set1_epi32(a); }
   // The lowest bits b as the number 2**(23 - kBits) + 2**-kBits b, of which they are the last ones.
   template <int kBits>
   static constexpr float LowBitsOf0() { return 0x1p23f / (1 << kBits); }
@@ -132,6 +136,7 @@ struct Simd {
   static Float Load(const float* p) { return _mm256_loadu_ps(p); }
   static void Store(float* p, Float a) { _mm256_storeu_ps(p, a); }
   static Float Sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
+  static Float Max(Float a, Float b) { return _mm256_max_ps(a, b); }
   static Float MulAdd(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   static Word LoadBytes(const uint8_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -142,6 +147,9 @@ struct Simd {
   static Word LeftBy(Word a, int bits) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128(bits)); }
   static Word And(Word a, uint32_t b) { return _mm256_and_si256(a, _mm256_set1_epi32(b)); }
   static Word Add(Word a, Word b) { return _mm256_add_epi32(a, b); }
+  static Word Bits(Float a) { return _mm256_castps_si256(a); }
+  static Float OfBits(Word a) { return _mm256_castsi256_ps(a); }
+  static Word SetWord(uint32_t a) { return _mm256_set1_epi32(a); }
   template <int kBits>
   static constexpr float LowBitsOf0() { return 0x1p23f / (1 << kBits); }
   template <int kBits>
@@ -201,6 +209,7 @@ struct Simd {
   static Float Load(const float* p) { return vld1q_f32(p); }
   static void Store(float* p, Float a) { vst1q_f32(p, a); }
   static Float Sub(Float a, Float b) { return vsubq_f32(a, b); }
+  static Float Max(Float a, Float b) { return vmaxq_f32(a, b); }
   static Float MulAdd(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
   static Word LoadBytes(const uint8_t* p) { return vreinterpretq_u32_u8(vld1q_u8(p)); }
   static Word Right(Word a, int bits) { return vshlq_u32(a, vdupq_n_s32(-bits)); }
@@ -215,6 +224,9 @@ struct Simd {
   }
   static Word And(Word a, uint32_t b) { return vandq_u32(a, vdupq_n_u32(b)); }
   static Word Add(Word a, Word b) { return vaddq_u32(a, b); }
+  static Word Bits(Float a) { return vreinterpretq_u32_f32(a); }
+  static Float OfBits(Word a) { return vreinterpretq_f32_u32(a); }
+  static Word SetWord(uint32_t a) { return vdupq_n_u32(a); }
   template <int kBits>
   static constexpr float LowBitsOf0() { return 0x1p23f / (1 << kBits); }
   template <int kBits>
@@ -272,6 +284,7 @@ struct Simd {
   }
   static void Store(float* p, Float a) { std::memcpy(p, &a, sizeof(a)); }
   static Float Sub(Float a, Float b) { return a - b; }
+  static Float Max(Float a, Float b) { return a > b ? a : b; }
   static Float MulAdd(Float a, Float b, Float c) { return a * b + c; }
   static Word LoadBytes(const uint8_t* p) {
     Word a;
@@ -302,6 +315,9 @@ struct Simd {
   }
   static Word And(Word a, uint32_t b) { return a & b; }
   static Word Add(Word a, Word b) { return a + b; }
+  static Word Bits(Float a) { return reinterpret_cast<Word>(a); }
+  static Float OfBits(Word a) { return reinterpret_cast<Float>(a); }
+  static Word SetWord(uint32_t a) { return Word{a, a, a, a}; }
   template <int kBits>
   static constexpr float LowBitsOf0() { return 0; }
   template <int kBits>

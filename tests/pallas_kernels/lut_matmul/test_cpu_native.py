@@ -11,6 +11,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from lut_cases import (
@@ -111,26 +112,37 @@ def test_every_scale_is_taken_exactly(dtype, instructions):
     np.testing.assert_array_equal(np.where(tiny, 0, y), np.where(tiny, 0, expected))
 
 
+def float8(_):
+    """The values of bytes as E4M3; the two that are NaN have those that their bits would have."""
+    values = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return np.where(np.isnan(values), np.copysign(480, values), values)
+
+
 TABLES = {
     "integers": lambda n: np.arange(n) - n // 2,
     "int": lambda n: (np.arange(n) - n // 2) / (n // 2 - 1),
     "affine": lambda n: np.arange(n) / (n - 1),
     "without zero": lambda n: np.arange(n) + 1,
+    "float8": float8,
+    "float8 by a third": lambda n: float8(n) * np.float32(1 / 3),
 }
 
 
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
-@pytest.mark.parametrize("name", TABLES)
-@pytest.mark.parametrize("bits", [6, 7, 8])
-def test_equally_spaced_tables_are_computed(bits, name, instructions):
+@pytest.mark.parametrize(
+    ("bits", "name"),
+    [(bits, name) for name in TABLES for bits in (6, 7, 8) if bits == 8 or "float8" not in name],
+)
+def test_tables_that_are_formulas_are_computed(bits, name, instructions):
     case = Case(m=1, bits=bits, n=300, dtype="float32", offsets=True)
     lut = jnp.asarray(TABLES[name](2**bits), jnp.float32).reshape(1, -1, 1)
     # Two parts of a step need products and sums that are rounded once.
-    known = ("integers",) if instructions == "portable" else ("integers", "int", "affine")
+    inexact = () if instructions == "portable" else ("int", "affine")
+    known = ("integers", "float8", "float8 by a third", *inexact)
     assert native.computes(lut[0, :, 0], instructions) == (name in known)
     assert not native.computes(lut[0, :, 0].at[1].multiply(1 + 1e-6), instructions)
-    # The second part of the step of such entries would overflow by itself.
-    assert not native.computes(jnp.float32(lut[0, :, 0] / np.float32(3.3e-20)), instructions)
+    if "float8" not in name:  # the second part of the step of such entries would overflow by itself
+        assert not native.computes(jnp.float32(lut[0, :, 0] / np.float32(3.3e-20)), instructions)
     x, words, scales, _, offsets = operands(make(case))
 
     def product(x, lut, **static):
@@ -149,7 +161,7 @@ def test_equally_spaced_tables_are_computed(bits, name, instructions):
 
 
 @pytest.mark.parametrize("instructions", INSTRUCTIONS)
-@pytest.mark.parametrize("name", ["integers", "int", "affine"])
+@pytest.mark.parametrize("name", ["integers", "int", "affine", "float8"])
 def test_computed_entries_meet_large_and_infinite_activations(name, instructions):
     case = Case(m=1, bits=8, k=64, n=300, dtype="float32")
     lut = jnp.asarray(TABLES[name](256), jnp.float32).reshape(1, -1, 1)
@@ -333,7 +345,8 @@ for case in tests.CASES:
 for instructions in tests.INSTRUCTIONS:
     for case in (*tests.EDGES, *tests.QUANTIZED):
         assert tests.error(case, instructions) < tests.TOLERANCE[case.dtype]
-    tests.test_equally_spaced_tables_are_computed(8, "int", instructions)
+    tests.test_tables_that_are_formulas_are_computed(8, "int", instructions)
+    tests.test_tables_that_are_formulas_are_computed(8, "float8", instructions)
 tests.test_wrong_buffers_are_errors_with_their_shapes()
 import test_sparse_cpu_native as sparse
 for instructions in sparse.INSTRUCTIONS:

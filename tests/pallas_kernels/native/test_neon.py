@@ -52,13 +52,16 @@ def quantized(rng, emulator, groups, n, form):
 
 def weight(
     rng, emulator, k, n, bits, group, *,
-    tables=1, offsets=False, linear=False, dtype=np.float32, form=None,
+    tables=1, offsets=False, values=None, dtype=np.float32, form=None,
 ):  # fmt: skip
     """The fields of a packed weight, and the dense matrix in float64."""
     codes = rng.integers(0, 2**bits, (k, n))
     lut = rng.standard_normal((tables, 2**bits)).astype(np.float32)
-    if linear:
+    if values == "integers":
         lut[:] = np.arange(2**bits) - 2 ** (bits - 1)
+    elif values == "float8":
+        lut[:] = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn)
+        lut[:, [0x7F, 0xFF]] = 480, -480  # NaN
     groups = -(-k // group)
     if form is None:
         plain = (0.5 + rng.random((groups, n))).astype(dtype)
@@ -87,7 +90,7 @@ CASES = [
     *((m, 72, 70, 4, {}) for m in (1, 2, 3, 4, 5, 13)),
     *((1, 77, 150, bits, {"offsets": True}) for bits in (2, 3, 6, 8)),
     *((m, 77, 33, bits, {"tables": 33}) for bits in (2, 3, 4, 5, 8) for m in (1, 6)),
-    *((m, 64, 40, 8, {"linear": True}) for m in (1, 6)),
+    *((m, 64, 40, 8, {"values": values}) for m in (1, 6) for values in ("integers", "float8")),
     (1, 200, 300, 4, {"dtype": ml_dtypes.bfloat16}),
     (9, 200, 40, 3, {"dtype": ml_dtypes.bfloat16, "offsets": True}),
     (1, 200, 50, 4, {"dtype": np.float16, "offsets": True}),
@@ -137,13 +140,14 @@ def live_rows(x, dead, bits, group, n):
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4])
 @pytest.mark.parametrize(
-    "bits,linear", [(2, False), (3, False), (4, False), (7, False), (8, False), (8, True)]
+    "bits,values",
+    [(2, None), (3, None), (4, None), (7, None), (8, None), (8, "integers"), (8, "float8")],
 )
-def test_sparse_products_with_packed_weights(emulator, bits, linear, m):
+def test_sparse_products_with_packed_weights(emulator, bits, values, m):
     rng = np.random.default_rng(m)
     k, n, group = 150, 70, 20
     form = (5, 2, 1, 9, 0.25, np.float16) if bits == 7 else None
-    options = {"offsets": True, "linear": linear, "form": form}
+    options = {"offsets": True, "values": values, "form": form}
     fields, _, dense = weight(rng, emulator, k, n, bits, group, **options)
     dead = rng.random(k) < 0.5
     x = np.where(dead, 0, rng.standard_normal((m, k))).astype(np.float32)
