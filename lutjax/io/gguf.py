@@ -58,12 +58,18 @@ class GGUFReader(TensorReader):
           KeyError: if there is no such tensor, or it is of another type.
         """
         info = self.infos[name]
-        gguf = gguf_package()
-        _, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[info.dtype]]
-        return BLOCK_TYPES[info.dtype].blocks(read_bytes(info), info.shape, block_bytes)
+        return _grid(read_bytes(info), info)
+
+
+def _grid(data: np.ndarray, info: TensorInfo) -> GridBlocks:
+    gguf = gguf_package()
+    _, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[info.dtype]]
+    return BLOCK_TYPES[info.dtype].blocks(data, info.shape, block_bytes)
 
 
 def _dequantize(data: np.ndarray, info: TensorInfo) -> np.ndarray:
+    if info.dtype in BLOCK_TYPES:
+        return _grid(data, info).dense()
     gguf = gguf_package()
     kind = gguf.GGMLQuantizationType[info.dtype]
     rows = data.reshape(*info.shape[:-1], -1)
@@ -72,6 +78,8 @@ def _dequantize(data: np.ndarray, info: TensorInfo) -> np.ndarray:
 
 def _check_type(name: str, info: TensorInfo) -> None:
     """Dequantises one block of zeros, so that an unsupported type is seen before any reading."""
+    if info.dtype in BLOCK_TYPES:
+        return
     gguf = gguf_package()
     kind = gguf.GGMLQuantizationType[info.dtype]
     _, block_bytes = gguf.GGML_QUANT_SIZES[kind]

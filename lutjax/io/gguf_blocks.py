@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from lutjax.io.blocks import CodedScales, GridBlocks, GridSpec, ScaleForm, powers_of_two
+from lutjax.io.byte_weights import float8_values
 
 
 class _Coded(NamedTuple):
@@ -152,6 +153,36 @@ def _mxfp4(blocks: np.ndarray) -> _Unpacked:
     return _Unpacked(_runs(blocks[:, 1:], 4, 16), powers_of_two(blocks[:, :1], 128))
 
 
+def _nvfp4(blocks: np.ndarray) -> _Unpacked:
+    # Without a sign; halved, as the levels are doubled. Where all bits are set, theirs is zero.
+    scales = float8_values()[blocks[:, :4] & 127] * np.float32(0.5)
+    return _Unpacked(_runs(blocks[:, 4:], 4, 8), np.where(blocks[:, :4] == 127, 0, scales))
+
+
+def _tq1_0(blocks: np.ndarray) -> _Unpacked:
+    runs = [(blocks[:, :32], 5), (blocks[:, 32:48], 5), (blocks[:, 48:52], 4)]
+    codes = np.concatenate([_trits(data, count) for data, count in runs], axis=1)
+    return _Unpacked(codes, _float16(blocks[:, 52:]))
+
+
+def _tq2_0(blocks: np.ndarray) -> _Unpacked:
+    return _Unpacked(_runs(blocks[:, :64], 2, 32), _float16(blocks[:, 64:]))
+
+
+def _q1_0(blocks: np.ndarray) -> _Unpacked:
+    return _Unpacked(_runs(blocks[:, 2:], 1, 1), _float16(blocks[:, :2]))
+
+
+def _trits(data: np.ndarray, count: int) -> np.ndarray:
+    """Unpacks `[blocks, bytes]`: of all bytes first the highest digit to base three, then the next.
+
+    A byte is a fraction of 256, of which a product with three has the next digit above the point.
+    """
+    powers = 3 ** np.arange(count, dtype=np.uint8)[:, None]
+    fractions = data[:, None, :] * powers  # of 8 bits: what is above the point is dropped
+    return (fractions.astype(np.uint16) * 3 >> 8).astype(np.uint8).reshape(len(data), -1)
+
+
 def _k_scales(blocks: np.ndarray) -> tuple[_Coded, _Coded]:
     """Scales and offsets `[blocks, 8]` of Q4_K and Q5_K: two float16 times 6-bit integers each."""
     scales, floors, high = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
@@ -176,6 +207,8 @@ _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113
 # Of E2M1, doubled: its scales are half of what their exponents say.
 _E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
+_TERNARY = (-1, 0, 1, 2)  # the last one is not used
+
 _HALF = np.dtype(np.float16)
 
 BLOCK_TYPES: dict[str, BlockType] = {
@@ -192,8 +225,13 @@ BLOCK_TYPES: dict[str, BlockType] = {
     "IQ4_NL": BlockType(_IQ4, 32, np.float16, False, _q4_0),
     "MXFP4": BlockType(_E2M1, 32, ml_dtypes.bfloat16, False, _mxfp4),
     "IQ4_XS": BlockType(_IQ4, 32, ScaleForm(6, 8, 32, _HALF), False, _iq4_xs),
+    "NVFP4": BlockType(_E2M1, 16, ml_dtypes.bfloat16, False, _nvfp4),
+    "TQ1_0": BlockType(_TERNARY, 256, np.float16, False, _tq1_0),
+    "TQ2_0": BlockType(_TERNARY, 256, np.float16, False, _tq2_0),
+    "Q1_0": BlockType((-1, 1), 128, np.float16, False, _q1_0),
 }
 """The types that are kept exactly, in the bits that they take in the file.
 
-MXFP4 alone takes more, 4.5 instead of 4.25: its scales are powers of two, kept in bfloat16.
+Three take more: the scales of MXFP4 and NVFP4, which have 8 bits, are kept in bfloat16, and the
+codes of TQ1_0, five of which are in a byte, in two bits.
 """
