@@ -22,7 +22,6 @@ from pallas_kernels.manual_axes import varying_axes
 from pallas_kernels.native import LUT_MATMUL, availability
 from pallas_kernels.scales import QuantizedScales
 
-BITS = range(2, 9)
 _SCALE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -38,9 +37,7 @@ def supports(
     transpose: bool = False,
 ) -> str | None:
     """None if the product can run, else the reason why not."""
-    bits, p = words.shape[-2], lut.shape[-1]
-    if bits not in BITS:
-        return f"{bits}-bit codes; it has kernels for 2 to 8 bits"
+    p = lut.shape[-1]
     if group_size % (BLOCK * p) and group_size < k:
         return f"group_size={group_size} is not a multiple of {BLOCK * p}"
     return availability()

@@ -46,7 +46,7 @@ def computes(table: np.ndarray, instructions: str = "") -> bool:
     """Whether the kernels compute the entries of a table instead of looking them up.
 
     Args:
-      table: ``float32[2**bits]``, of 2 to 8 bits.
+      table: ``float32[2**bits]``, of 1 to 8 bits.
       instructions: One of :func:`instruction_sets`; the best one by default.
 
     Raises:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.lut_matmul.cpu_native import BITS, scale_operands
+from pallas_kernels.lut_matmul.cpu_native import scale_operands
 from pallas_kernels.manual_axes import varying_axes
 from pallas_kernels.native import SPARSE_DENSE, SPARSE_PACKED, availability
 from pallas_kernels.sparse_matmul.blocks import BlockCodes
@@ -33,8 +33,6 @@ def supports(x: Any, weight: Any, thresholds: Any) -> str | None:
     match weight:
         case RowCodes():
             return "codes packed along N; it reads canonical words (BlockCodes)"
-        case BlockCodes() if weight.bits not in BITS:
-            return f"{weight.bits}-bit codes; it has kernels for 2 to 8 bits"
         case BlockCodes() if weight.lut.shape[::2] != (1, 1):
             return f"tables of shape {weight.lut.shape}; it has kernels for one of single values"
         case BlockCodes():

@@ -402,6 +402,7 @@ struct SayComputed {
 template <class Product, class... Rest>
 void Dispatch(const Problem& p, Rest... rest) {
   switch (p.bits) {
+    case 1: return DispatchTables<Product, 1>(p, rest...);
     case 2: return DispatchTables<Product, 2>(p, rest...);
     case 3: return DispatchTables<Product, 3>(p, rest...);
     case 4: return DispatchTables<Product, 4>(p, rest...);

@@ -35,7 +35,7 @@ ffi::Error Run(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U
     return error("wrong number of axes");
   const int64_t m = x.dimensions()[0], blocks = words.dimensions()[0], bits = words.dimensions()[1],
                 n = words.dimensions()[2], tables = lut.dimensions()[0];
-  if (bits < 2 || bits > 8) return error("2 to 8 bits a code are possible");
+  if (bits < 1 || bits > 8) return error("1 to 8 bits a code are possible");
   if (k < 1 || k > 8 * blocks || k <= 8 * (blocks - 1)) return error("k does not fit the words");
   if (group_size < 8 || group_size % 8) return error("group_size must be a multiple of 8");
   if (!Has(x, {m, transpose ? n : 8 * blocks})) return error("x does not fit the words");

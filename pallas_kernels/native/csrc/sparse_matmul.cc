@@ -153,7 +153,7 @@ ffi::Error Packed(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi
     return error("wrong number of axes");
   const int64_t blocks = words.dimensions()[0], bits = words.dimensions()[1],
                 n = words.dimensions()[2];
-  if (bits < 2 || bits > 8) return error("2 to 8 bits a code are possible");
+  if (bits < 1 || bits > 8) return error("1 to 8 bits a code are possible");
   if (k < 1 || k > 8 * blocks || k <= 8 * (blocks - 1)) return error("k does not fit the words");
   if (group_size < 1) return error("group_size must be positive");
   if (!Has(lut, {1, int64_t{1} << bits})) return error("lut does not fit the words");

@@ -41,9 +41,10 @@ EDGES = [
     *(
         Case(m=m, bits=b, n=33, k=77, group_size=32, dtype="float32", tables="channel")
         for m in (1, 6)
-        for b in (2, 3, 5, 8)
+        for b in (1, 2, 3, 5, 8)
     ),
-    *(Case(m=m, bits=b, n=600, dtype="float32") for m in (1, 6) for b in (5, 6, 7)),
+    *(Case(m=m, bits=b, n=600, dtype="float32") for m in (1, 6) for b in (1, 5, 6, 7)),
+    Case(m=2, bits=1, p=2, k=90, n=40, transpose=True, offsets=True, dtype="float32"),
     *(Case(m=1, bits=b, p=2, n=72, dtype="float32") for b in (5, 6, 7, 8)),
     Case(m=5, bits=6, p=2, k=77, n=40, offsets=True, dtype="float32"),
     Case(m=2, bits=7, p=2, k=90, n=40, transpose=True, offsets=True, dtype="float32"),
@@ -73,7 +74,7 @@ def test_equals_the_formula(case):
     [
         *EDGES[::4],
         *QUANTIZED[::2],
-        *(Case(m=1, bits=b, n=70, dtype="float32") for b in (5, 6, 7)),
+        *(Case(m=1, bits=b, n=70, dtype="float32") for b in (1, 5, 6, 7)),
         Case(bits=3, transpose=True),
         Case(m=1, dtype="float32"),
     ],
@@ -237,7 +238,6 @@ def test_under_shard_map():
 @pytest.mark.parametrize(
     "case,reason",
     [
-        (Case(bits=1), "1-bit"),
         (Case(k=100, group_size=20), "group_size=20"),
         (Case(k=100, group_size=24, p=2), "group_size=24 is not a multiple of 16"),
     ],

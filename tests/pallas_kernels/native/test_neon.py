@@ -88,7 +88,7 @@ def error(actual, expected):
 
 CASES = [
     *((m, 72, 70, 4, {}) for m in (1, 2, 3, 4, 5, 13)),
-    *((1, 77, 150, bits, {"offsets": True}) for bits in (2, 3, 6, 8)),
+    *((1, 77, 150, bits, {"offsets": True}) for bits in (1, 2, 3, 6, 8)),
     *((m, 77, 33, bits, {"tables": 33}) for bits in (2, 3, 4, 5, 8) for m in (1, 6)),
     *((m, 64, 40, 8, {"values": values}) for m in (1, 6) for values in ("integers", "float8")),
     (1, 200, 300, 4, {"dtype": ml_dtypes.bfloat16}),
@@ -141,7 +141,16 @@ def live_rows(x, dead, bits, group, n):
 @pytest.mark.parametrize("m", [1, 2, 3, 4])
 @pytest.mark.parametrize(
     "bits,values",
-    [(2, None), (3, None), (4, None), (7, None), (8, None), (8, "integers"), (8, "float8")],
+    [
+        (1, None),
+        (2, None),
+        (3, None),
+        (4, None),
+        (7, None),
+        (8, None),
+        (8, "integers"),
+        (8, "float8"),
+    ],
 )
 def test_sparse_products_with_packed_weights(emulator, bits, values, m):
     rng = np.random.default_rng(m)

@@ -24,7 +24,7 @@ EDGES = [
     Case(k=40, n=75),
     *(
         Case(bits=b, canonical=True, k=150, n=2100 if m == 1 else 70, m=m, dtype="float32")
-        for b in (2, 3, 4, 6, 8)
+        for b in (1, 2, 3, 4, 6, 8)
         for m in (1, 3)
     ),
     Case(bits=3, canonical=True, n=700, m=4, offsets=True, per_row=True, dtype="float32"),
