@@ -18,6 +18,7 @@ import lutjax
 from lutjax.calibrate import kl_divergence, quantize_decoder
 from lutjax.cli import main
 from lutjax.cli.main import COMMANDS
+from lutjax.cli.models import load_model
 from lutjax.evaluate import windows
 from lutjax.models import stack_layers
 
@@ -176,6 +177,20 @@ def test_stacked_layers_generate_the_same(capsys, tmp_path, source):
     options = ("--prompt", "abc", "--max-new-tokens", 8)
     plain = ok(capsys, "generate", tmp_path / "plain", *options)
     assert ok(capsys, "generate", tmp_path / "scanned", *options) == plain
+
+
+def test_dense_parts_run_in_the_dtype_of_activations_on_cpus(tmp_path, source):
+    """XLA would widen bfloat16 embeddings for every token."""
+    model, params, tokenizer = lutjax.load(source, jnp.bfloat16)
+    params = lutjax.quantize(params, bits=4, group_size=16)
+    config = dataclasses.replace(model.config, dtype=jnp.float32)
+    lutjax.save(tmp_path / "out", params, config, tokenizer)
+    for dtype, expected in ((None, jnp.float32), ("bfloat16", jnp.bfloat16)):
+        loaded = load_model(str(tmp_path / "out"), dtype=dtype)
+        assert loaded.config.dtype == expected
+        assert {leaf.dtype for _, leaf in lutjax.paths.named_leaves(loaded.params)} == {
+            jnp.dtype(expected)
+        }
 
 
 def test_a_stream_prints_what_is_pending_at_its_end(capsys, source, monkeypatch):
