@@ -187,7 +187,7 @@ def test_dense_parts_run_in_the_dtype_of_activations_on_cpus(tmp_path, source):
     lutjax.save(tmp_path / "out", params, config, tokenizer)
     for dtype, expected in ((None, jnp.float32), ("bfloat16", jnp.bfloat16)):
         loaded = load_model(str(tmp_path / "out"), dtype=dtype)
-        assert loaded.config.dtype == expected
+        assert jnp.dtype(loaded.config.dtype) == expected
         assert {leaf.dtype for _, leaf in lutjax.paths.named_leaves(loaded.params)} == {
             jnp.dtype(expected)
         }
