@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lutjax.codebooks import symmetric_int
-from lutjax.io.byte_weights import float8_values
+from lutjax.io.blocks import float8_values
 from pallas_kernels.layout import packed_shape
 from pallas_kernels.lut_matmul import lut_matmul
 

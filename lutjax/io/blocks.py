@@ -209,6 +209,20 @@ def powers_of_two(exponents: UInt8[np.ndarray, "*shape"], bias: int) -> np.ndarr
     return values.astype(ml_dtypes.bfloat16)
 
 
+def float8_values() -> np.ndarray:
+    """The values of all bytes as E4M3, float32 `[256]`.
+
+    The two that are NaN have the values that their bits would have, 480 and -480, so that kernels
+    can compute all entries alike.
+
+    >>> float8_values()[[0x01, 0x38, 0x7E, 0xFE, 0x7F]].tolist()
+    [0.001953125, 1.0, 448.0, -448.0, 480.0]
+    """
+    values = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    values[[0x7F, 0xFF]] = 480, -480
+    return values
+
+
 def unpack_words(words: np.ndarray, bits: int) -> np.ndarray:
     """Unpacks codes that follow each other in little-endian words without gaps.
 

@@ -6,15 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from lutjax.io.blocks import GridBlocks, GridSpec, powers_of_two
+from lutjax.io.blocks import GridBlocks, GridSpec, float8_values, powers_of_two
 from lutjax.io.quantized_module import BFLOAT16, UNUSED_PARTS, QuantizedModule, scale_types
 from lutjax.io.safetensors import DTYPES
-
-_NAN = 0x7F  # of E4M3, without the sign
-_SIGN = 0x80
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +71,11 @@ class ByteWeights:
         spec = self.check(module)
         codes = module.read("weight").view(np.uint8)
         if self.dtype == "I8":
-            codes, levels = codes ^ np.uint8(_SIGN), np.arange(-128, 128, dtype=np.float32)
+            codes, levels = codes ^ np.uint8(128), np.arange(-128, 128, dtype=np.float32)
         else:
-            if count := int((codes & ~np.uint8(_SIGN) == _NAN).sum()):
-                raise module.error("weight", f"holds {count} NaN")
             levels = float8_values()
+            if count := int((np.abs(levels) > 448)[codes].sum()):
+                raise module.error("weight", f"holds {count} NaN")
         n = spec.shape[0]
         scales = module.read(self.scale)
         rows = self.block[0] if self.block is not None else n // scales.size
@@ -87,20 +83,6 @@ class ByteWeights:
             scales = powers_of_two(scales, 127)
         scales = np.repeat(scales.reshape(-1, 1) if self.block is None else scales, rows, axis=0)
         return GridBlocks(codes, levels, scales[:n], None, spec.group_size)
-
-
-def float8_values() -> np.ndarray:
-    """The values of all bytes as E4M3, float32 `[256]`.
-
-    The two that are NaN have the values that their bits would have, 480 and -480, so that kernels
-    can compute all entries alike.
-
-    >>> float8_values()[[0x01, 0x38, 0x7E, 0xFE, 0x7F]].tolist()
-    [0.001953125, 1.0, 448.0, -448.0, 480.0]
-    """
-    values = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-    values[[_NAN, _NAN | _SIGN]] = 480, -480
-    return values
 
 
 def block_sizes(block: Any, source: str) -> tuple[int, int]:

@@ -13,8 +13,14 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from lutjax.io.blocks import CodedScales, GridBlocks, GridSpec, ScaleForm, powers_of_two
-from lutjax.io.byte_weights import float8_values
+from lutjax.io.blocks import (
+    CodedScales,
+    GridBlocks,
+    GridSpec,
+    ScaleForm,
+    float8_values,
+    powers_of_two,
+)
 
 
 class _Coded(NamedTuple):
