@@ -322,6 +322,22 @@ def test_biases(tmp_path, config):
         open_checkpoint(tmp_path / "m")
 
 
+def test_model_optimizer_may_say_it_beside_config_json(tmp_path, config):
+    tensors, expected = write_quantized(tmp_path / "m", config, CASES["modelopt-nvfp4"])
+    attention = "model.layers.0.self_attn"
+    for name in (f"{attention}.k_proj.k_scale", f"{attention}.v_proj.v_scale"):
+        tensors[name] = np.ones(1, np.float32)  # of a cache of 8 bits
+    write_tensors(tmp_path / "m", config, None, tensors)
+    path = tmp_path / "m" / "hf_quant_config.json"
+    path.write_text(json.dumps({"quantization": {"quant_algo": "NVFP4", "group_size": 16}}))
+    np.testing.assert_array_equal(
+        open_checkpoint(tmp_path / "m").read(UP), expected[f"{LAYER}.weight"].T
+    )
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"hf_quant_config\.json has no object 'quantization'"):
+        open_checkpoint(tmp_path / "m")
+
+
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_offsets_are_exact(dtype, bits):
