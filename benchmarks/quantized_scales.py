@@ -5,8 +5,8 @@
 One row times weights of each type of GGUF with quantised scales, and of NormalFloat with double
 quantisation. The scales are as they are stored, or float32 arrays, or (NormalFloat's) bfloat16. At
 first one weight is multiplied again and again, which a cache holds; then many, which take more
-memory than the last cache. Variants take turns. The ratio to float32 scales, below 1 where these
-are slower, is the median of the ratios within a round.
+memory than the last cache. Variants take turns. The time is divided by that with float32 scales:
+the median of the ratios within a round, below 1 where float32 is slower.
 """
 
 from __future__ import annotations

@@ -37,14 +37,15 @@ def load_model(
 ) -> RunnableModel:
     """Loads a model of any supported kind, and lifts it if its weights are compressed.
 
-    On CPUs, what is dense gets the dtype of the activations unless another one is asked for: XLA
-    would convert it again for every product.
+    On CPUs, what is dense and narrower than the activations gets their dtype unless another one is
+    asked for: XLA would convert it again for every product.
 
     Raises:
       FileNotFoundError: if a file is missing.
       ValueError: if the checkpoint is not sound, not supported, or without a tokenizer.
     """
     import jax
+    import jax.numpy as jnp
 
     import lutjax
     from lutjax.io import require_tokenizer
@@ -53,7 +54,13 @@ def load_model(
     model, params, tokenizer = lutjax.load(path, dtype, keep_quantized=keep_quantized)
     tokenizer = require_tokenizer(tokenizer, path)
     if dtype is None and jax.default_backend() == "cpu":
-        params = map_named(lambda _, leaf: leaf.astype(model.config.dtype), params)
+        target = jnp.dtype(model.config.dtype)
+
+        def widened(_: str, leaf: Any) -> Any:
+            narrower = jnp.finfo(leaf.dtype).bits < jnp.finfo(target).bits
+            return leaf.astype(target) if narrower else leaf
+
+        params = map_named(widened, params)
     return RunnableModel(model.config, params, tokenizer, lifted_if_needed(model.apply, params))
 
 

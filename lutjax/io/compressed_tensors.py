@@ -44,6 +44,11 @@ def from_config(config: Mapping[str, Any], source: str) -> QuantizationMethod:
         raise ValueError(
             f"{source}: compressed-tensors with format={kind!r}; supported are {', '.join(FORMATS)}"
         )
+    if transform := config.get("transform_config"):
+        raise ValueError(
+            f"{source}: compressed-tensors with transform_config={transform!r}, which is not "
+            "supported: products would have to be rotated"
+        )
     weights = _Weights(_scheme(config, source), source)
     if kind == "nvfp4-pack-quantized":
         weights.check(num_bits=(4,), type=("float",), group_size=(16,), symmetric=(True,))
@@ -53,11 +58,13 @@ def from_config(config: Mapping[str, Any], source: str) -> QuantizationMethod:
         return Float4("weight_packed", 32)
     if kind == "mxfp8-quantized":
         weights.check(num_bits=(8,), type=("float",), group_size=(32,), symmetric=(True,))
-        return ByteWeights("F8_E4M3", "weight_scale", (1, 32))
+        return ByteWeights("F8_E4M3", ("weight_scale",), (1, 32))
     if kind == "pack-quantized":
-        weights.check(num_bits=(4, 8), type=("int",), strategy=("group", "channel"))
+        weights.check(
+            num_bits=(4, 8), type=("int",), strategy=("group", "channel"), symmetric=(True, False)
+        )
         symmetric = weights.values.get("symmetric", True)
-        return PackedIntegers(weights.values["num_bits"], weights.group_size(), bool(symmetric))
+        return PackedIntegers(weights.values["num_bits"], weights.group_size(), symmetric)
     weights.check(
         num_bits=(8,),
         type=("int", "float"),
@@ -66,12 +73,14 @@ def from_config(config: Mapping[str, Any], source: str) -> QuantizationMethod:
     )
     block = None
     if weights.values["strategy"] == "block":
-        where = f"{source}: compressed-tensors with block_structure"
-        block = block_sizes(weights.values.get("block_structure"), where)
+        block = weights.values.get("block_structure")
+        if isinstance(block, str):  # such as "128x128"
+            block = [int(size) if size.isdecimal() else size for size in block.split("x")]
+        block = block_sizes(block, f"{source}: compressed-tensors with block_structure")
     elif weights.values["strategy"] == "group" and weights.group_size() != -1:
         block = 1, weights.group_size()
     dtype = "I8" if weights.values["type"] == "int" else "F8_E4M3"
-    return ByteWeights(dtype, "weight_scale", block)
+    return ByteWeights(dtype, ("weight_scale",), block)
 
 
 def _scheme(config: Mapping[str, Any], source: str) -> Mapping[str, Any]:
@@ -107,7 +116,7 @@ class _Weights:
         """Raises ValueError unless each key has one of its values; `symmetric` defaults to true."""
         for key, accepted in supported.items():
             value = self.values.get(key, True if key == "symmetric" else None)
-            if value not in accepted:
+            if not any(type(value) is type(known) and value == known for known in accepted):
                 raise ValueError(
                     f"{self.source}: compressed-tensors with {key}={value!r}; supported are "
                     f"{accepted}"
@@ -116,7 +125,7 @@ class _Weights:
     def group_size(self) -> int:
         """Inputs that share a scale; -1 for all."""
         size = self.values.get("group_size") if self.values.get("strategy") == "group" else -1
-        if not isinstance(size, int) or (size < 1 and size != -1):
+        if type(size) is not int or (size < 1 and size != -1):
             raise ValueError(f"{self.source}: compressed-tensors with group_size={size!r}")
         return size
 

@@ -127,7 +127,7 @@ class ExpertsReader(TensorReader):
         Raises:
           ValueError: naming the tensor of an expert that is missing, or is unlike the others'.
         """
-        self._reader, self._source = reader, source
+        self._reader = reader
         experts: dict[str, dict[int, str]] = {}
         self._renamed: dict[str, str] = {}
         for name in reader.infos:

@@ -8,7 +8,7 @@ import numpy as np
 
 from lutjax.codebooks import float_e2m1
 from lutjax.io.blocks import GridBlocks, GridSpec, powers_of_two, unpack_words
-from lutjax.io.quantized_module import BFLOAT16, UNUSED_PARTS, QuantizedModule
+from lutjax.io.quantized_module import BFLOAT16, EXPONENTS, UNUSED_PARTS, QuantizedModule
 
 E2M1_LEVELS = float_e2m1(4) * np.float32(6)
 """The values of the sixteen codes, float32 `[16]`; the highest bit is the sign."""
@@ -47,8 +47,8 @@ class Float4:
         """Checks a layer's headers; see `QuantizationMethod`."""
         n, half = module.info(self.codes, ("U8",)).shape
         k = 2 * half
-        dtype = "U8" if self.factor is None else "F8_E4M3"
-        module.info("weight_scale", (dtype,), (n, -(-k // self.group_size)))
+        types = EXPONENTS if self.factor is None else ("F8_E4M3",)
+        module.info("weight_scale", types, (n, -(-k // self.group_size)))
         if self.factor is not None:
             module.info(self.factor, ("F32",), (), (1,))
         return GridSpec((n, k), 4, min(self.group_size, k), BFLOAT16, None)
@@ -59,10 +59,9 @@ class Float4:
         codes = unpack_words(module.read(self.codes), 4)
         scales, levels = module.read("weight_scale"), E2M1_LEVELS
         if self.factor is None:
-            return GridBlocks(codes, levels, powers_of_two(scales, 127), None, spec.group_size)
-        factor = module.read(self.factor).item()
-        if not np.isfinite(factor) or factor == 0:
-            raise module.error(self.factor, f"is {factor}")
-        factor = np.float32(factor)
-        levels = levels / factor if self.divides else levels * factor
+            scales = powers_of_two(scales.view(np.uint8), 127)
+            return GridBlocks(codes, levels, scales, None, spec.group_size)
+        factor = module.read(self.factor).reshape(1)
+        with np.errstate(all="ignore"):  # whoever asks for finite values looks at the result
+            levels = levels / factor if self.divides else levels * factor
         return GridBlocks(codes, levels, scales.astype(BFLOAT16), None, spec.group_size)

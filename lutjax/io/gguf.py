@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +25,16 @@ class GGUFReader(TensorReader):
           ValueError: if the file is not sound, or a tensor's type cannot be dequantised.
         """
         self.path = Path(path)
-        self.metadata, self.infos = read_header(path)
-        for name, info in self.infos.items():
+        self.metadata, infos = read_header(path)
+        for name, info in infos.items():
             _check_type(name, info)
+        self._factors = {
+            name: _check_factor(infos, name)
+            for name, info in infos.items()
+            if info.dtype in BLOCK_TYPES and _beside(name, "scale") in infos
+        }
+        unused = {_beside(name, suffix) for name in self._factors for suffix in _FACTORS}
+        self.infos = {name: info for name, info in infos.items() if name not in unused}
 
     def dtype(self, name: str) -> np.dtype:
         """That of whatever is dequantised: float32."""
@@ -38,6 +47,8 @@ class GGUFReader(TensorReader):
           KeyError: if there is no such tensor.
         """
         info = self.infos[name]
+        if info.dtype in BLOCK_TYPES:
+            return self.read_grid(name).dense()
         return _dequantize(read_bytes(info), info)
 
     def grid_spec(self, name: str) -> GridSpec | None:
@@ -58,18 +69,37 @@ class GGUFReader(TensorReader):
           KeyError: if there is no such tensor, or it is of another type.
         """
         info = self.infos[name]
-        return _grid(read_bytes(info), info)
+        gguf = gguf_package()
+        _, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[info.dtype]]
+        grid = BLOCK_TYPES[info.dtype].blocks(read_bytes(info), info.shape, block_bytes)
+        if name not in self._factors:
+            return grid
+        factors = read_bytes(self._factors[name]).view("<f4").reshape(-1, 1)
+        levels = grid.levels * (factors if factors.size > 1 else factors[0])
+        return dataclasses.replace(grid, levels=levels)
 
 
-def _grid(data: np.ndarray, info: TensorInfo) -> GridBlocks:
-    gguf = gguf_package()
-    _, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[info.dtype]]
-    return BLOCK_TYPES[info.dtype].blocks(data, info.shape, block_bytes)
+# Beside a weight: what its values are multiplied by, one number or one an expert (converted NVFP4
+# checkpoints have it), and what was measured to round activations, which are not rounded here.
+_FACTORS = ("scale", "input_scale")
+
+
+def _beside(weight: str, suffix: str) -> str:
+    return f"{weight.removesuffix('.weight')}.{suffix}"
+
+
+def _check_factor(infos: Mapping[str, TensorInfo], weight: str) -> TensorInfo:
+    name = _beside(weight, "scale")
+    info, experts = infos[name], infos[weight].shape[:-2]
+    if info.dtype != "F32" or info.shape not in ((1,), experts):
+        raise ValueError(
+            f"{info.path}: tensor {name!r} of type {info.dtype} and shape {list(info.shape)} must "
+            f"be of F32 and have shape [1]{f' or {list(experts)}' if experts else ''}"
+        )
+    return info
 
 
 def _dequantize(data: np.ndarray, info: TensorInfo) -> np.ndarray:
-    if info.dtype in BLOCK_TYPES:
-        return _grid(data, info).dense()
     gguf = gguf_package()
     kind = gguf.GGMLQuantizationType[info.dtype]
     rows = data.reshape(*info.shape[:-1], -1)

@@ -199,6 +199,8 @@ def _k_scales(blocks: np.ndarray) -> tuple[_Coded, _Coded]:
 
 def _runs(data: np.ndarray, bits: int, width: int) -> np.ndarray:
     """Unpacks `[blocks, bytes]`: of each `width` bytes first the lowest bits, then the next."""
+    if bits == width == 1:  # many times as fast
+        return np.unpackbits(data, axis=1, bitorder="little")
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     runs = data.reshape(len(data), -1, 1, width) >> shifts & np.uint8(2**bits - 1)
     return runs.reshape(len(data), -1)

@@ -65,13 +65,15 @@ def open_directory(directory: str | Path, *, allow_nonfinite: bool = False) -> C
         raise FileNotFoundError(f"{directory} has no config.json")
     data = read_json(config_path)
     config = config_from_hf(data, str(config_path))
-    quantization = data.get("quantization_config") or _modelopt_config(directory)
+    quantization, source = data.get("quantization_config"), str(config_path)
+    if not quantization:
+        quantization, source = _modelopt_config(directory), str(directory / modelopt.CONFIG_NAME)
     gpt_oss = config.model_type == "gpt_oss"
     method = None
     if quantization and gpt_oss:
-        check_quantization(quantization, str(config_path))
+        check_quantization(quantization, source)
     elif quantization:
-        method = method_from_config(quantization, str(config_path))
+        method = method_from_config(quantization, source)
     if not (directory / INDEX_NAME).is_file() and not (directory / SINGLE_NAME).is_file():
         pickles = [file.name for pattern in _PICKLES for file in directory.glob(pattern)]
         if pickles:
@@ -89,13 +91,15 @@ def open_directory(directory: str | Path, *, allow_nonfinite: bool = False) -> C
 
 
 def _modelopt_config(directory: Path) -> dict[str, Any] | None:
-    """What older directories of Model Optimizer say beside config.json."""
+    """What older directories of Model Optimizer say of weights beside config.json, if anything."""
     path = directory / modelopt.CONFIG_NAME
     if not path.is_file():
         return None
     quantization = read_json(path).get("quantization")
     if not isinstance(quantization, dict):
         raise ValueError(f"{path} has no object 'quantization'")
+    if quantization.get("quant_algo") is None:  # the cache alone is quantised
+        return None
     return quantization | {"quant_method": modelopt.QUANT_METHOD}
 
 

@@ -14,7 +14,7 @@ QUANT_METHOD = "modelopt"
 CONFIG_NAME = "hf_quant_config.json"
 """A file beside config.json; older directories have it alone."""
 
-_FLOAT8 = ByteWeights("F8_E4M3", "weight_scale")
+_FLOAT8 = ByteWeights("F8_E4M3", ("weight_scale",))
 _NVFP4 = Float4("weight", 16, "weight_scale_2")
 
 ALGORITHMS: dict[str, QuantizationMethod] = {
@@ -35,7 +35,7 @@ def from_config(config: Mapping[str, Any], source: str) -> QuantizationMethod:
     Source: https://github.com/NVIDIA/Model-Optimizer, "Unified HuggingFace Checkpoint".
     """
     algorithm = config.get("quant_algo")
-    if algorithm not in ALGORITHMS:
+    if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
         raise ValueError(
             f"{source}: modelopt with quant_algo={algorithm!r}; supported are "
             f"{', '.join(ALGORITHMS)}"

@@ -94,10 +94,10 @@ _PATHS: dict[str, dict[str, str]] = {
 }
 _LAYER_PREFIX = {"hf": "model.layers.", "gguf": "blk."}
 
-# Tensors that say nothing the configuration does not say.
-# Frequencies, and what was measured to round attention and its cache, which are not rounded here.
+# Frequencies, which the configuration has, and what was measured to round attention and its cache,
+# which are not rounded here.
 _IGNORED = re.compile(
-    r".*rotary_emb\.inv_freq|rope_freqs\.weight|.*\.self_attn\.(?:[kqv]_proj\.)?[kqv]_scale"
+    r".*rotary_emb\.inv_freq|rope_freqs\.weight|.*\.self_attn\.(?:[kqv]_proj\.)?(?:[kqv]|kv)_scale"
 )
 
 

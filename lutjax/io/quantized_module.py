@@ -17,6 +17,9 @@ HALF_TYPES = ("F16", "BF16")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 """Has every value of E4M3, and every power of two that E8M0 has."""
 
+EXPONENTS = ("U8", "F8_E8M0")
+"""What exponents of powers of two may be stored in."""
+
 UNUSED_PARTS = (
     "input_scale",
     "input_global_scale",

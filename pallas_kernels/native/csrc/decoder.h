@@ -257,7 +257,8 @@ bool FindFloat8(const float* lut, Float8* float8) {
   return true;
 }
 
-// Looks up the codes of kBits bits; if kLinear or kFloat8, `lut` of the problem is the numbers of a Line or Float8.
+// Looks up the codes of kBits bits; if kLinear or kFloat8, `lut` of the problem is the numbers of a
+// Line or Float8.
 template <int kBits, Tables kTables>
 class Decoder {
  public:
@@ -318,7 +319,8 @@ class Decoder {
 
   // What a value is in units of the table; and a sum of values.
   inline __attribute__((always_inline)) Float Entry(Float value) const {
-    return kTables == kLinear ? line_.Entry(value) : kTables == kFloat8 ? float8_.Entry(value) : value;
+    if (kTables == kLinear) return line_.Entry(value);
+    return kTables == kFloat8 ? float8_.Entry(value) : value;
   }
   inline __attribute__((always_inline)) Float EntryOfSum(Float value) const {
     return kTables == kLinear ? line_.EntryOfSum(value) : Entry(value);

@@ -191,6 +191,10 @@ def test_dense_parts_run_in_the_dtype_of_activations_on_cpus(tmp_path, source):
         assert {leaf.dtype for _, leaf in lutjax.paths.named_leaves(loaded.params)} == {
             jnp.dtype(expected)
         }
+    params["norm"]["scale"] = params["norm"]["scale"].astype(jnp.float32)
+    config = dataclasses.replace(config, dtype=jnp.bfloat16)
+    lutjax.save(tmp_path / "wider", params, config, tokenizer)
+    assert load_model(str(tmp_path / "wider")).params["norm"]["scale"].dtype == jnp.float32
 
 
 def test_a_stream_prints_what_is_pending_at_its_end(capsys, source, monkeypatch):

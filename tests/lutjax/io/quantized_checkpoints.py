@@ -233,11 +233,11 @@ def bytes_case(kind, weights, bits_per_weight, **options) -> Case:
     return scheme_case(kind, {"num_bits": 8} | weights, bits_per_weight, byte_weights, **options)
 
 
-def fp8_case(block, bits_per_weight) -> Case:
+def fp8_case(block, bits_per_weight, scale="weight_scale_inv") -> Case:
     config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": block}
     options = {
         "dtype": "F8_E4M3",
-        "scale": "weight_scale_inv",
+        "scale": scale,
         "scales": tuple(block) if block else "matrix",
     }
     return Case(config, lambda *a: byte_weights(*a, **options), bits_per_weight)
@@ -322,6 +322,7 @@ CASES: dict[str, Case] = {
     ),
     "fp8": fp8_case([16, 32], 8 + 32 / 32),
     "fp8-matrix": fp8_case(None, 8 + 32 / 64),
+    "fp8-other-name": fp8_case(None, 8 + 32 / 64, "weight_scale"),  # AutoFP8's
     "modelopt-fp8": Case(
         MODELOPT | {"quant_algo": "FP8"},
         lambda *a: byte_weights(*a, dtype="F8_E4M3", scale="weight_scale", scales="matrix"),

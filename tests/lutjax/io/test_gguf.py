@@ -468,6 +468,34 @@ def test_grids_are_exact(kept, path):
     assert len(np.unique(grid.codes)) > grid.levels.size / 2
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_factors_beside_weights_become_part_of_their_tables(tmp_path, config, family):
+    experts = family == "qwen3_moe"
+    changes = FAMILIES_OF_EXPERTS[family] if experts else {}
+    config = dataclasses.replace(config, intermediate_size=128, **changes)
+    stem = "blk.0.ffn_up_exps" if experts else "blk.0.ffn_up"
+    path = f"layers/0/mlp/{'experts/' if experts else ''}up_proj/kernel"
+    factors = np.array([0.3, 2, 5] if experts else [0.3], np.float32)
+    values = random_values(config)
+    write_gguf(tmp_path / "plain.gguf", config, values, Q.NVFP4)
+    extra = [(f"{stem}.scale", factors), (f"{stem}.input_scale", np.ones(1, np.float32))]
+    write_gguf(tmp_path / "m.gguf", config, values, Q.NVFP4, extra=extra)
+    plain, found = (
+        open_checkpoint(tmp_path / f"{name}.gguf").read(path) for name in ("plain", "m")
+    )
+    expected = plain * (factors[:, None, None] if experts else factors)
+    np.testing.assert_allclose(found, expected, rtol=2.0**-22)
+    checkpoint = open_checkpoint(tmp_path / "m.gguf")
+    np.testing.assert_array_equal(grid_array(checkpoint, path).materialize(), found)
+    assert jax.eval_shape(lambda: grid_array(checkpoint, path)) == abstract_grid_array(
+        checkpoint, path
+    )
+    wrong = [(f"{stem}.scale", np.ones(7, np.float32))]
+    write_gguf(tmp_path / "wrong.gguf", config, values, Q.NVFP4, extra=wrong)
+    with pytest.raises(ValueError, match=r"\.scale' of type F32 and shape \[7\] must be of F32"):
+        open_checkpoint(tmp_path / "wrong.gguf")
+
+
 def test_grids_become_exact_arrays(kept):
     checkpoint, kind = kept
     path = "layers/0/mlp/down_proj/kernel"
