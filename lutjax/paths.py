@@ -32,6 +32,12 @@ def path_string(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def boxed(x: Any) -> Any:
+    """What is in a box around an array, such as a variable of Flax NNX; None if it is no box."""
+    inside = jax.tree_util.tree_leaves_with_path(x, is_leaf=lambda y: y is not x)
+    return inside[0][1] if len(inside) == 1 and inside[0][0] == (_BOX,) else None
+
+
 def path_key(key: PRNGKeyArray, path: str) -> PRNGKeyArray:
     """The key of one parameter: a function of its path, not of its position in the tree."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))

@@ -180,7 +180,8 @@ class Check:
         if self.quantized:
             scales_key, offsets_key = jax.random.split(key)
             groups = scales.shape[0]
-            return words, _quantized(scales_key, groups), lut, _quantized(offsets_key, groups)
+            double = _double_quantized(offsets_key, groups)
+            return words, _quantized(scales_key, groups), lut, double
         return words, scales, lut, offsets
 
     def _x(self) -> jax.Array:
@@ -344,10 +345,21 @@ def random_weight(key: jax.Array, k: int, n: int, bits: int, p: int = 1) -> tupl
 
 
 def _quantized(key: jax.Array, groups: int) -> QuantizedScales:
-    words = jax.random.bits(key, packed_shape((groups, _COLUMNS), bits=6), jnp.uint8)
-    steps = jax.random.uniform(key, (-(-groups // 2), _COLUMNS), jnp.float32, 0.01, 0.03)
+    """As the K types of GGUF have them."""
+    words_key, steps_key = jax.random.split(key)
+    words = jax.random.bits(words_key, packed_shape((groups, _COLUMNS), bits=6), jnp.uint8)
+    steps = jax.random.uniform(steps_key, (-(-groups // 2), _COLUMNS), jnp.float32, 0.01, 0.03)
     half = steps.astype(jnp.float16)
     return QuantizedScales(words, half, None, padding=-groups % BLOCK, block=(2, 1), zero=7)
+
+
+def _double_quantized(key: jax.Array, groups: int) -> QuantizedScales:
+    """As double quantisation has them."""
+    words_key, steps_key = jax.random.split(key)
+    words = jax.random.bits(words_key, packed_shape((groups, _COLUMNS), bits=8), jnp.uint8)
+    steps = jax.random.uniform(steps_key, (groups, -(-_COLUMNS // 24)), jnp.float32, 1e-3, 3e-3)
+    floor = jnp.full((1, 1), -0.25)
+    return QuantizedScales(words, steps, floor, padding=-groups % BLOCK, block=(1, 24))
 
 
 def _weight_for_rows(

@@ -8,9 +8,16 @@ from typing import Any
 
 
 def exit_code(program: str, run: Callable[[], Any]) -> int:
-    """Runs a program; bad input and losses that are not finite are one line and exit code 2."""
+    """Runs a program.
+
+    Bad input and losses that are not finite are one line and exit code 2, an interrupt exit code
+    130.
+    """
     try:
         run()
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -69,6 +69,8 @@ def read_records(source: str) -> list[dict[str, Any]]:
     except DatasetGenerationError as error:
         reason = error.__cause__ or error
         raise ValueError(f"{source} cannot be read; mend the file: {reason}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is not UTF-8 text: {error}") from error
     except StopIteration:  # what datasets makes of an empty file
         rows = []
     if not len(rows):
@@ -100,8 +102,9 @@ def encode_record(record: Mapping[str, Any], tokenizer: Tokenizer) -> Example:
         )
     if record.get("text") is not None:
         return _encode_spans(_text(record, "text") + end, [(0, None)], tokenizer, special=True)
+    fields = sorted(name for name, value in record.items() if value is not None)
     raise ValueError(
-        f"a record has the fields {sorted(record)}; it needs 'messages', 'prompt' and "
+        f"a record has the fields {fields} (others are null); it needs 'messages', 'prompt' and "
         "'completion', or 'text'"
     )
 

@@ -49,15 +49,22 @@ def read_text(sources: Sequence[str], limit: int | None = None) -> str:
 
     Raises:
       FileNotFoundError: For a path that does not exist and has no ``:``.
-      ValueError: When there is no text.
+      ValueError: When there is no text, or a file is not of UTF-8.
     """
     if len(sources) == 1 and ":" in sources[0] and not Path(sources[0]).exists():
         text = _dataset_text(sources[0], limit)
     else:
-        text = "\n".join(Path(p).read_text(encoding="utf-8", errors="replace") for p in sources)
+        text = "\n".join(map(_file_text, sources))
     if not text:
         raise ValueError(f"no text in {list(sources)}")
     return text[:limit]
+
+
+def _file_text(source: str) -> str:
+    try:
+        return Path(source).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is not UTF-8 text: {error}") from error
 
 
 def _dataset_text(source: str, limit: int | None) -> str:

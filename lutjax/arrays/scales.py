@@ -99,7 +99,11 @@ def _rounded(
         *batch, (groups + pad[0]) // rows, rows, (n + pad[1]) // columns, columns
     )
     top = 2**bits - 1
-    steps = (jnp.abs(tiled).max(axis=(-3, -1)) / (top - zero)).astype(dtype)
+    # The largest scale gets the code that is furthest from zero; if it has the other sign, so do
+    # all steps. Scales that have been of this form are found again.
+    least, most = tiled.min(axis=(-3, -1)), tiled.max(axis=(-3, -1))
+    largest = jnp.where(most >= -least, most, least)
+    steps = (largest / (-zero if zero > top - zero else top - zero)).astype(dtype)
     step = steps.astype(jnp.float32)[..., :, None, :, None]
     codes = jnp.where(step != 0, jnp.round(tiled / jnp.where(step != 0, step, 1)), 0) + zero
     codes = jnp.clip(codes, 0, top).astype(jnp.uint8).reshape(padded.shape)[..., :groups, :n]

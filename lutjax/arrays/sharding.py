@@ -17,7 +17,9 @@ def shardings_like(params: Any, dense_shardings: Any) -> Any:
 
     Columns of the stored matrix may be split anywhere, rows at whole blocks of eight; a scale or a
     table that several shards share is replicated. The result serves ``jax.device_put`` and
-    ``jax.jit(in_shardings=...)``; its specs (``sharding.spec``) serve ``jax.shard_map``.
+    ``jax.jit(in_shardings=...)``; its specs (``sharding.spec``) serve ``jax.shard_map``, where
+    shards of weights with quantised scales must hold whole blocks of eight groups of rows, and of
+    the scales that share a step.
 
     Args:
       params: Parameters, compressed or dense, or their ``jax.eval_shape``.

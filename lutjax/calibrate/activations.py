@@ -17,9 +17,10 @@ from lutjax.arrays import CompressedArray, DenseArray, is_compressed
 from lutjax.calibrate.histogram import BINS, SLOTS, MagnitudeHistogram, magnitude_counts
 from lutjax.calibrate.observe import observer
 from lutjax.files import json_by_line, replace_file
+from lutjax.paths import named_leaves
 from lutjax.progress import progress_bar
 from lutjax.transforms.quantize import leaves_with_rules, weight_view
-from lutjax.transforms.recipe import Recipe, Rule
+from lutjax.transforms.recipe import Recipe, Rule, without_missing_embeddings
 
 Score = Literal["magnitude", "wina"]
 
@@ -187,6 +188,7 @@ def projections(params: Any, recipe: Recipe | None = None) -> dict[str, AsCompre
       TypeError: If ``recipe`` is none.
     """
     recipe = Recipe.uniform() if recipe is None else recipe
+    recipe = without_missing_embeddings(recipe, (path for path, _ in named_leaves(params)))
     found: dict[str, AsCompressed] = {}
     for path, leaf, rule in leaves_with_rules(recipe, params):
         matrix = jnp.issubdtype(leaf.dtype, jnp.floating) and len(leaf.shape) >= 2

@@ -26,7 +26,7 @@ from lutjax.paths import map_named, named_leaves
 from lutjax.progress import progress_bar
 from lutjax.transforms.importance import RowColumnMeans
 from lutjax.transforms.quantize import leaves_with_rules, weight_view
-from lutjax.transforms.recipe import Recipe
+from lutjax.transforms.recipe import Recipe, without_missing_embeddings
 
 _SEPARATOR = "#"
 
@@ -182,6 +182,7 @@ class _Target:
 
 def _targets(params: Any, recipe: Recipe) -> dict[str, _Target]:
     targets = {}
+    recipe = without_missing_embeddings(recipe, (path for path, _ in named_leaves(params)))
     for path, leaf, rule in leaves_with_rules(recipe, params):
         if is_compressed(leaf):
             targets[path] = _Target(leaf.shape, len(leaf.batch_shape), leaf.view, True)

@@ -42,7 +42,8 @@ def lift(fn: Callable, *, strict: bool = False) -> Callable:
     Raises:
       MaterializationError: If strict and a primitive needs a dense weight; names the primitive and
         the parameter path.
-      TypeError: If ``fn`` captures a compressed array instead of taking it as an argument.
+      TypeError: If ``fn`` is no function, or captures a compressed array instead of taking it as an
+        argument.
 
     >>> import jax, jax.numpy as jnp, lutjax
     >>> def layer(params, x):
@@ -51,6 +52,8 @@ def lift(fn: Callable, *, strict: bool = False) -> Callable:
     >>> jax.jit(lutjax.lift(layer))(params, jnp.ones((1, 64))).sum().item()
     64.0
     """
+    if not callable(fn):
+        raise TypeError(f"{fn!r:.80} is no function; give lift what takes the parameters")
 
     @functools.wraps(fn)
     def lifted(*args: Any, **kwargs: Any) -> Any:

@@ -23,6 +23,7 @@ from lutjax.optim._state import (
     needs_precision,
 )
 from lutjax.packing import BLOCK, pack
+from lutjax.paths import boxed
 
 
 def dynamic_map(bits: int, *, signed: bool) -> np.ndarray:
@@ -161,9 +162,17 @@ def quantized_state(
 
     def start(params: Any) -> Any:
         state = inner.init(params)
+        if any(map(is_coded, jax.tree.leaves(state, is_leaf=is_coded))):
+            raise ValueError("the state has codes already; wrap an optimizer only once")
         exact = needs_precision(state, leaf_paths(params))
         worth = [is_worth_it(x) for x in jax.tree.leaves(state)]
-        return encode(state, params, [w and not e for w, e in zip(worth, exact, strict=True)])
+        state = encode(state, params, [w and not e for w, e in zip(worth, exact, strict=True)])
+        # In a box, nnx.Optimizer would take a moment for one array.
+        return jax.tree.map(
+            lambda x: boxed(x) if is_coded(boxed(x)) else x,
+            state,
+            is_leaf=lambda x: is_coded(boxed(x)),
+        )
 
     def step(updates: Any, state: Any, params: Any, **extra_args: Any) -> tuple[Any, Any]:
         dense = jax.tree.map(

@@ -16,7 +16,7 @@ from lutjax.arrays import (
     SumArray,
 )
 from lutjax.paths import map_named
-from pallas_kernels import platforms
+from pallas_kernels import native, platforms
 from pallas_kernels.lut_matmul import hopper
 from pallas_kernels.lut_matmul.dispatch import LUT_MATMUL
 from pallas_kernels.scales import expanded
@@ -127,7 +127,8 @@ def _has_kernel_by_rows(weight: LutArray) -> bool:
 
 def _with_readable_scales(weight: CompressedArray) -> CompressedArray:
     """The weight with scales as kernels read them, which each call would expand otherwise."""
-    return weight if platforms.compiling_for("cpu") else expanded(weight)
+    reads = platforms.compiling_for("cpu") and "cpu_native" not in platforms.disabled()
+    return weight if reads and native.availability() is None else expanded(weight)
 
 
 def _by_rows(weight: CompressedArray, lanes: int) -> CompressedArray:

@@ -232,12 +232,14 @@ def quantize_array(
     compress = functools.partial(_quantize, config=rule.config, batch_ndim=batch_ndim, view=view)
     array = compress_with_auto_axes(compress, path, jnp.asarray(weight), hessian)
     if not allow_nonfinite:
-        _check_scales(array, rule.config, path)
+        _check_scales(array, weight, rule.config, path)
     return array
 
 
 def check_finite(weight: Any, path: str) -> None:
-    """Raises ValueError naming ``path`` if a weight, unless it is traced, has NaN or infinity."""
+    """Raises an error naming ``path`` if a weight, unless it is traced, has no finite values."""
+    if isinstance(weight, jax.ShapeDtypeStruct):
+        raise TypeError(f"{path!r} is a shape without values; use jax.eval_shape for its result")
     values = concrete(weight)
     if values is None:
         return
@@ -446,7 +448,9 @@ def _expand(groups: Float[Array, "g n"], group_size: int, k: int) -> Float[Array
     return jnp.repeat(groups, group_size, axis=0)[:k]
 
 
-def _check_scales(array: LutArray | RotatedArray, config: LutConfig, path: str) -> None:
+def _check_scales(
+    array: LutArray | RotatedArray, weight: Any, config: LutConfig, path: str
+) -> None:
     """Raises if finite weights have scales that their dtype cannot hold."""
     codes = array.base if isinstance(array, RotatedArray) else array
     assert isinstance(codes, LutArray)
@@ -455,6 +459,12 @@ def _check_scales(array: LutArray | RotatedArray, config: LutConfig, path: str) 
         if found is not None and not np.isfinite(found.astype(np.float32)).all():
             raise ValueError(
                 f"a scale of {path!r} overflows {config.scale_dtype}; use scale_dtype='float32'"
+            )
+    if codes.offsets is None and isinstance(codes.scales, jax.Array):
+        found = concrete(codes.scales)
+        if found is not None and not found.any() and np.any(concrete(weight)):
+            raise ValueError(
+                f"the scales of {path!r} underflow {config.scale_dtype}; use scale_dtype='float32'"
             )
 
 

@@ -21,10 +21,10 @@ from lutjax.rotation import is_power_of_two
 COLUMN = "column"
 MIN_GROUP_SIZE = 16
 
-EMBEDDINGS = ("*embed*", "*lm_head*")
+EMBEDDINGS = ("*embed*", "*lm_head*", "*wte*", "*wpe*")
 """Paths of embeddings and of the output head."""
 
-DENSE = (*EMBEDDINGS, "*norm*", "*bias*", "*scale", "*router*", "*sinks*")
+DENSE = (*EMBEDDINGS, "*norm*", "*ln_*", "*bias*", "*scale", "*router*", "*sinks*")
 """Paths that stay dense unless a rule names them in full: embeddings, head, norms, biases, …"""
 
 DEFAULT = "default"
@@ -408,6 +408,18 @@ def without_embeddings(recipe: Recipe | None) -> Recipe:
     recipe = Recipe.uniform() if recipe is None else recipe
     check_recipe(recipe)
     return dataclasses.replace(recipe, embeddings=None)
+
+
+def without_missing_embeddings(recipe: Recipe, paths: Iterable[str]) -> Recipe:
+    """The same recipe, for calibrations on a part of a model, which need not have embeddings.
+
+    >>> recipe = Recipe.uniform(4, embedding_bits=8)
+    >>> without_missing_embeddings(recipe, ["up/kernel"]) == Recipe.uniform(4)
+    True
+    """
+    if any(_matches(path, EMBEDDINGS) for path in paths):
+        return recipe
+    return without_embeddings(recipe)
 
 
 def _matches(path: str, patterns: Iterable[str]) -> bool:

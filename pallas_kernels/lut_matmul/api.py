@@ -116,6 +116,7 @@ def _product(spec: _Spec, *operands):
 def _batched_run(spec: _Spec, x, words, scales, lut, offsets):
     """The product with a batching rule: a batch of activations only is more rows of ``x``."""
     weight = (words, scales, lut) if offsets is None else (words, scales, lut, offsets)
+    n = _columns(spec, words)
 
     @jax.custom_batching.custom_vmap
     def product(x, *weight):
@@ -125,7 +126,7 @@ def _batched_run(spec: _Spec, x, words, scales, lut, offsets):
     def rule(axis_size, in_batched, x, *weight):
         if not any(jax.tree.leaves(in_batched[1:])):
             rows = x.reshape(-1, x.shape[-1])
-            return product(rows, *weight).reshape(axis_size, -1, _columns(spec, words)), True
+            return product(rows, *weight).reshape(axis_size, -1, n), True
         axes = jax.tree.map(lambda b: 0 if b else None, tuple(in_batched))
         return jax.vmap(functools.partial(_run, spec), in_axes=axes)(x, *weight), True
 

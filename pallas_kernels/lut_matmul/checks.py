@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from pallas_kernels.layout import BLOCK, MAX_BITS
+from pallas_kernels.manual_axes import in_manual_axes
 from pallas_kernels.scales import QuantizedScales
 
 
@@ -65,10 +66,16 @@ def check_arguments(
     expected = (-(-k // group_size), n)
     for name, array in (("scales", scales), ("offsets", offsets)):
         if array is not None and array.shape != expected:
-            raise ValueError(
+            message = (
                 f"{name} of shape {array.shape} must have shape {expected} = [ceil(K/G), N] "
                 f"for k={k}, group_size={group_size} and words of shape {words.shape}"
             )
+            if isinstance(array, QuantizedScales) and in_manual_axes():
+                message += (
+                    f"; inside shard_map, shards of K must be whole blocks of {BLOCK} groups, as "
+                    "codes of scales are packed by eight: expand them first (lutjax.prepack does)"
+                )
+            raise ValueError(message)
         if isinstance(array, QuantizedScales):
             array.check()
     contracted, axis = (n, "N") if transpose else (k, "K")

@@ -84,15 +84,16 @@ __attribute__((noinline)) void LoadSteps(const Problem& p, const Scales& s, int6
   } else {
     const int64_t start = row * ((p.n + s.columns - 1) / s.columns);
     int64_t block = columns.first / s.columns, end = (block + 1) * s.columns - columns.first;
-    float values[kTile] = {0};
-    values[0] = LoadValue(s.values, s.type, start + block);
     if (end >= columns.count) {
-      for (int j = 0; j < 4; ++j) out[j] = Simd::Set(values[0]);
+      const Float value = Simd::Set(LoadValue(s.values, s.type, start + block));
+      for (int j = 0; j < 4; ++j) out[j] = value;
     } else {
-      for (int64_t i = 1; i < columns.count; ++i) {
-        const bool next = i == end;
-        if (next) ++block, end += s.columns;
-        values[i] = next ? LoadValue(s.values, s.type, start + block) : values[i - 1];
+      float values[kTile + kLanes] = {0};  // a run may be written beyond its end
+      for (int64_t at = 0; at < columns.count; ++block, end += s.columns) {
+        const Float value = Simd::Set(LoadValue(s.values, s.type, start + block));
+        const int64_t stop = Min(end, kTile);
+        for (int64_t i = at; i < stop; i += kLanes) Simd::Store(values + i, value);
+        at = stop;
       }
       Simd::Deinterleave(values, out);
     }

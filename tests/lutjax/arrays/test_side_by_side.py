@@ -19,6 +19,7 @@ from lutjax.arrays import (
     quantize_scales_like,
     side_by_side,
 )
+from lutjax.packing import pack
 from lutjax.transforms import quantize_array
 
 K, SIZES = 96, (24, 8, 16)
@@ -101,6 +102,19 @@ def test_products_are_those_of_the_parts(case):
     x = np.random.default_rng(9).normal(size=(2, 3, K)).astype(np.float32)
     expected = x.astype(np.float64) @ dense.astype(np.float64)
     np.testing.assert_allclose(whole.matmul(jnp.asarray(x)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("bits", "zero"), [(6, 32), (8, 128), (4, 0)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scales_are_found_again_in_their_form(bits, zero, sign):
+    """As GGUF has them: the largest of a block may be that of code 0, and steps may be negative."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(1, 2**bits, (16, 8)).astype(np.uint8)
+    codes[0] = 0 if zero else 2**bits - 1
+    steps = sign * rng.uniform(0.5, 1, (1, 8)).astype(np.float16)
+    scales = QuantizedScales(pack(codes, bits), jnp.asarray(steps), None, 0, (16, 1), zero)
+    found = quantize_scales_like(scales.expand(), scales)
+    np.testing.assert_array_equal(found.expand(), scales.expand())
 
 
 def test_dense_weights_stay_dense():

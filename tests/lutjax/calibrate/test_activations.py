@@ -139,6 +139,15 @@ def test_bad_input():
         activation_quantiles(layer, params, [x], score="l2")
 
 
+def test_parts_of_models_need_no_embeddings():
+    params = {"up": {"kernel": jnp.ones((64, 32))}}
+    recipe = lutjax.Recipe.uniform(4, 32, embedding_bits=8)
+    quantiles = activation_quantiles(
+        lambda p, x: x @ p["up"]["kernel"], params, [jnp.ones((3, 64))], recipe=recipe
+    )
+    assert list(quantiles) == ["up/kernel"]
+
+
 def test_bad_file(tmp_path):
     (tmp_path / "bad.json").write_text('{"format": "something else"}')
     with pytest.raises(ValueError, match=r"bad.json is no file of activation quantiles"):

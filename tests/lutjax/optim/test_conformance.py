@@ -12,6 +12,7 @@ from flax import nnx
 
 from lutjax import linear_maps as lm
 from lutjax import optim
+from lutjax.optim._state import is_coded
 
 # Factories of the learning rate, so that it can be a schedule or be injected.
 OPTIMIZERS = {
@@ -81,6 +82,23 @@ def test_runs_in_the_optimizer_of_nnx(name):
     x = jax.random.normal(jax.random.key(0), (8, 32))
     losses = [float(step(model, optimizer, x)) for _ in range(8)]
     assert losses[-1] < losses[0]
+
+
+def test_encoded_moments_run_in_the_optimizer_of_nnx():
+    """In the boxes that ``init`` is given, it would take a moment for one array."""
+    transformation = optim.quantized_state(optax.adam(1e-2))
+    model = nnx.Linear(64, 256, rngs=nnx.Rngs(0))
+    params = nnx.as_pure(nnx.state(model))
+    optimizer = nnx.Optimizer(model, transformation, wrt=nnx.Param)
+    state = transformation.init(params)
+    assert any(map(is_coded, jax.tree.leaves(state, is_leaf=is_coded)))
+    x = jax.random.normal(jax.random.key(0), (8, 64))
+    for _ in range(3):
+        gradients = nnx.grad(lambda model: jnp.mean((model(x) - 1.0) ** 2))(model)
+        updates, state = transformation.update(nnx.as_pure(nnx.state(gradients)), state, params)
+        params = optax.apply_updates(params, updates)
+        optimizer.update(model, gradients)
+    chex.assert_trees_all_close(nnx.as_pure(nnx.state(model)), params, rtol=1e-5)
 
 
 class CallableTree:

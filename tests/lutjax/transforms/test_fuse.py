@@ -88,6 +88,16 @@ def test_projections_of_other_kinds_stay_apart():
     assert isinstance(block["mlp"]["gate_up_proj"]["kernel"], LutArray)
 
 
+def test_tied_projections_with_steps_for_blocks_of_columns_stay_apart():
+    double_quant = lutjax.DoubleQuant(block=16)
+    weight = jax.random.normal(jax.random.key(0), (64, 32))
+    tied = lutjax.quantize({"kernel": weight}, bits=4, group_size=32, double_quant=double_quant)
+    fused = lutjax.fuse_projections(dict.fromkeys(("q_proj", "k_proj", "v_proj"), tied))
+    (joined,) = jax.tree.leaves(fused, is_leaf=lutjax.is_compressed)
+    expected = jnp.tile(tied["kernel"].materialize(), (1, 3))
+    np.testing.assert_array_equal(joined.materialize(), expected)
+
+
 def test_checkpoints_have_the_projections_themselves(tmp_path):
     fused = lutjax.fuse_projections(lutjax.quantize(parameters(CONFIG), bits=4, group_size=16))
     with pytest.raises(ValueError, match=r"gate_up_proj.*before lutjax\.fuse_projections"):
