@@ -63,9 +63,10 @@ def packed_program(
     copies = max(1, ROTATED_BYTES // int(np.prod(shape))) if m < 32 else 1
     x = jnp.asarray(rng.standard_normal((m, k), np.float32))
     scales = jnp.asarray(rng.random((-(-k // group), n), np.float32), jnp.bfloat16)
-    values = {"int": lambda: symmetric_int(bits), "float8": float8_values}.get(
-        table, lambda: rng.standard_normal(2**bits, np.float32)
-    )()
+    if table == "int":
+        values = symmetric_int(bits)
+    else:
+        values = float8_values() if table == "float8" else rng.standard_normal(2**bits, np.float32)
     lut = jnp.asarray(values).reshape(1, -1, 1)
     weights = [jnp.asarray(rng.integers(0, 256, shape, np.uint8)) for _ in range(copies)]
 

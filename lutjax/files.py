@@ -1,4 +1,4 @@
-"""Files that are written at once, and JSON that people read."""
+"""Files of text, files that are written at once, and JSON that people read."""
 
 from __future__ import annotations
 
@@ -21,6 +21,19 @@ def json_by_line(header: Mapping[str, Any], name: str, entries: Mapping[str, Any
     """
     rows = ",\n".join(f"{json.dumps(key)}: {json.dumps(entry)}" for key, entry in entries.items())
     return f"{json.dumps(header)[:-1]}, {json.dumps(name)}: {{\n{rows}\n}}}}\n"
+
+
+def read_utf8(path: str | os.PathLike) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+      OSError: If it cannot be read.
+      ValueError: If it is not UTF-8; names the file.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def replace_file(path: str | os.PathLike, content: str | bytes) -> None:

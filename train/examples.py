@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lutjax.files import read_utf8
 from lutjax.io import Tokenizer
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -51,10 +52,7 @@ def read_records(source: str) -> list[dict[str, Any]]:
     path = Path(source)
     name, config, split = (*source.split(":"), "", "train")[:3]
     if path.is_file() and path.suffix not in _FORMATS:
-        try:
-            return [{"text": path.read_text(encoding="utf-8")}]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{source} is not UTF-8 text: {error}") from error
+        return [{"text": read_utf8(source)}]
     is_local = path.suffix in (*_FORMATS, ".txt", ".md") or source.startswith(".")
     if is_local and not path.is_file() and not Path(name).is_dir():
         raise FileNotFoundError(f"{source} does not exist")

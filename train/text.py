@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lutjax.files import read_utf8
 from lutjax.io import Tokenizer
 
 Encode = Callable[[str], Sequence[int]]
@@ -54,17 +55,10 @@ def read_text(sources: Sequence[str], limit: int | None = None) -> str:
     if len(sources) == 1 and ":" in sources[0] and not Path(sources[0]).exists():
         text = _dataset_text(sources[0], limit)
     else:
-        text = "\n".join(map(_file_text, sources))
+        text = "\n".join(map(read_utf8, sources))
     if not text:
         raise ValueError(f"no text in {list(sources)}")
     return text[:limit]
-
-
-def _file_text(source: str) -> str:
-    try:
-        return Path(source).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source} is not UTF-8 text: {error}") from error
 
 
 def _dataset_text(source: str, limit: int | None) -> str:

@@ -143,7 +143,6 @@ def evaluation_text(path: Path | None = None) -> str:
         from pydoc_data.topics import topics
 
         return "\n".join(topics.values())
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    from lutjax.files import read_utf8
+
+    return read_utf8(path)

@@ -168,6 +168,22 @@ void PrefetchScales(const Problem& p, const Scales& s, int64_t group, int64_t co
 // of 8 bits are floats.
 enum Tables { kShared, kPerColumn, kLinear, kFloat8 };
 
+constexpr bool AreComputed(Tables tables) { return tables == kLinear || tables == kFloat8; }
+
+// Whether every entry of a table is the one that is computed of its code.
+template <int kBits, class Entry>
+bool IsComputed(const float* lut, Entry entry) {
+  for (int i = 0; i < 1 << kBits; i += kLanes) {
+    uint32_t codes[kLanes];
+    float entries[kLanes];
+    for (int j = 0; j < kLanes; ++j) codes[j] = static_cast<uint32_t>(i + j);
+    Simd::Store(entries, entry(Simd::LoadBytes(reinterpret_cast<const uint8_t*>(codes))));
+    for (int j = 0; j < kLanes; ++j)
+      if (entries[j] != lut[i + j]) return false;
+  }
+  return true;
+}
+
 // What computes equally spaced entries, rounded once as they are: (code - zero) * step, the step in
 // two parts, because that of 127 entries a unit, say, is none of float32.
 struct Line {
@@ -192,20 +208,6 @@ struct Line {
                         Simd::MulAdd(Simd::Finite(distance), Simd::Set(rest), Simd::Zero()));
   }
 
-  // Whether every entry of a table is that of its code, computed as the kernels do.
-  template <int kBits>
-  bool Fits(const float* lut) const {
-    for (int i = 0; i < 1 << kBits; i += kLanes) {
-      uint32_t codes[kLanes];
-      float entries[kLanes];
-      for (int j = 0; j < kLanes; ++j) codes[j] = static_cast<uint32_t>(i + j);
-      const Word word = Simd::LoadBytes(reinterpret_cast<const uint8_t*>(codes));
-      Simd::Store(entries, Entry(Distance<kBits>(word)));
-      for (int j = 0; j < kLanes; ++j)
-        if (entries[j] != lut[i + j]) return false;
-    }
-    return true;
-  }
 };
 
 // Finds the line of a table of equally spaced entries, zero among them, if it is one.
@@ -220,7 +222,9 @@ bool FindLine(const float* lut, Line* line) {
   const float rest = static_cast<float>(step - rounded);
   *line = {zero / static_cast<float>(1 << kBits), rounded, rest};
   // A larger rest would overflow where the product of the step is infinite, or of the other sign.
-  return std::fabs(rest) < 1.0f && line->Fits<kBits>(lut);
+  return std::fabs(rest) < 1.0f && IsComputed<kBits>(lut, [line](Word word) {
+           return line->Entry(line->Distance<kBits>(word));
+         });
 }
 
 // What computes the entries of codes that are 8-bit floats (E4M3), times a factor. The codes that
@@ -246,16 +250,7 @@ struct Float8 {
 // Finds the factor of a table whose entries are 8-bit floats times a factor, if it is one.
 bool FindFloat8(const float* lut, Float8* float8) {
   *float8 = {256 * lut[0x38]};  // the code of 1
-  for (int i = 0; i < 256; i += kLanes) {
-    uint32_t codes[kLanes];
-    float entries[kLanes];
-    for (int j = 0; j < kLanes; ++j) codes[j] = static_cast<uint32_t>(i + j);
-    const Word word = Simd::LoadBytes(reinterpret_cast<const uint8_t*>(codes));
-    Simd::Store(entries, float8->Entry(Float8::Value(word)));
-    for (int j = 0; j < kLanes; ++j)
-      if (entries[j] != lut[i + j]) return false;
-  }
-  return true;
+  return IsComputed<8>(lut, [float8](Word word) { return float8->Entry(Float8::Value(word)); });
 }
 
 // Looks up the codes of kBits bits; if kLinear or kFloat8, `lut` of the problem is the numbers of a
@@ -397,9 +392,7 @@ void DispatchTables(const Problem& p, Rest... rest) {
 // Says for Dispatch whether entries are computed.
 struct SayComputed {
   template <int kBits, Tables kTables>
-  static void Run(const Problem&, bool* computed) {
-    *computed = kTables == kLinear || kTables == kFloat8;
-  }
+  static void Run(const Problem&, bool* computed) { *computed = AreComputed(kTables); }
 };
 
 template <class Product, class... Rest>

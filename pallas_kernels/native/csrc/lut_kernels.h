@@ -206,8 +206,7 @@ void FewRowsOfTiles(const Problem& p, int64_t m0, int64_t first, int64_t last) {
 
 template <int kBits, Tables kTables>
 void Product(const Problem& p, int64_t first, int64_t last, float* scratch) {
-  constexpr bool kComputed = kTables == kLinear || kTables == kFloat8;
-  constexpr bool kCheap = kComputed || (kTables == kShared && kBits <= 4);
+  constexpr bool kCheap = AreComputed(kTables) || (kTables == kShared && kBits <= 4);
   constexpr int kWide = kCheap ? Simd::kWide : 1, kPair = kWide > 1 ? kWide / 2 : 1;
   if (p.m > kFewRows) return ManyRows<kBits, kTables>(p, first, last, scratch);
   if (p.m == 4) return FewRowsOfTiles<kBits, kTables, 4, 1>(p, 0, first, last);
