@@ -314,6 +314,33 @@ def nearest_codes(
     return jnp.asarray(order, jnp.uint8)[rank.astype(jnp.int32)]
 
 
+def dithered_codes(
+    values: Float[Array, "... k n"],
+    table: Float[np.ndarray, " c"],
+    thresholds: Float[Array, "... k n"],
+) -> UInt8[Array, "... k n"]:
+    """Index of the table value below each entry, or above where its share of the gap is larger.
+
+    With evenly distributed thresholds, decoded entries are right on average (stochastic rounding).
+
+    Args:
+      values: ``float32[..., K, N]``; those outside the table get its first or last code.
+      table: ``float32[C]``, ascending.
+      thresholds: ``float32[..., K, N]``, between 0 and 1.
+
+    Returns:
+      ``uint8[..., K, N]``.
+
+    >>> table, values = np.float32([0, 1, 3]), jnp.full((3, 1), 2.5)
+    >>> dithered_codes(values, table, jnp.array([[0.2], [0.7], [0.8]])).tolist()
+    [[2], [2], [1]]
+    """
+    below = _count_below(values, jnp.asarray(table)[1:, None]).astype(jnp.int32)
+    below = jnp.minimum(below, table.size - 2)
+    start, gap = (jnp.asarray(x)[below] for x in (table[:-1], np.diff(table)))
+    return jnp.where(values - start > thresholds * gap, below + 1, below).astype(jnp.uint8)
+
+
 def nearest_vectors(
     values: Float[Array, "... k n"], table: Float[np.ndarray, "c p"]
 ) -> UInt8[Array, "... j n"]:

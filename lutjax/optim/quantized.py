@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from lutjax.arrays import MatrixView
-from lutjax.codebooks import nearest_codes
+from lutjax.codebooks import dithered_codes, nearest_codes
 from lutjax.optim._explicit import init_with_auto_axes, update_with_auto_axes
 from lutjax.optim._state import (
     CodedMoment,
@@ -24,6 +24,18 @@ from lutjax.optim._state import (
 )
 from lutjax.packing import BLOCK, pack
 from lutjax.paths import boxed
+
+
+class QuantizedState(NamedTuple):
+    """State of :func:`quantized_state`.
+
+    Attributes:
+      inner_state: State of the inner transformation; large arrays are in codes.
+      count: Updates so far.
+    """
+
+    inner_state: Any
+    count: Int32[Array, ""]  # type: ignore[assignment]
 
 
 def dynamic_map(bits: int, *, signed: bool) -> np.ndarray:
@@ -69,8 +81,29 @@ def moment_table(bits: int, order: Literal[1, 2]) -> np.ndarray:
     return table
 
 
-def _encode(x: Float[Array, "..."], table: np.ndarray, block: int) -> CodedMoment:
-    """Codes of `x` by blocks along its last axis but one, scaled by their largest entry."""
+def _thresholds(shape: tuple[int, ...], step: Int32[Array, ""]) -> Float[Array, "..."]:
+    """Numbers between 0 and 1, evenly distributed over the entries of an array and over steps.
+
+    Multiples of irrational numbers, modulo 1. They differ from pseudorandom numbers in that those
+    of one entry are evenly distributed over few steps already, so rounding adds less noise.
+    """
+    place = step.astype(jnp.uint32) * jnp.uint32(round(2**32 * 0.7548776662466927))
+    stride = round(2**32 * 0.6180339887498949)
+    for axis in reversed(range(len(shape))):
+        index = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        place = place + index * jnp.uint32(stride % 2**32)
+        stride *= shape[axis]
+    return ((place >> 8).astype(jnp.float32) + 0.5) * np.float32(2**-24)
+
+
+def _encode(
+    x: Float[Array, "..."], table: np.ndarray, block: int, step: Int32[Array, ""] | None = None
+) -> CodedMoment:
+    """Codes of `x` by blocks along its last axis but one, scaled by their largest entry.
+
+    They are those of the nearest values or, given a step, of values that are right on average over
+    steps.
+    """
     matrix = (x[:, None] if x.ndim == 1 else x).astype(jnp.float32)
     *batch, k, n = matrix.shape
     block = min(block, k)
@@ -81,7 +114,11 @@ def _encode(x: Float[Array, "..."], table: np.ndarray, block: int) -> CodedMomen
     largest = jnp.argmax(jnp.abs(groups), axis=-2, keepdims=True)
     scales = jnp.take_along_axis(groups, largest, axis=-2)[..., 0, :]
     values = groups / jnp.where(scales != 0, scales, 1)[..., None, :]
-    codes = nearest_codes(values.reshape(*batch, -1, n)[..., :k, :], table)
+    values = values.reshape(*batch, -1, n)[..., :k, :]
+    if step is None:
+        codes = nearest_codes(values, table)
+    else:
+        codes = dithered_codes(values, table, _thresholds(values.shape, step))
     bits = round(math.log2(table.size))
     return CodedMoment(
         words=pack(codes, bits),
@@ -117,6 +154,10 @@ def quantized_state(
     second moments (``nu``, ``v``, ...) have tables without zero and negative values. A step decodes
     the state, runs `inner`, and encodes again.
 
+    First moments are rounded to the nearest value. Second moments change by less than half the
+    distance of two values in a step, so they would stay where they are while the block's largest
+    entry does. They are rounded up or down, such that they are right on average over steps.
+
     Around :func:`project` it also encodes the stored projections, ``quantized_state(galore(...))``;
     inside, ``project(quantized_state(...), map)``, it has a dual adapter form.
 
@@ -127,7 +168,8 @@ def quantized_state(
       min_size: Smaller arrays are left alone, as they cost little and matter much.
 
     Returns:
-      A transformation with the state of `inner`, its large arrays being compressed.
+      A transformation whose state, :class:`QuantizedState`, has that of `inner` with large arrays
+      compressed.
 
     Raises:
       ValueError: For other bits, or a block below 1.
@@ -135,7 +177,7 @@ def quantized_state(
     Source: 8-bit optimizers (arXiv 2110.02861); 4-bit states (arXiv 2309.01507).
 
     >>> optimizer = quantized_state(optax.scale_by_adam())
-    >>> optimizer.init({"w": jnp.ones((256, 64))}).mu["w"]
+    >>> optimizer.init({"w": jnp.ones((256, 64))}).inner_state.mu["w"]
     CodedMoment(shape=(256, 64), float32, 8 bits, group_size=column, 17.7 kB)
     """
     if bits not in (4, 8):
@@ -151,14 +193,15 @@ def quantized_state(
         encoded = jax.eval_shape(lambda: _encode(x, moment_table(bits, 1), block))
         return encoded.nbytes < x.size * x.dtype.itemsize
 
-    def encode(state: Any, params: Any, is_encoded: list[bool]) -> Any:
+    def encode(state: Any, params: Any, is_encoded: list[bool], count: Array) -> QuantizedState:
         """`state` with codes for the leaves so marked; `params` may be gradients."""
         leaves, treedef = jax.tree.flatten(state)
         for i, moment in enumerate(find_moments(state, leaf_paths(params))):
             if is_encoded[i]:
                 order: Literal[1, 2] = 1 if moment is None else moment[0]
-                leaves[i] = _encode(leaves[i], moment_table(bits, order), block)
-        return jax.tree.unflatten(treedef, leaves)
+                step = count if order == 2 else None
+                leaves[i] = _encode(leaves[i], moment_table(bits, order), block, step)
+        return QuantizedState(jax.tree.unflatten(treedef, leaves), count)
 
     def start(params: Any) -> Any:
         state = inner.init(params)
@@ -166,7 +209,8 @@ def quantized_state(
             raise ValueError("the state has codes already; wrap an optimizer only once")
         exact = needs_precision(state, leaf_paths(params))
         worth = [is_worth_it(x) for x in jax.tree.leaves(state)]
-        state = encode(state, params, [w and not e for w, e in zip(worth, exact, strict=True)])
+        is_encoded = [w and not e for w, e in zip(worth, exact, strict=True)]
+        state = encode(state, params, is_encoded, jnp.zeros((), jnp.int32))
         # In a box, nnx.Optimizer would take a moment for one array.
         return jax.tree.map(
             lambda x: boxed(x) if is_coded(boxed(x)) else x,
@@ -174,13 +218,15 @@ def quantized_state(
             is_leaf=lambda x: is_coded(boxed(x)),
         )
 
-    def step(updates: Any, state: Any, params: Any, **extra_args: Any) -> tuple[Any, Any]:
+    def step(
+        updates: Any, state: QuantizedState, params: Any, **extra_args: Any
+    ) -> tuple[Any, Any]:
         dense = jax.tree.map(
-            lambda x: x.materialize() if is_coded(x) else x, state, is_leaf=is_coded
+            lambda x: x.materialize() if is_coded(x) else x, state.inner_state, is_leaf=is_coded
         )
         new_updates, dense = inner.update(updates, dense, params, **extra_args)
-        old = jax.tree.leaves(state, is_leaf=is_coded)
-        return new_updates, encode(dense, updates, [is_coded(x) for x in old])
+        is_encoded = [is_coded(x) for x in jax.tree.leaves(state.inner_state, is_leaf=is_coded)]
+        return new_updates, encode(dense, updates, is_encoded, optax.safe_increment(state.count))
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         return update_with_auto_axes(step, updates, state, params, extra_args)
