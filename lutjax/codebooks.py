@@ -335,8 +335,8 @@ def dithered_codes(
     >>> dithered_codes(values, table, jnp.array([[0.2], [0.7], [0.8]])).tolist()
     [[2], [2], [1]]
     """
-    below = _count_below(values, jnp.asarray(table)[1:, None]).astype(jnp.int32)
-    below = jnp.minimum(below, table.size - 2)
+    boundaries = jnp.asarray(table)[1:].reshape((1,) * (values.ndim - 2) + (-1, 1))
+    below = jnp.minimum(_count_below(values, boundaries).astype(jnp.int32), table.size - 2)
     start, gap = (jnp.asarray(x)[below] for x in (table[:-1], np.diff(table)))
     return jnp.where(values - start > thresholds * gap, below + 1, below).astype(jnp.uint8)
 
