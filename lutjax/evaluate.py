@@ -94,13 +94,20 @@ def perplexity(
       The perplexity and what it is made of.
 
     Raises:
-      ValueError: if `windows` is not a matrix with at least two columns, or `batch_size` < 1.
+      ValueError: if `windows` is not a matrix with at least two columns, has numbers that are no
+        tokens of the model, or `batch_size` < 1.
     """
     windows = np.asarray(windows, np.int32)
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise ValueError(f"windows has shape {windows.shape}; it must be [chunks, window ≥ 2]")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
+    vocabulary = jax.eval_shape(apply_fn, {"params": params}, windows[:1]).shape[-1]
+    for token in (int(windows.min()), int(windows.max())):
+        if not 0 <= token < vocabulary:
+            raise ValueError(
+                f"token {token} in windows is none of the model's {vocabulary}; use its tokenizer"
+            )
     starts: Iterable[int] = range(0, len(windows), batch_size)
     starts = progress_bar(starts, "perplexity", "batch", show=progress)
     # Summed in float64: the windows' sums are far larger than their differences.

@@ -72,6 +72,8 @@ def test_windows_refuses(arguments, message):
         (np.zeros((4, 1), np.int32), 1, r"\(4, 1\)"),
         (np.zeros((0, 4), np.int32), 1, r"\(0, 4\)"),
         (np.zeros((4, 4), np.int32), 0, "batch_size=0"),
+        (np.full((4, 4), 7, np.int32), 1, "token 7 .* none of the model's 7"),
+        (np.full((4, 4), -1, np.int32), 1, "token -1"),
     ],
 )
 def test_perplexity_refuses(rows, batch_size, message):
