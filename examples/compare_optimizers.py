@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -29,11 +30,14 @@ DEFAULT_TEXT = ("numpy", "jax", "scipy")
 
 METHODS = {
     "adam": "Adam, full rank",
+    "adam_8bit": "Adam, moments in 8 bits",
+    "adam_4bit": "Adam, moments in 4 bits",
     "galore": "GaLore",
     "one_sided_lora": "one-sided LoRA, merged",
     "flora": "Flora",
     "semi_orthogonal": "semi-orthogonal sketches",
 }
+DEFAULT_METHODS = ("adam", "galore", "one_sided_lora", "flora", "semi_orthogonal")
 
 
 def run(config: PretrainConfig, corpus: Corpus, path: Path) -> dict:
@@ -70,7 +74,7 @@ def tune(base: PretrainConfig, corpus: Corpus, output: Path) -> float:
 
 
 def run_all(
-    base: PretrainConfig, seeds: int, tuning_steps: int, output: Path
+    base: PretrainConfig, methods: Sequence[str], seeds: int, tuning_steps: int, output: Path
 ) -> dict[str, list[dict]]:
     """Every method with its own learning rate, tuned on a seed that the comparison leaves out."""
     output.mkdir(parents=True, exist_ok=True)
@@ -79,11 +83,11 @@ def run_all(
         name: tune(
             dataclasses.replace(base, method=name, steps=tuning_steps, seed=seeds), corpus, output
         )
-        for name in METHODS
+        for name in methods
     }
-    results: dict[str, list[dict]] = {name: [] for name in METHODS}
+    results: dict[str, list[dict]] = {name: [] for name in methods}
     for seed in range(seeds):
-        for name in METHODS:
+        for name in methods:
             config = dataclasses.replace(base, method=name, seed=seed, learning_rate=tuned[name])
             results[name].append(run(config, corpus, output / f"{name}-{seed}.json"))
     return results
@@ -122,6 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text", nargs="+", default=[], help="files; default: docstrings")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", default=DEFAULT_METHODS, choices=METHODS)
     parser.add_argument("--model", default="1m")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--tuning-steps", type=int, default=60)
@@ -140,7 +145,9 @@ def main() -> None:
         learning_rate=4e-3,
         eval_every=max(1, arguments.steps // 8),
     )
-    results = run_all(base, arguments.seeds, arguments.tuning_steps, arguments.output)
+    results = run_all(
+        base, arguments.methods, arguments.seeds, arguments.tuning_steps, arguments.output
+    )
     print(table(results))
     plot(results, arguments.output / "compare_optimizers.png")
 

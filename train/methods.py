@@ -79,6 +79,7 @@ def _lift(options: MethodOptions) -> optax.GradientTransformation:
 METHODS: dict[str, Callable[[MethodOptions], Method]] = {
     "adam": lambda o: Method(optax.adam(o.learning_rate)),
     "adam_8bit": lambda o: Method(optim.quantized_state(optax.adam(o.learning_rate))),
+    "adam_4bit": lambda o: Method(optim.quantized_state(optax.adam(o.learning_rate), bits=4)),
     "spam": lambda o: Method(optim.spam(o.learning_rate, reset_every=o.refresh_every)),
     "galore": lambda o: Method(optim.galore(o.learning_rate, **_scaled(o))),
     "galore_8bit": lambda o: Method(

@@ -56,8 +56,8 @@ class PretrainConfig:
     Attributes:
       text: Plain-text files, or one ``dataset:config:split`` of the Hugging Face hub.
       model: A Llama of about so many weights: tiny, 1m, 7m, 60m, 130m, 350m, 1b or 7b.
-      method: adam, adam_8bit, spam, galore, galore_8bit, flora, semi_orthogonal, lift, relora or
-        one_sided_lora.
+      method: adam, adam_8bit, adam_4bit, spam, galore, galore_8bit, flora, semi_orthogonal, lift,
+        relora or one_sided_lora.
       steps: Updates.
       batch_size: Sequences in an update.
       accumulate: Parts that a batch is cut into, one after the other on the device. Gradients of

@@ -30,25 +30,27 @@ def test_dynamic_maps_have_their_published_shape():
 
 
 def test_second_moments_have_no_zero():
-    assert moment_table(4, 2).tolist() == [i / 16 for i in range(1, 17)]
+    coarse = moment_table(4, 2)
+    np.testing.assert_allclose(coarse[1:] / coarse[:-1], 1.8, rtol=1e-6)
+    assert coarse.shape == (16,) and coarse[-1] == 1
     smallest, *others = moment_table(8, 2)
     assert smallest == others[0] / 2 > 0
     np.testing.assert_array_equal(others, dynamic_map(8, signed=False)[1:])
     assert 0.0 in moment_table(4, 1) and 0.0 in moment_table(8, 1)
 
 
-@pytest.mark.parametrize(("bits", "size", "spread"), [(8, 0.1, 0.25), (4, 0.5, 0.5)])
-def test_second_moments_follow_gradients_beside_larger_ones(bits, size, spread):
+@pytest.mark.parametrize(("bits", "bias", "spread"), [(8, 0.05, 0.3), (4, 0.1, 1.0)])
+def test_second_moments_follow_gradients_beside_larger_ones(bits, bias, spread):
     """Rounded to the nearest value they would stay, as they shrink by 0.1 % in a step."""
     row = jnp.arange(256)[:, None]
 
-    def after(optimizer, steps=6000):
+    def after(optimizer, steps=8000):
         def body(step, state):
-            noise = jax.random.normal(jax.random.key(step), (256, 4))
-            scale = jnp.where((step < 1000) | (row < 64), 1.0, size)
+            noise = jax.random.normal(jax.random.key(step), (256, 8))
+            scale = jnp.where((step < 1000) | (row < 64), 1.0, 0.1)
             return optimizer.update(noise * scale, state)[1]
 
-        params = jnp.zeros((256, 4))
+        params = jnp.zeros((256, 8))
         return jax.jit(lambda: jax.lax.fori_loop(0, steps, body, optimizer.init(params)))()
 
     adam = optax.scale_by_adam()
@@ -56,7 +58,7 @@ def test_second_moments_follow_gradients_beside_larger_ones(bits, size, spread):
     found = np.asarray(after(quantized_state(adam, bits, min_size=1)).inner_state.nu.materialize())
     for rows in (slice(64), slice(64, None)):
         ratios = found[rows] / expected[rows]
-        assert ratios.mean() == pytest.approx(1, abs=0.06)
+        assert ratios.mean() == pytest.approx(1, abs=bias)
         assert ratios.std() < spread
 
 
