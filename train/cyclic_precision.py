@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from lutjax.paths import map_named, named_leaves, near_misses
 
 
 def cyclic_bits(
@@ -62,21 +65,40 @@ def fake_quantize(
     return x + jax.lax.stop_gradient(rounded - x)
 
 
-def quantize_kernels(params: Any, bits: Float[Array, ""]) -> Any:
-    """Fake-quantises every ``kernel`` of the blocks per output channel; the rest stays."""
+def quantize_kernels(
+    params: Any, bits: Float[Array, ""], targets: Sequence[str] = ("*layers/*kernel",)
+) -> Any:
+    """Fake-quantises matrices per output channel (their last axis); the rest stays.
 
-    def visit(path: Any, leaf: Any) -> Any:
-        names = [getattr(key, "key", None) for key in path]
-        if "layers" in names and names[-1] == "kernel":
-            return fake_quantize(leaf, bits, axes=(-2,))
-        return leaf
+    Args:
+      params: A tree of dense weights.
+      bits: May be traced.
+      targets: Globs of the paths of the matrices; by default those of the blocks of
+        :class:`lutjax.models.Decoder`.
 
-    return jax.tree_util.tree_map_with_path(visit, params)
+    Raises:
+      ValueError: If a target matches nothing.
+    """
+    paths = [path for path, _ in named_leaves(params)]
+    for pattern in targets:
+        if not fnmatch.filter(paths, pattern):
+            near = near_misses(pattern, paths)
+            raise ValueError(f"no parameter matches {pattern!r}; the nearest paths are {near}")
+
+    def visit(path: str, leaf: Any) -> Any:
+        chosen = any(fnmatch.fnmatchcase(path, pattern) for pattern in targets)
+        return fake_quantize(leaf, bits, axes=(-2,)) if chosen else leaf
+
+    return map_named(visit, params)
 
 
 @contextlib.contextmanager
 def quantized_activations(bits: Float[Array, ""]) -> Iterator[None]:
-    """Within it, the input of every Flax dense layer of a block is fake-quantised per tensor."""
+    """Within it, the input of every Flax dense layer of a block is fake-quantised per tensor.
+
+    Blocks are Linen modules under one called ``layers``, as in :class:`lutjax.models.Decoder`.
+    Gradients are not quantised.
+    """
 
     def intercept(
         call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext

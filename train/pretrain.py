@@ -266,7 +266,8 @@ def _guarded(
     """The updated state, or the one before a step that is skipped; and which gradient is bad."""
     bad = first_nonfinite(gradients)
     if config.skip_nonfinite:
-        return jax.lax.cond(bad >= 0, lambda: state, update), bad
+        # XLA copies what the first branch hands through, but not what the second does.
+        return jax.lax.cond(bad < 0, update, lambda: state), bad
     return update(), bad
 
 

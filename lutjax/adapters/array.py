@@ -9,19 +9,29 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lutjax.arrays import CompressedArray, DenseArray, WrapperArray, format_bytes
+from lutjax.arrays import (
+    CompressedArray,
+    DenseArray,
+    LowRankArray,
+    WrapperArray,
+    format_bytes,
+)
+from lutjax.arrays.split import Split
 from lutjax.arrays.view import MATRIX
-from lutjax.dtypes import widened
-from lutjax.linear_maps import BoundMap, Reshaped
+from lutjax.dtypes import add_wide, widened
+from lutjax.linear_maps import BoundMap, Projection, Reshaped
+from lutjax.linear_maps.one_sided import OneSidedMap
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class AdapterArray(WrapperArray):
-    """`W = W_0 + S^T latent`, as two products: neither `W` nor its gradient is ever formed.
+    """`W = W_0 + S^T latent`, as two products: neither `W` nor its gradient is formed.
 
     `x @ W = x @ W_0 + (x @ P) @ latent` for a one-sided map. With :func:`lutjax.lift` any function
-    runs on it, and its gradient with respect to the latent costs thin products only.
+    runs on it, and its gradient with respect to the latent costs thin products only. The exception
+    are maps that choose entries (:class:`lutjax.linear_maps.PrincipalWeights`) or keep all
+    (``Identity``), for which `S^T latent` is formed.
 
     Attributes:
       base: `W_0`, frozen.
@@ -101,6 +111,36 @@ class AdapterArray(WrapperArray):
         y = self.base.matmul_transposed(x, out_dtype=out_dtype)
         rows = widened(x, y.dtype)
         return y + self.map.apply_transposed(rows, self.latent.astype(rows.dtype)).astype(y.dtype)
+
+    def low_rank(self) -> LowRankArray | None:
+        """`S^T latent` as two thin matrices, None if the map is not one-sided."""
+        if not isinstance(self.map, OneSidedMap):
+            return None
+        basis = self.map.basis.astype(self.latent.dtype)
+        if self.map.side == "left":
+            return LowRankArray.of(basis, self.latent, self.view)
+        return LowRankArray.of(self.latent, jnp.matrix_transpose(basis), self.view)
+
+    def take_matrix(self, axis: str, indices: jax.Array) -> jax.Array | None:
+        """Rows or columns of the base, and through the thin side; None where they cannot be had."""
+        rows, added = self.base.take_matrix(axis, indices), self.low_rank()
+        if rows is None or added is None:
+            return None
+        return add_wide([rows, added.astype(rows.dtype).take_matrix(axis, indices)])
+
+    def split_specs(self, split: Split) -> Any:
+        """The base's, and those of two thin matrices; factors of other maps are replicated."""
+        specs = dataclasses.replace(super().split_specs(split), base=self.base.split_specs(split))
+        if not isinstance(self.map, Projection):
+            return specs
+        rows, columns = split.spec(split.k, None), split.spec(None, split.n)
+        if self.map.side == "left":
+            basis, latent = rows, columns
+        else:
+            basis, latent = split.spec(split.n, None), rows
+        return dataclasses.replace(
+            specs, map=dataclasses.replace(self.map, basis=basis), latent=latent
+        )
 
     def summary(self) -> str:
         """Shapes and bytes."""

@@ -28,6 +28,7 @@ def one_sided(
     key: PRNGKeyArray,
     *,
     weight_dimension_numbers: WeightDimensionNumbers = None,
+    dtype: Any = None,
 ) -> Any:
     """Adapters `W_0 + S^T lambda` with `S` frozen and `lambda = 0` on the chosen weights.
 
@@ -40,6 +41,8 @@ def one_sided(
       key: Where maps are drawn from.
       weight_dimension_numbers: Which weights get an adapter; see
         :func:`lutjax.linear_maps.resolve_dimension_numbers`.
+      dtype: That of the map and of `lambda`; by default that of the weight, but float32 for
+        narrower ones, in which small updates would be lost.
 
     Returns:
       `params` with an :class:`AdapterArray` in the place of each chosen weight.
@@ -56,7 +59,7 @@ def one_sided(
     >>> lutjax.lift(lambda p, x: x @ p["w"])(adapted, jnp.ones((1, 4))).shape
     (1, 6)
     """
-    return _adapt(params, map, key, weight_dimension_numbers, lambda bound: bound, False)
+    return _adapt(params, map, key, weight_dimension_numbers, lambda bound: bound, False, dtype)
 
 
 def two_sided(
@@ -146,9 +149,7 @@ def _adapt(
         if name in numbers:
             leaf_key = path_key(key, name)
             try:
-                own = dtype
-                if dtype is None:
-                    own = at_least_float32(leaf.dtype) if train_factor else leaf.dtype
+                own = at_least_float32(leaf.dtype) if dtype is None else dtype
                 bound = map_.init(leaf_key, leaf.shape, dtype=own, dimension_numbers=numbers[name])
                 if map_.depends_on == "weight":
                     dense = leaf.materialize() if is_compressed(leaf) else leaf

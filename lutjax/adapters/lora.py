@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from lutjax.adapters.array import is_adapter
+from lutjax.adapters.array import AdapterArray, is_adapter
 from lutjax.arrays import (
     CompressedArray,
     DenseArray,
@@ -130,17 +130,23 @@ def attach(params: Any, adapter: Mapping[str, CompressedArray]) -> Any:
 def detach(params: Any) -> tuple[Any, dict[str, LowRankArray]]:
     """The inverse of :func:`attach`: the base, and one adapter with all that was put on.
 
-    The low-rank part of a decomposition counts as an adapter, too.
+    The low-rank part of a decomposition counts as an adapter, too, and so does what
+    :func:`lutjax.adapters.two_sided` and one-sided maps have put on.
 
     Raises:
-      TypeError: If a quantised adapter is on, which is for inference, or an
-        :class:`lutjax.adapters.AdapterArray`.
+      TypeError: If a quantised adapter is on, which is for inference, or a
+        :class:`lutjax.adapters.AdapterArray` of another map.
     """
     adapter: dict[str, LowRankArray] = {}
 
     def take(path: str, leaf: Any) -> Any:
-        if is_adapter(leaf):
-            raise TypeError(f"{path!r} has an adapter that is no low-rank part; merge it: {leaf}")
+        if isinstance(leaf, AdapterArray):
+            found = leaf.low_rank()
+            if found is None:
+                message = f"{path!r} has an adapter that is no low-rank part; merge it: {leaf}"
+                raise TypeError(message)
+            adapter[path] = found
+            return leaf.base.materialize() if isinstance(leaf.base, DenseArray) else leaf.base
         if not isinstance(leaf, SumArray):
             return leaf
         if any(isinstance(part, ProductArray) for part in leaf.parts):

@@ -13,7 +13,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 
 from lutjax.arrays import CompressedArray, format_bytes, is_compressed
 from lutjax.io.array_schema import describe, restore
-from lutjax.io.checkpoint import nest, parameter_shapes
+from lutjax.io.checkpoint import parameter_shapes
 from lutjax.io.configs import config_from_hf, config_to_hf
 from lutjax.io.new_directory import check_destination, new_directory
 from lutjax.io.safetensors import SafetensorsReader, read_json
@@ -49,6 +49,8 @@ class CompressedCheckpoint:
       reader: the tensors.
       descriptions: of each parameter, by path; see `lutjax.io.array_schema`.
       allow_nonfinite: whether `read` gives NaN and Inf as they are.
+      keys: those of dictionaries, of each parameter whose path does not say them: numbers, as Flax
+        NNX has for the layers of a list, and names with a slash.
     """
 
     source: Path
@@ -56,6 +58,7 @@ class CompressedCheckpoint:
     reader: SafetensorsReader
     descriptions: Mapping[str, Any]
     allow_nonfinite: bool = False
+    keys: Mapping[str, Sequence[str | int]] = dataclasses.field(default_factory=dict)
 
     def abstract(self, path: str) -> Any:
         """One parameter with `jax.ShapeDtypeStruct` for arrays, from the headers alone."""
@@ -90,6 +93,17 @@ class CompressedCheckpoint:
         for path in self.descriptions:
             yield path, self.read(path)
 
+    def nested_parameters(self) -> dict[str | int, Any]:
+        """Reads all parameters into nested dictionaries."""
+        tree: dict[str | int, Any] = {}
+        for path, leaf in self.parameters():
+            *parents, last = self.keys.get(path, path.split("/"))
+            node = tree
+            for key in parents:
+                node = node.setdefault(key, {})
+            node[last] = leaf
+        return tree
+
 
 def save(
     path: str | Path,
@@ -114,7 +128,8 @@ def save(
     Raises:
       FileExistsError: if something is at `path`.
       TypeError: if `params` holds something else than arrays, or a dtype that cannot be stored.
-      ValueError: if `params` does not fit `config`, a key holds a slash, or a dictionary is empty.
+      ValueError: if `params` does not fit `config`, two parameters have one path, or a dictionary
+        is empty.
       OSError: if the disk is full; nothing is left behind.
 
     >>> import tempfile, lutjax
@@ -124,12 +139,13 @@ def save(
     ...     read_params(directory + "/eye")["kernel"]
     LutArray(shape=(32, 32), float32, 4 bits, group_size=column, 640 B)
     """
-    leaves = _flat_leaves(params)
+    leaves, keys = _flat_leaves(params)
     specs = {name: _abstract(leaf, name) for name, leaf in leaves.items()}
     write_checkpoint(
         path,
         specs,
         leaves.__getitem__,
+        keys=keys,
         config=config,
         tokenizer=tokenizer,
         max_shard_bytes=max_shard_bytes,
@@ -141,6 +157,7 @@ def write_checkpoint(
     specs: Mapping[str, Any],
     leaf: Callable[[str], Any],
     *,
+    keys: Mapping[str, Sequence[str | int]] | None = None,
     config: DecoderConfig | None,
     tokenizer: Tokenizer | None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -152,6 +169,7 @@ def write_checkpoint(
       destination: the directory to make.
       specs: each parameter by path, with `jax.ShapeDtypeStruct` for arrays.
       leaf: makes the parameter of a path when its turn comes.
+      keys: the keys of parameters whose path does not say them.
       config: the decoder's configuration, if it is one.
       tokenizer: is saved along.
       max_shard_bytes: the size from which the arrays are spread over several files.
@@ -180,6 +198,8 @@ def write_checkpoint(
         "decoder": decoder,
         "parameters": descriptions,
     }
+    if keys:
+        metadata["keys"] = keys
     with new_directory(destination) as directory:
         with SafetensorsWriter(directory, tensors, max_shard_bytes) as writer:
             bar = progress_bar(specs, progress or "", "tensor", show=progress is not None)
@@ -229,7 +249,8 @@ def open_compressed(
         )
     reader = SafetensorsReader.open_directory(directory)
     config = _read_config(directory, metadata)
-    checkpoint = CompressedCheckpoint(directory, config, reader, parameters, allow_nonfinite)
+    keys = _read_keys(source, metadata, parameters)
+    checkpoint = CompressedCheckpoint(directory, config, reader, parameters, allow_nonfinite, keys)
     specs = {}
     sound: set[Any] = set()
     for path in parameters:
@@ -246,7 +267,18 @@ def open_compressed(
     return checkpoint
 
 
-def read_params(directory: str | Path, *, allow_nonfinite: bool = False) -> dict[str, Any]:
+def _read_keys(source: Path, metadata: Mapping[str, Any], parameters: Mapping[str, Any]) -> Any:
+    keys = metadata.get("keys", {})
+    sound = isinstance(keys, dict) and all(
+        isinstance(own, list) and own and all(isinstance(key, str | int) for key in own)
+        for own in keys.values()
+    )
+    if not sound or not keys.keys() <= parameters.keys():
+        raise ValueError(f"{source} has keys that are not those of its parameters")
+    return keys
+
+
+def read_params(directory: str | Path, *, allow_nonfinite: bool = False) -> dict[Any, Any]:
     """Reads the parameters that `save` wrote, of a decoder or of anything else.
 
     Args:
@@ -260,30 +292,39 @@ def read_params(directory: str | Path, *, allow_nonfinite: bool = False) -> dict
       FileNotFoundError: if a file is missing.
       ValueError: if a file is not sound.
     """
-    return nest(dict(open_compressed(directory, allow_nonfinite=allow_nonfinite).parameters()))
+    return open_compressed(directory, allow_nonfinite=allow_nonfinite).nested_parameters()
 
 
-def _flat_leaves(params: Any) -> dict[str, Any]:
-    """Leaves by path; only dictionaries with keys that a path can be split into again."""
+def _flat_leaves(params: Any) -> tuple[dict[str, Any], dict[str, tuple[str | int, ...]]]:
+    """Leaves by path; and the keys of those whose path cannot be split into them again."""
     if not isinstance(params, Mapping):
         raise TypeError(f"params is a {type(params).__name__}; it must be nested dictionaries")
     leaves: dict[str, Any] = {}
+    odd: dict[str, tuple[str | int, ...]] = {}
 
-    def collect(tree: Mapping[Any, Any], prefix: str) -> None:
+    def collect(tree: Mapping[Any, Any], parents: tuple[str | int, ...]) -> None:
         for key, child in tree.items():
-            if not isinstance(key, str) or not key or "/" in key:
-                raise ValueError(f"the key {key!r} under {prefix or '/'!r} cannot be saved")
+            keys = (*parents, key)
+            path = "/".join(map(str, keys))
+            if isinstance(key, bool) or not isinstance(key, str | int) or key == "":
+                raise ValueError(
+                    f"the key {key!r} of {path!r} cannot be saved; use names or numbers"
+                )
             if isinstance(child, Mapping):
                 if not child:
                     raise ValueError(
-                        f"{prefix + key!r} is an empty dictionary, which cannot be saved; remove it"
+                        f"{path!r} is an empty dictionary, which cannot be saved; remove it"
                     )
-                collect(child, f"{prefix}{key}/")
-            else:
-                leaves[prefix + key] = child
+                collect(child, keys)
+                continue
+            if path in leaves:
+                raise ValueError(f"there are two parameters called {path!r}; rename one")
+            leaves[path] = child
+            if keys != tuple(path.split("/")):
+                odd[path] = keys
 
-    collect(params, "")
-    return leaves
+    collect(params, ())
+    return leaves, odd
 
 
 def _abstract(leaf: Any, name: str) -> Any:

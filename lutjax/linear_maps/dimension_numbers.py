@@ -139,6 +139,7 @@ def resolve_dimension_numbers(
         ``None`` in it, or no entry, leaves the leaf alone.
 
     Raises:
+      TypeError: For a tree of booleans, or a name.
       ValueError: When the numbers don't fit their leaf, or name a leaf that does not exist.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_masked)
@@ -160,6 +161,13 @@ def resolve_dimension_numbers(
         named, _ = jax.tree_util.tree_flatten_with_path(
             asked, is_leaf=lambda x: _is_numbers(x) or _is_masked(x)
         )
+        for path, n in named:
+            if isinstance(n, bool | str):
+                raise TypeError(
+                    f"weight_dimension_numbers has {n!r} for {path_string(path)!r}; use "
+                    "DimensionNumbers() for a weight that is meant and None for another, or "
+                    "matching(...) for globs of paths"
+                )
         numbers = {
             path_string(path): DimensionNumbers(*n)
             for path, n in named

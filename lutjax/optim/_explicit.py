@@ -83,6 +83,7 @@ def update_with_auto_axes(
             error.add_note(
                 "Arrays that a transformation was made with under jax.set_mesh have the mesh in "
                 "their types, and so have those that a function among its arguments uses. Give "
-                "hyperparameters as numbers or schedules, or by optax.inject_hyperparams."
+                "hyperparameters as numbers or schedules, or by optax.inject_hyperparams inside: "
+                "project(optax.inject_hyperparams(optax.adam)(1e-3), map)."
             )
         raise

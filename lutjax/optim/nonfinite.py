@@ -86,7 +86,7 @@ def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransfo
 
     def update(updates: Any, state: SkipNonfiniteState, params: Any = None, **extra: Any) -> Any:
         position = first_nonfinite(updates)
-        bad = position >= 0
+        good = position < 0
 
         def step() -> Any:
             return inner.update(updates, state.inner, params, **extra)
@@ -101,10 +101,11 @@ def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransfo
             )
 
         # A branch, not a select: with a select a projection refreshed from NaN would be computed.
-        new_updates, new_inner = jax.lax.cond(bad, skip, step)
-        skipped = state.skipped + bad.astype(jnp.int32)
+        # What is skipped stands second: XLA copies what the first branch hands through.
+        new_updates, new_inner = jax.lax.cond(good, step, skip)
+        skipped = state.skipped + (~good).astype(jnp.int32)
         return new_updates, SkipNonfiniteState(
-            new_inner, skipped, jnp.where(bad, position, state.last)
+            new_inner, skipped, jnp.where(good, state.last, position)
         )
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -392,10 +392,7 @@ def _update(
     )
     scale = config.scale
     new_updates = map_projected(
-        lambda m, r, g: (m.up(r) * jnp.asarray(scale, r.dtype)).astype(g.dtype),
-        maps,
-        latent_updates,
-        updates,
+        lambda m, r: m.up(r) * jnp.asarray(scale, r.dtype), maps, latent_updates
     )
     count = optax.safe_increment(state.count)
     return new_updates, ProjectState(count, state.key_data, maps, inner_state)

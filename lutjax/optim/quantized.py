@@ -157,9 +157,13 @@ def quantized_state(
     second moments (``nu``, ``v``, ...) have tables without zero and negative values. A step decodes
     the state, runs `inner`, and encodes again.
 
-    First moments are rounded to the nearest value. Second moments change by less than half the
-    distance of two values in a step, so they would stay where they are while the block's largest
-    entry does. They are rounded up or down, such that they are right on average over steps.
+    Moments are rounded up or down at random, such that they are right on average over steps. With
+    the nearest value, one that changes by less than half the distance of two values in a step would
+    stay where it is while the block's largest entry does. First moments in 4 bits have the nearest
+    value all the same: they change by more, and with values that far apart, chance does more harm.
+
+    A step has the decoded moments in memory, of all parameters at once if the compiler computes
+    them side by side, as XLA does on CPUs.
 
     Around :func:`project` it also encodes the stored projections, ``quantized_state(galore(...))``;
     inside, ``project(quantized_state(...), map)``, it has a dual adapter form.
@@ -203,7 +207,8 @@ def quantized_state(
         for i, moment in enumerate(find_moments(state, leaf_paths(params))):
             if is_encoded[i]:
                 order: Literal[1, 2] = 1 if moment is None else moment[0]
-                key = None if order == 1 else jax.random.fold_in(step_key, i)
+                at_random = moment is not None and (order == 2 or bits == 8)
+                key = jax.random.fold_in(step_key, i) if at_random else None
                 leaves[i] = _encode(leaves[i], moment_table(bits, order), block, key)
         return QuantizedState(jax.tree.unflatten(treedef, leaves), count)
 

@@ -82,7 +82,7 @@ def scale_by_spam(
         clipped = jax.tree.map(lambda g, v: clip(g, v.astype(g.dtype)), updates, nu)
         mu = optax.tree.update_moment(clipped, mu, b1, 1)
         nu = optax.tree.update_moment_per_elem_norm(clipped, nu, b2, 2)
-        steps = (age + 1).astype(jnp.float32)
+        steps = (age + 1).astype(jnp.result_type(float))
         growth = 1 - (1 + jnp.cos(jnp.pi * steps / (warmup + 1))) / 2
         warm = (state.count < reset_every) | (age >= warmup)
         factor = jnp.where(warm, 1.0, growth)

@@ -118,3 +118,11 @@ def test_the_range_test_takes_the_first_precision_that_learns():
     assert tried == [2, 3]
     with pytest.raises(ValueError, match="no precision gains more than threshold=1"):
         precision_range_test(lambda bits: 0.5, threshold=1, high=4)
+
+
+def test_matrices_are_chosen_by_their_paths():
+    params = {"Dense_0": {"kernel": jnp.linspace(0, 1, 12).reshape(4, 3), "bias": jnp.ones(3)}}
+    with pytest.raises(ValueError, match=r"no parameter matches '\*layers/\*kernel'; the nearest"):
+        quantize_kernels(params, jnp.asarray(3.0))
+    found = quantize_kernels(params, jnp.asarray(1.0), targets=("*kernel",))["Dense_0"]
+    assert len(np.unique(found["kernel"][:, 0])) == 2 and found["bias"] is params["Dense_0"]["bias"]

@@ -251,5 +251,41 @@ def test_both_kinds_of_adapters_are_merged_by_one_function_and_told_apart():
     assert lora.merge is merge
     with pytest.raises(ValueError, match=r"no adapter to train; those of lora\.attach"):
         trainable(low_rank)
-    with pytest.raises(TypeError, match="'w' has an adapter that is no low-rank part; merge it"):
-        lora.detach(mapped)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_adapters_of_one_sided_maps_are_low_rank(name):
+    base = {"w": lutjax.quantize(jnp.eye(32, 48), bits=4, group_size=32), "b": jnp.zeros(3)}
+    only_w = {"w": lm.DimensionNumbers(), "b": None}
+    adapted = randomised(
+        one_sided(base, MAPS[name], jax.random.key(0), weight_dimension_numbers=only_w)
+    )
+    if name not in ("gaussian", "right"):
+        with pytest.raises(TypeError, match="'w' has an adapter that is no low-rank part; merge"):
+            lora.detach(adapted)
+        return
+    left, adapter = lora.detach(adapted)
+    assert left["w"] is base["w"] and left["b"] is base["b"]
+    merged = [merge(tree)["w"] for tree in (adapted, lora.attach(left, adapter))]
+    np.testing.assert_allclose(*merged, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_lookups_need_only_the_rows_that_are_asked_for(side):
+    table = lutjax.quantize(jax.random.normal(jax.random.key(0), (64, 32)), bits=4, group_size=32)
+    adapted = randomised(one_sided({"w": table}, lm.Gaussian(3, side=side), jax.random.key(1)))
+    tokens = jnp.array([3, 63, 3])
+
+    def look_up(params):
+        return params["w"][tokens], params["w"][:, 5]
+
+    found = lutjax.lift(look_up, strict=True)(adapted)
+    for rows, expected in zip(found, look_up(merge(adapted)), strict=True):
+        np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_latents_of_narrow_weights_are_float32():
+    narrow = {"w": jnp.ones((6, 8), jnp.bfloat16)}
+    assert one_sided(narrow, lm.Gaussian(2), jax.random.key(0))["w"].latent.dtype == jnp.float32
+    asked = one_sided(narrow, lm.Gaussian(2), jax.random.key(0), dtype=jnp.bfloat16)
+    assert trainable(asked)["w"].dtype == jnp.bfloat16

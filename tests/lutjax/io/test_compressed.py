@@ -187,12 +187,30 @@ def test_the_safetensors_library_reads_the_files(tmp_path):
     assert (scales.reshape(3, 24) == np.asarray(params["a"].scales)).all()
 
 
+def test_keys_may_be_numbers_and_have_slashes(tmp_path):
+    params = {
+        "layers": {0: {"kernel": quantized(group_size=16)}, 1: {"kernel": np.ones(2, np.float32)}},
+        "mlp/~/linear_0": {"w": np.zeros(3, np.float32)},
+        "0": np.zeros(1, np.float32),
+    }
+    lutjax.save(tmp_path / "out", params)
+    found = read_params(tmp_path / "out")
+    assert jax.tree.structure(found) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    edited = (
+        (tmp_path / "out" / "lutjax.json").read_text().replace('"keys": {', '"keys": {"x": [0],')
+    )
+    (tmp_path / "out" / "lutjax.json").write_text(edited)
+    with pytest.raises(ValueError, match="keys that are not those of its parameters"):
+        read_params(tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("params", "error", "message"),
     [
-        ({"a/b": np.zeros(2)}, ValueError, "a/b"),
+        ({"a/b": np.zeros(2), "a": {"b": np.zeros(2)}}, ValueError, "two parameters called 'a/b'"),
         ({"a": {"": np.zeros(2)}}, ValueError, "''"),
-        ({1: np.zeros(2)}, ValueError, "1"),
+        ({1.5: np.zeros(2)}, ValueError, "1.5"),
         ({"a": [np.zeros(2)]}, TypeError, "'a' holds a list"),
         ({"a": {"b": {}}}, ValueError, "'a/b' is an empty dictionary"),
         ({"a": 1.0}, TypeError, "'a' holds a float"),

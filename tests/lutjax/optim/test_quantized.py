@@ -90,8 +90,8 @@ def test_arrays_of_any_shape_keep_their_relative_size(shape):
     array = encode(jnp.asarray(x))
     assert isinstance(array, LutArray) and array.shape == shape and array.bits == 8
     error = np.abs(np.asarray(array.materialize()) - x)
-    # Half a step of the dynamic map is at most 0.9/128 of the block's largest number.
-    assert error.max() < 1.001 * 0.9 / 128 * np.abs(x).max()
+    # A step of the dynamic map is at most 0.9/64 of the block's largest number.
+    assert error.max() < 1.001 * 0.9 / 64 * np.abs(x).max()
     again = encode(array.materialize())
     # Encoding twice changes nothing, also where the largest entry of a block is negative.
     np.testing.assert_array_equal(again.words, array.words)
@@ -154,7 +154,8 @@ def test_parameters_may_have_the_names_of_moments():
     optimizer = quantized_state(optax.adam(1.0), min_size=1)
     _, state = optimizer.update(Attention(x, x), optimizer.init(Attention(x, x)))
     first, second = state.inner_state[0].mu, state.inner_state[0].nu
-    np.testing.assert_array_equal(first.v.materialize(), first.q.materialize())
+    largest = float(jnp.abs(x).max())
+    np.testing.assert_allclose(first.v.materialize(), first.q.materialize(), atol=largest / 64)
     assert (np.asarray(first.v.materialize()) < 0).any()
     assert (np.asarray(second.q.lut) > 0).all()
 
