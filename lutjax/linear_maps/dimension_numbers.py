@@ -161,10 +161,10 @@ def resolve_dimension_numbers(
         named, _ = jax.tree_util.tree_flatten_with_path(
             asked, is_leaf=lambda x: _is_numbers(x) or _is_masked(x)
         )
-        for path, n in named:
+        for keys, n in named:
             if isinstance(n, bool | str):
                 raise TypeError(
-                    f"weight_dimension_numbers has {n!r} for {path_string(path)!r}; use "
+                    f"weight_dimension_numbers has {n!r} for {path_string(keys)!r}; use "
                     "DimensionNumbers() for a weight that is meant and None for another, or "
                     "matching(...) for globs of paths"
                 )

@@ -82,13 +82,15 @@ def supports(
     transpose: bool = False,
 ) -> str | None:
     """None if the kernel can run these shapes and dtypes, else the reason why not."""
-    del offsets, transpose
+    del offsets
     bits, n = words.shape[1:]
     tables_, _, p = lut.shape
     if bits not in PLANES:
         return f"{bits}-bit codes; the TPU kernel has {tuple(PLANES)}"
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"activations of {x.dtype}; use bfloat16, float16 or float32"
+    if tables_ > 1 and (platforms.device_kind("tpu") or "").startswith("TPU v4"):
+        return f"a table for each of {n} columns on TPU v4, which cannot gather sublanes"
     if bits == 8 and tables_ > 1:
         return f"a table for each of {n} columns at 8 bits; at most 4 bits"
     if scales.shape[0] > 1 and (group_size % p or (group_size // p) % ROWS):
@@ -96,8 +98,12 @@ def supports(
             f"group_size={group_size} with p={p}; the TPU kernel takes multiples of {ROWS * p}, "
             f"or one group a column (group_size >= {k})"
         )
-    if _block_k(bits, _group_codes(k, group_size, p), -(-k // p), 1 << 11) is None:
-        return f"group_size={group_size} has no common tile with {unit(bits)} codes"
+    target = 2048 if _is_few(x.shape[0], transpose) else 512
+    if _block_k(bits, _group_codes(k, group_size, p), -(-k // p), target) is None:
+        return (
+            f"group_size={group_size} has no common tile with {unit(bits)} codes for "
+            f"{x.shape[0]} rows"
+        )
     return None
 
 
@@ -116,12 +122,18 @@ def default_config(
 ) -> Config:
     """A sane configuration for any shape and device."""
     lookup = _lookup(bits, dtype, per_channel, device_kind, computed)
-    few = m <= 64 and not transpose
+    few = _is_few(m, transpose)
     block_n = min(512, -(-n // LANES) * LANES)
     target = (2048 if lookup in ("wide", "lane") else 4096) if few else 512
-    block_k = _block_k(bits, group, codes, target) or unit(bits)
+    block_k = _block_k(bits, group, codes, target)
+    if block_k is None:
+        raise ValueError(f"groups of {group} codes have no tile of at most {target}")
     rows = 8 if jnp.dtype(dtype).itemsize == 4 else 16
     return Config(min(512, -(-m // rows) * rows), block_k, block_n, lookup, not few)
+
+
+def _is_few(m: int, transpose: bool) -> bool:
+    return m <= 64 and not transpose
 
 
 def _lookup(bits: int, dtype: Any, per_channel: bool, kind: str | None, computed: bool) -> Lookup:
@@ -147,13 +159,21 @@ def _group_codes(k: int, group_size: int, p: int) -> int:
 
 
 def _block_k(bits: int, group: int, codes: int, target: int) -> int | None:
-    """The tile length near ``target`` that wastes the least padding; None if there is none."""
+    """The tile length near ``target`` that wastes the least padding; None if there is none.
+
+    Blocks of ``x``, or of transposed products, are as long: whole lanes where there are several.
+    """
     step = unit(bits)
     if group > target:
-        divisors = [b for b in range(step, target + 1, step) if group % b == 0]
+        aligned = math.lcm(step, LANES)
+        divisors = [b for b in range(aligned, target + 1, aligned) if group % b == 0]
         return divisors[-1] if divisors else None
     if group:
         step = math.lcm(step, group)
+    whole = -(-codes // step) * step
+    if whole <= target:
+        return whole
+    step = math.lcm(step, LANES)
     if step > 2 * target:
         return None
     largest = max(step, min(target, -(-codes // step) * step))

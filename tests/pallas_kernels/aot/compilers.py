@@ -32,8 +32,14 @@ from hazards import Instruction, hazards  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 from jax.sharding import AbstractMesh, SingleDeviceSharding  # noqa: E402
 
-TOPOLOGY = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-KIND = {"v5e": "TPU v5 lite", "v6e": "TPU v6 lite", "tpu7x": "TPU7x", "h200": "NVIDIA H200"}
+TOPOLOGY = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+KIND = {
+    "v4": "TPU v4",
+    "v5e": "TPU v5 lite",
+    "v6e": "TPU v6 lite",
+    "tpu7x": "TPU7x",
+    "h200": "NVIDIA H200",
+}
 
 H200 = """
 gpu_device_info {

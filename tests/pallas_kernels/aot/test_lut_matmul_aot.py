@@ -105,6 +105,39 @@ def test_tpu_kernel_compiles_through_the_public_function():
     assert 'custom_call_target="tpu_custom_call"' in compiled.as_text()
 
 
+def product_at(target, m, k, n, *, bits=4, group=64, transpose=False, tables=1):
+    """Compiles a product of canonical words through the public function."""
+    compilers.need_tpu()
+    compiled, _ = compilers.compile_for(
+        target,
+        lambda *a: lut_matmul(
+            *a, k=k, group_size=group, transpose=transpose, implementation="mosaic_tpu"
+        ),
+        S((m, n if transpose else k), jnp.bfloat16),
+        S((-(-k // 8), bits, n), jnp.uint8),
+        S((-(-k // group), n), jnp.float32),
+        S((tables, 2**bits, 1), jnp.float32),
+    )
+    assert 'custom_call_target="tpu_custom_call"' in compiled.as_text()
+
+
+# Down projections of Llama 2 7B and 13B, Qwen2.5 7B and 1.5B, and gpt-oss: sizes of which the
+# tiles that waste the least are no whole lanes, which blocks of activations must be.
+@pytest.mark.parametrize(
+    ("k", "bits", "group"),
+    [(11008, 4, 64), (13824, 8, 64), (18944, 4, 64), (8960, 4, 64), (2880, 4, 32), (11008, 3, 96)],
+)
+@pytest.mark.parametrize(("m", "transpose"), [(1, False), (512, False), (16, True)])
+def test_tpu_tiles_are_whole_lanes(k, bits, group, m, transpose):
+    product_at("v6e", m, k, 1024, bits=bits, group=group, transpose=transpose)
+
+
+def test_tables_of_columns_are_refused_on_tpu_v4():
+    product_at("v4", 16, 1024, 256)
+    with pytest.raises(NotImplementedError, match="TPU v4, which cannot gather sublanes"):
+        product_at("v4", 16, 1024, 256, tables=256)
+
+
 @pytest.mark.parametrize("transpose", [False, True])
 def test_triton_kernel_compiles(transpose):
     compilers.need_gpu()

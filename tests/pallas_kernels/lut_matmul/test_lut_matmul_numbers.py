@@ -228,6 +228,28 @@ def test_few_rows_of_the_hopper_kernel_give_the_weight_and_equal_bits(p, bits):
     np.testing.assert_array_equal(y, again)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("m", "transpose"), [(1, False), (128, False), (16, True)])
+def test_tpu_tiles_fit_every_group_that_is_supported(bits, m, transpose):
+    """A tile of which scales are not whole groups would take wrong ones."""
+    k, n = 4096, 128
+    x = jax.ShapeDtypeStruct((m, n if transpose else k), jnp.bfloat16)
+    words = jax.ShapeDtypeStruct((k // 8, bits, n), jnp.uint8)
+    lut = jax.ShapeDtypeStruct((1, 2**bits, 1), jnp.float32)
+    supported = []
+    for group in range(16, k, 16):
+        scales = jax.ShapeDtypeStruct((-(-k // group), n), jnp.float32)
+        static = {"k": k, "group_size": group, "transpose": transpose}
+        if mosaic_tpu.supports(x, words, scales, lut, **static):
+            continue
+        supported.append(group)
+        problem = mosaic_tpu.make_problem(x, words, lut, **static, device_kind="TPU v6 lite")
+        block = problem.config.block_k
+        assert block % group == 0 or group % block == 0, group
+        assert block % 128 == 0 or problem.k_tiles == 1, group
+    assert {32, 64, 128, 256, 512, 1024, 2048} <= set(supported)
+
+
 def test_a_kernel_of_another_platform_is_refused_with_the_way_out():
     args = operands(make(Case()))
     with pytest.raises(NotImplementedError, match=r"kernel for tpu.*interpret_kernels"):
