@@ -81,6 +81,8 @@ class Check:
       transpose: Multiplies by the transposed weight.
       identity: Multiplies the identity, and asks for the bits of the rounded dense weight.
       k: Rows of the weight.
+      n: Its columns.
+      group: Rows that share a scale.
       p: Rows that share a code.
       weights: Several are multiplied at once, each by a tile of ``m`` rows of its own, of which one
         is empty.
@@ -98,6 +100,8 @@ class Check:
     transpose: bool = False
     identity: bool = False
     k: int = 576
+    n: int = _COLUMNS
+    group: int = GROUP
     p: int = 1
     weights: int = 1
     spaced: bool = False
@@ -120,6 +124,8 @@ class Check:
             *(["offsets"] if self.offsets else []),
             *(["quantised scales"] if self.quantized else []),
             *(["a table a column"] if self.per_column else []),
+            *([f"{self.k} x {self.n}"] if self.n != _COLUMNS else []),
+            *([f"groups of {self.group}"] if self.group != GROUP else []),
             *([f"{self.weights} weights"] if self.weights > 1 else []),
         ]
         what = "columns" if self.columns else "rows of x"
@@ -162,11 +168,11 @@ class Check:
     @property
     def _static(self) -> dict[str, Any]:
         k = self.m if self.identity else self.k
-        return {"k": k, "group_size": min(GROUP, k)}
+        return {"k": k, "group_size": min(self.group, k)}
 
     def _weight(self) -> tuple:
         key = jax.random.key(self.bits)
-        words, scales, lut = random_weight(key, self._static["k"], _COLUMNS, self.bits, self.p)
+        words, scales, lut = self._random_weight(key)
         offsets = None
         if self.offsets:
             offsets = jax.random.uniform(key, scales.shape, jnp.float32, -0.5, 0.5)
@@ -176,19 +182,22 @@ class Check:
             first = 0 if self.offsets else -half
             lut = (jnp.arange(first, first + 2 * half, dtype=jnp.float32) / half)[None, :, None]
         if self.per_column:
-            lut = jnp.stack([jnp.roll(lut[0], column, axis=0) for column in range(_COLUMNS)])
+            lut = jnp.stack([jnp.roll(lut[0], column, axis=0) for column in range(self.n)])
         if self.quantized:
             scales_key, offsets_key = jax.random.split(key)
             groups = scales.shape[0]
-            double = _double_quantized(offsets_key, groups)
-            return words, _quantized(scales_key, groups), lut, double
+            double = _double_quantized(offsets_key, groups, self.n)
+            return words, _quantized(scales_key, groups, self.n), lut, double
         return words, scales, lut, offsets
+
+    def _random_weight(self, key: jax.Array) -> tuple:
+        return random_weight(key, self._static["k"], self.n, self.bits, self.p, self.group)
 
     def _x(self) -> jax.Array:
         k = self._static["k"]
         if self.identity:
             return jnp.eye(k, dtype=self.dtype)
-        shape = (self.m, _COLUMNS if self.transpose else k)
+        shape = (self.m, self.n if self.transpose else k)
         return jax.random.normal(jax.random.key(self.m), shape, jnp.float32).astype(self.dtype)
 
     def _expected(self, x: jax.Array, weight: tuple) -> np.ndarray:
@@ -213,14 +222,13 @@ class Check:
         self, weight: tuple, implementation: str
     ) -> tuple[Callable[[], jax.Array], np.ndarray]:
         pack_weight = self._pack(implementation, zero_of_line(weight[2]))
-        columns = jnp.arange(self.m) * 37 % _COLUMNS
+        columns = jnp.arange(self.m) * 37 % self.n
         dense = dequantize(*weight, **self._static)[:, columns]
         return lambda: packed_columns(pack_weight(*weight), columns), np.asarray(dense, np.float64)
 
     def _several(self, implementation: str) -> tuple[Callable[[], jax.Array], np.ndarray]:
         keys = jax.random.split(jax.random.key(self.bits), self.weights)
-        make = functools.partial(random_weight, k=self.k, n=_COLUMNS, bits=self.bits, p=self.p)
-        stack = jax.vmap(make)(keys)
+        stack = jax.vmap(self._random_weight)(keys)
         places = jnp.arange(self.weights)
         sizes = jnp.where(places == 1, 0, self.m)
         x = jax.random.normal(jax.random.key(self.m), (self.weights, self.m, self.k))
@@ -268,6 +276,22 @@ CHECKS = (  # the simplest first: a kernel that hangs takes the rest with it
     Check(6, 9, transpose=True, quantized=True),
     Check(4, 3, per_column=True),
 )
+
+LONG_CHECKS = (
+    *(Check(bits, m, k=16384, n=1280) for bits in (4, 3, 2, 8) for m in (1, 16, 64)),
+    *(Check(4, m, k=16384, n=1280, group=group) for group in (16, 32, 64) for m in (16, 130)),
+    *(Check(bits, 512, k=8192, n=1408) for bits in (4, 3)),
+    Check(4, 16, k=1280, n=16384, transpose=True),
+    Check(3, 512, k=1408, n=8192, transpose=True),
+    *(Check(4, m, k=11008, n=1024, group=64) for m in (1, 130)),
+    Check(4, 3, k=8192, n=1280, weights=5),
+)
+"""Long enough that the pipelines of accelerators use their memory again; CPUs have none."""
+
+
+def checks_here() -> tuple[Check, ...]:
+    """The checks that suit the default backend."""
+    return CHECKS if jax.default_backend() == "cpu" else CHECKS + LONG_CHECKS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -335,29 +359,31 @@ SPARSE_CHECKS = (
 )
 
 
-def random_weight(key: jax.Array, k: int, n: int, bits: int, p: int = 1) -> tuple:
+def random_weight(
+    key: jax.Array, k: int, n: int, bits: int, p: int = 1, group: int = GROUP
+) -> tuple:
     """Random words, scales and a table; a code of ``bits`` for ``p`` rows."""
     words_key, scale_key, table_key = jax.random.split(key, 3)
     words = jax.random.bits(words_key, packed_shape((k // p, n), bits), jnp.uint8)
-    scales = jax.random.uniform(scale_key, (-(-k // GROUP), n), jnp.float32, 0.5, 1.5)
+    scales = jax.random.uniform(scale_key, (-(-k // group), n), jnp.float32, 0.5, 1.5)
     lut = jax.random.normal(table_key, (1, 2**bits, p)).astype(jnp.bfloat16).astype(jnp.float32)
     return words, scales.astype(jnp.bfloat16), lut
 
 
-def _quantized(key: jax.Array, groups: int) -> QuantizedScales:
+def _quantized(key: jax.Array, groups: int, n: int) -> QuantizedScales:
     """As the K types of GGUF have them."""
     words_key, steps_key = jax.random.split(key)
-    words = jax.random.bits(words_key, packed_shape((groups, _COLUMNS), bits=6), jnp.uint8)
-    steps = jax.random.uniform(steps_key, (-(-groups // 2), _COLUMNS), jnp.float32, 0.01, 0.03)
+    words = jax.random.bits(words_key, packed_shape((groups, n), bits=6), jnp.uint8)
+    steps = jax.random.uniform(steps_key, (-(-groups // 2), n), jnp.float32, 0.01, 0.03)
     half = steps.astype(jnp.float16)
     return QuantizedScales(words, half, None, padding=-groups % BLOCK, block=(2, 1), zero=7)
 
 
-def _double_quantized(key: jax.Array, groups: int) -> QuantizedScales:
+def _double_quantized(key: jax.Array, groups: int, n: int) -> QuantizedScales:
     """As double quantisation has them."""
     words_key, steps_key = jax.random.split(key)
-    words = jax.random.bits(words_key, packed_shape((groups, _COLUMNS), bits=8), jnp.uint8)
-    steps = jax.random.uniform(steps_key, (groups, -(-_COLUMNS // 24)), jnp.float32, 1e-3, 3e-3)
+    words = jax.random.bits(words_key, packed_shape((groups, n), bits=8), jnp.uint8)
+    steps = jax.random.uniform(steps_key, (groups, -(-n // 24)), jnp.float32, 1e-3, 3e-3)
     floor = jnp.full((1, 1), -0.25)
     return QuantizedScales(words, steps, floor, padding=-groups % BLOCK, block=(1, 24))
 

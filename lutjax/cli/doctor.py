@@ -122,13 +122,13 @@ def _all_are_right() -> bool:
     """Prints what became of the checks of all kernels that take any of them here."""
     from lutjax.progress import progress_bar
     from pallas_kernels.lut_matmul.dispatch import LUT_MATMUL
-    from pallas_kernels.self_check import CHECKS, SPARSE_CHECKS
+    from pallas_kernels.self_check import SPARSE_CHECKS, checks_here
     from pallas_kernels.sparse_matmul.dispatch import SPARSE_MATMUL
 
     failed = 0
     print("\nproducts compared with float64:", flush=True)
     operations: tuple[tuple[Operation, tuple[Any, ...]], ...] = (
-        (LUT_MATMUL, CHECKS),
+        (LUT_MATMUL, checks_here()),
         (SPARSE_MATMUL, SPARSE_CHECKS),
     )
     for operation, checks in operations:

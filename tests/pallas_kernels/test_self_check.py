@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels import native, platforms
-from pallas_kernels.lut_matmul import interpret_kernels, reference
+from pallas_kernels.lut_matmul import interpret_kernels, mosaic_gpu, mosaic_tpu, reference
 from pallas_kernels.lut_matmul.dispatch import LUT_MATMUL
-from pallas_kernels.self_check import CHECKS, SPARSE_CHECKS, Check, SparseCheck
+from pallas_kernels.self_check import CHECKS, GROUP, LONG_CHECKS, SPARSE_CHECKS, Check, SparseCheck
 from pallas_kernels.sparse_matmul import masked
 
 WITH_A_LAYOUT = [
@@ -25,7 +26,7 @@ WITH_A_LAYOUT = [
 
 
 def test_names_of_checks_tell_them_apart():
-    for checks in (CHECKS, SPARSE_CHECKS):
+    for checks in (CHECKS + LONG_CHECKS, SPARSE_CHECKS):
         assert len({str(check) for check in checks}) == len(checks)
     assert str(Check(8, 5, transpose=True)) == "8 bits, 5 rows of x, bfloat16, transposed"
 
@@ -38,6 +39,33 @@ def test_every_check_has_an_outcome_on_this_machine(name):
     assert {o.status for o in outcomes.values()} == {"ok", "refused"}, outcomes
     refused = [check for check, outcome in outcomes.items() if outcome.status == "refused"]
     assert all("weights" in check for check in refused), refused
+
+
+def test_long_checks_use_memory_of_accelerators_again():
+    """A pipeline as long as its memory would also be right if it never waited for a free slot."""
+    few, many, tpu = set(), set(), set()
+    for check in LONG_CHECKS:
+        words = jax.ShapeDtypeStruct((-(-check.k // 8), check.bits, check.n), jnp.uint8)
+        static = {"k": check.k, "group_size": check.group, "transpose": check.transpose}
+        problem = mosaic_gpu.make_problem(check.m, words, **static, tiles=check.weights)
+        if isinstance(problem.config, mosaic_gpu.Config):
+            few.add((check.bits, check.group, problem.steps_of_block > problem.config.stages))
+        else:
+            many.add((check.bits, check.transpose, problem.steps > problem.config.stages))
+        x = jax.ShapeDtypeStruct((check.m, check.n if check.transpose else check.k), jnp.bfloat16)
+        lut = jax.ShapeDtypeStruct((1, 2**check.bits, 1), jnp.float32)
+        on_tpu = mosaic_tpu.make_problem(x, words, lut, **static, device_kind="TPU v6 lite")
+        tpu.add((check.transpose, on_tpu.k_tiles > 1))
+    assert {(bits, GROUP, True) for bits in (2, 3, 4, 8)} <= few
+    assert {(4, group, True) for group in (16, 32, 64)} <= few
+    assert {(4, False, True), (3, False, True), (4, True, True), (3, True, True)} <= many
+    assert {(False, True), (True, True)} <= tpu
+
+
+def test_sizes_of_checks_are_those_of_the_product():
+    check = Check(3, 2, k=2048, n=640, group=64)
+    assert str(check) == "3 bits, 2 rows of x, bfloat16, 2048 x 640, groups of 64"
+    assert check.run("reference").status == "ok"
 
 
 @pytest.mark.parametrize("check", SPARSE_CHECKS, ids=str)
