@@ -91,7 +91,7 @@ def describe(leaf: Any, name: str) -> tuple[Any, dict[str, Any]]:
         return {"class": type(leaf).__name__, "fields": fields}, tensors
     raise TypeError(
         f"{name!r} is a {type(leaf).__name__}, which cannot be saved; use arrays or one of "
-        f"{', '.join(CLASSES)}"
+        f"{', '.join(CLASSES)} (of adapters: merge them, or save what lora.detach takes off)"
     )
 
 

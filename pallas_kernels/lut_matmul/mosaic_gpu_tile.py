@@ -349,6 +349,8 @@ def _kernel(*refs, problem: Problem, dtype: Any, planes: int, interpret: bool):
         pl.run_scoped(with_sums, *[plgpu.ACC(shape, jnp.float32)] * config.tiles)
 
     # Blocks of the operands. The words have axes (N / 64, K / 128), the scales (groups, N).
+    # A slot is released a step late, by two threads and without a barrier of the warpgroup. All of
+    # it has read the slot then, as it has issued a product of the step after, which is waited for.
     delay = min(1, problem.steps - 1)
     first_step = split * problem.steps
     per_scale = max(1, problem.group // problem.span)

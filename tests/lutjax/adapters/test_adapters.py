@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import lutjax
 from lutjax import linear_maps as lm
@@ -282,6 +284,28 @@ def test_lookups_need_only_the_rows_that_are_asked_for(side):
     found = lutjax.lift(look_up, strict=True)(adapted)
     for rows, expected in zip(found, look_up(merge(adapted)), strict=True):
         np.testing.assert_allclose(rows, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_adapters_are_split_as_their_weight_is(side):
+    mesh = jax.make_mesh((1, 1), ("k", "n"), axis_types=(AxisType.Auto,) * 2)
+    sharding = {"w": NamedSharding(mesh, P("k", "n"))}
+    base = {"w": lutjax.quantize(jnp.eye(64, 32), bits=4, group_size=32)}
+
+    def specs(map_):
+        adapted = one_sided(base, map_, jax.random.key(0))
+        found = jax.tree.map(lambda s: s.spec, lutjax.shardings_like(adapted, sharding))["w"]
+        plain = lutjax.shardings_like(base, sharding)["w"]
+        assert found.base.words == plain.words.spec == P("k", None, "n")
+        return found
+
+    projected = specs(lm.SVD(2, side=side))
+    factors = [projected.map.basis, projected.latent]
+    assert factors == (
+        [P("k", None), P(None, "n")] if side == "left" else [P("n", None), P("k", None)]
+    )
+    # A factor that is drawn from a key is drawn as a whole.
+    assert specs(lm.Gaussian(2, side=side)).latent == P(None, None)
 
 
 def test_latents_of_narrow_weights_are_float32():
