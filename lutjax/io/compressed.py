@@ -270,10 +270,13 @@ def open_compressed(
 def _read_keys(source: Path, metadata: Mapping[str, Any], parameters: Mapping[str, Any]) -> Any:
     keys = metadata.get("keys", {})
     sound = isinstance(keys, dict) and all(
-        isinstance(own, list) and own and all(isinstance(key, str | int) for key in own)
-        for own in keys.values()
+        path in parameters
+        and isinstance(own, list)
+        and all(isinstance(key, str | int) for key in own)
+        and "/".join(map(str, own)) == path
+        for path, own in keys.items()
     )
-    if not sound or not keys.keys() <= parameters.keys():
+    if not sound:
         raise ValueError(f"{source} has keys that are not those of its parameters")
     return keys
 
