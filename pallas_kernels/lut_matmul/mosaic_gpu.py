@@ -216,8 +216,9 @@ def candidates(
 def _fits(m: int, bits: int, config: Config, group: int) -> bool:
     """Whether shared memory holds the stages, and a thread's registers what it works on.
 
-    The registers are what ahead-of-time compilation without spills shows: the sums and, with
-    several tiles, the products of all groups of a step, half a register a row; and the rest.
+    The registers are what ahead-of-time compilation shows that has no spills and lets products
+    overlap: the sums and, with several tiles, the products of all groups of a step (with several
+    slices half of them, at most six), half a register a row; and the rest.
     """
     rows = _block_m(m)
     scales = max(1, config.block_k // group) * config.block_n * 4  # float32, the widest
@@ -226,6 +227,8 @@ def _fits(m: int, bits: int, config: Config, group: int) -> bool:
     fixed = table_rows(bits) * 256 + config.warpgroups * TILE_N * rows * 4
     products = config.tiles * config.slices * max(1, SLICE_K // group)
     held, rest = (products, 76) if config.tiles > 1 else (2, 108)
+    if config.slices > 1:
+        held = max(held, min(products // 2, 6))
     registers = (512 - hopper.MEMORY_REGISTERS) // config.warpgroups
     needed = (config.tiles + held) * rows // 2 + rest
     return fixed + config.stages * stage <= hopper.SHARED_MEMORY and needed <= registers

@@ -177,12 +177,18 @@ def test_four_warpgroups_would_wait_for_registers_forever():
 
 
 @pytest.mark.parametrize(
-    "m,bits,group", [(64, 2, 128), (64, 3, 128), (64, 4, 64), (48, 3, 64), (48, 4, 32), (32, 3, 16)]
+    "m,bits,group,n",
+    [
+        *((64, 2, 128, 28672), (64, 3, 128, 28672), (64, 4, 64, 28672)),
+        *((48, 3, 64, 28672), (48, 4, 32, 28672), (32, 3, 16, 28672)),
+        *((64, 4, 64, 896), (64, 4, 32, 896), (56, 3, 32, 896), (40, 4, 16, 896), (64, 4, 16, 896)),
+    ],
 )
-def test_the_heuristic_avoids_spills(m, bits, group):
+def test_the_heuristic_avoids_spills_and_products_that_wait(m, bits, group, n):
     compilers.need_gpu()
-    code, _ = compiled_kernel(m, bits, group, n=28672, scale_dtype="bfloat16")
+    code, _ = compiled_kernel(m, bits, group, k=3072, n=n, scale_dtype="bfloat16")
     assert code.spills == 0
+    assert code.products_in_flight() != {0}
 
 
 def test_more_products_than_registers_spill():
