@@ -295,6 +295,7 @@ def project(
       A transformation whose state is a :class:`ProjectState`.
 
     Raises:
+      TypeError: For a schedule as `refresh_every`.
       ValueError: For `refresh_every` < 1, an unknown `on_refresh`, a rank that a parameter does not
         have, dimension numbers that do not fit, ``"rotate"`` without a first moment, or a state
         that another map has made.
@@ -311,6 +312,8 @@ def project(
     >>> updates["w"].shape
     (4, 8)
     """
+    if callable(refresh_every):
+        raise TypeError("refresh_every must be a number of steps or None, not a schedule")
     if refresh_every is not None and refresh_every < 1:
         raise ValueError(f"refresh_every={refresh_every} must be at least 1, or None for never")
     if on_refresh not in ("keep", "reset", "rotate"):

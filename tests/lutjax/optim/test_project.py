@@ -285,6 +285,21 @@ def test_the_state_does_not_depend_on_other_parameters_or_their_order():
     assert not np.array_equal(among.maps["a"].key_data, among.maps["w"].key_data)
 
 
+def test_what_is_no_number_of_steps_or_no_dimension_numbers_is_refused():
+    with pytest.raises(TypeError, match="refresh_every must be a number of steps or None"):
+        project(optax.sgd(1.0), lm.SVD(2), refresh_every=optax.constant_schedule(3))
+    for chosen, culprit in (({"block": {"w": True}}, "True for 'block/w'"), ("w", "'w' for ''")):
+        with pytest.raises(TypeError, match=f"weight_dimension_numbers has {culprit}"):
+            project(optax.sgd(1.0), lm.SVD(2), weight_dimension_numbers=chosen).init(W)
+
+
+def test_updates_are_as_wide_as_the_inner_transformation_makes_them():
+    params, narrow = {"w": jnp.ones((4, 6))}, {"w": jnp.ones((4, 6), jnp.bfloat16)}
+    for optimizer in (optax.adam(1.0), project(optax.adam(1.0), lm.SVD(2))):
+        updates, _ = optimizer.update(narrow, optimizer.init(params), params)
+        assert updates["w"].dtype == jnp.float32
+
+
 W = {"block": {"w": jnp.ones((4, 6))}}
 
 
