@@ -55,6 +55,7 @@ from lutjax.calibrate import Fisher, fisher, next_token_loss, plannable
 from lutjax.cli.models import evaluation_text
 from lutjax.evaluate import windows
 from lutjax.io import demo_model_path, open_compressed
+from lutjax.io.checkpoint import nest
 from lutjax.models import Decoder
 from lutjax.models.stacking import stack_layers
 from lutjax.paths import named_leaves
@@ -355,14 +356,9 @@ def _batch(rows: np.ndarray) -> Batch:
 
 
 def _nest(leaves: dict[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
-    return tree
+    return nest(
+        {path: jnp.asarray(a) if isinstance(a, np.ndarray) else a for path, a in leaves.items()}
+    )
 
 
 def main() -> None:

@@ -102,7 +102,9 @@ def perplexity(
         raise ValueError(f"windows has shape {windows.shape}; it must be [chunks, window ≥ 2]")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
-    vocabulary = jax.eval_shape(apply_fn, {"params": params}, windows[:1]).shape[-1]
+    # With the shapes of the first batch, whose trace this is.
+    logits = functools.partial(_logits, apply_fn=apply_fn)
+    vocabulary = jax.eval_shape(logits, params, windows[:batch_size]).shape[-1]
     for token in (int(windows.min()), int(windows.max())):
         if not 0 <= token < vocabulary:
             raise ValueError(
@@ -130,10 +132,15 @@ def perplexity(
 
 
 @functools.partial(jax.jit, static_argnames="apply_fn")
+def _logits(params: Any, tokens: Int32[Array, "b t"], *, apply_fn: Callable[..., Any]) -> Any:
+    return apply_fn({"params": params}, tokens)
+
+
+@functools.partial(jax.jit, static_argnames="apply_fn")
 def _window_nll(
     params: Any, tokens: Int32[Array, "b t"], *, apply_fn: Callable[..., Any]
 ) -> Float32[Array, " b"]:
     """Mean over each row of −log softmax(logits)[next token]."""
-    logits = apply_fn({"params": params}, tokens)[:, :-1]
+    logits = _logits(params, tokens, apply_fn=apply_fn)[:, :-1]
     chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen, axis=-1)

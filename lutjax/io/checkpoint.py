@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -227,15 +227,23 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+def nest(
+    flat: Mapping[str, Any], keys: Mapping[str, Sequence[str | int]] | None = None
+) -> dict[Any, Any]:
     """Turns `{"a/b": leaf}` into `{"a": {"b": leaf}}`.
+
+    Args:
+      flat: Leaves by path.
+      keys: The keys of those whose path does not say them.
 
     >>> nest({"a/b": 1, "a/c": 2})
     {'a': {'b': 1, 'c': 2}}
+    >>> nest({"a/0": 1}, keys={"a/0": ("a", 0)})
+    {'a': {0: 1}}
     """
-    tree: dict[str, Any] = {}
+    tree: dict[Any, Any] = {}
     for path, leaf in flat.items():
-        *parents, last = path.split("/")
+        *parents, last = (keys or {}).get(path, path.split("/"))
         node = tree
         for key in parents:
             node = node.setdefault(key, {})

@@ -23,7 +23,7 @@ import numpy as np
 
 from lutjax.arrays import CompressedArray, format_bytes, is_compressed
 from lutjax.io.array_schema import describe, restore
-from lutjax.io.checkpoint import parameter_shapes
+from lutjax.io.checkpoint import nest, parameter_shapes
 from lutjax.io.configs import config_from_hf, config_to_hf
 from lutjax.io.new_directory import check_destination, new_directory
 from lutjax.io.safetensors import SafetensorsReader, read_json
@@ -92,17 +92,6 @@ class CompressedCheckpoint:
         """Reads all parameters, one at a time."""
         for path in self.descriptions:
             yield path, self.read(path)
-
-    def nested_parameters(self) -> dict[str | int, Any]:
-        """Reads all parameters into nested dictionaries."""
-        tree: dict[str | int, Any] = {}
-        for path, leaf in self.parameters():
-            *parents, last = self.keys.get(path, path.split("/"))
-            node = tree
-            for key in parents:
-                node = node.setdefault(key, {})
-            node[last] = leaf
-        return tree
 
 
 def save(
@@ -295,7 +284,8 @@ def read_params(directory: str | Path, *, allow_nonfinite: bool = False) -> dict
       FileNotFoundError: if a file is missing.
       ValueError: if a file is not sound.
     """
-    return open_compressed(directory, allow_nonfinite=allow_nonfinite).nested_parameters()
+    checkpoint = open_compressed(directory, allow_nonfinite=allow_nonfinite)
+    return nest(dict(checkpoint.parameters()), checkpoint.keys)
 
 
 def _flat_leaves(params: Any) -> tuple[dict[str, Any], dict[str, tuple[str | int, ...]]]:
